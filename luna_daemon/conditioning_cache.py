@@ -1,0 +1,64 @@
+"""Answers to repeated prompts: conditioning kept in memory, least recently used out first.
+
+The key is everything that determines the result: the model with its files' identity, family, device and precision
+(``LoadSpec.key``), the whole call (text or tokens with weights, layer, projection) and any input bytes. Flags of the
+backend are the same for the whole life of a daemon, and the cache lives no longer.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+from .pool.work import Outcome
+
+__all__ = ["ConditioningCache"]
+
+
+class ConditioningCache:
+    """Holds outcomes up to ``max_bytes``; 0 keeps nothing."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.nbytes = 0
+        self.hits = 0
+        self.misses = 0
+        self._kept: OrderedDict[bytes, Outcome] = OrderedDict()
+
+    def get(self, key: bytes) -> Outcome | None:
+        """The outcome kept under ``key``; its slots stay the cache's."""
+        outcome = self._kept.get(key)
+        if outcome is None:
+            self.misses += 1
+            return None
+        self.hits += 1
+        self._kept.move_to_end(key)
+        return outcome
+
+    def put(self, key: bytes, outcome: Outcome) -> None:
+        """Keep an outcome; takes its own use of the slots."""
+        size = sum(piece.slot.nbytes for piece in outcome.pieces)
+        if size > self.max_bytes or key in self._kept:
+            return
+        while self.nbytes + size > self.max_bytes:
+            self._drop(next(iter(self._kept)))
+        for piece in outcome.pieces:
+            piece.slot.retain()
+        self._kept[key] = outcome
+        self.nbytes += size
+
+    def clear(self) -> None:
+        for key in list(self._kept):
+            self._drop(key)
+
+    def stats(self) -> dict[str, Any]:
+        """Figures for ``info``."""
+        return {
+            "entries": len(self._kept), "bytes": self.nbytes, "max_bytes": self.max_bytes,
+            "hits": self.hits, "misses": self.misses,
+        }  # fmt: skip
+
+    def _drop(self, key: bytes) -> None:
+        outcome = self._kept.pop(key)
+        self.nbytes -= sum(piece.slot.nbytes for piece in outcome.pieces)
+        outcome.release()

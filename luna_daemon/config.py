@@ -1,0 +1,233 @@
+"""Settings: the names users know as defaults of one typed object.
+
+Edit the constants below, or better leave them and use ``luna.toml``, ``LUNA_*`` environment variables or the command
+line. Precedence: command line, environment, ``luna.toml``, this file. Every setting is a field of ``Settings``; its
+environment variable is ``LUNA_`` plus its name in capitals (``LUNA_PORT``, ``LUNA_MAX_VAE_WORKERS``).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+from pydantic_settings.sources import InitSettingsSource
+
+from .core import ConfigError, ServiceType, logger
+
+__all__ = ["NamedModel", "Settings", "load_settings"]
+
+# Model files of the model named after MODEL_TYPE. Absolute, below ComfyUI's folder, or as its loaders list them.
+VAE_PATH = "models/vae/sdxl_vae.safetensors"
+CLIP_L_PATH = "models/clip/clip_l.safetensors"
+CLIP_G_PATH = "models/clip/clip_g.safetensors"
+MODEL_TYPE = "sdxl"
+
+DAEMON_HOST = "127.0.0.1"
+DAEMON_PORT = 19283
+DAEMON_WS_PORT = 19284
+
+VAE_DEVICE = "auto"
+CLIP_DEVICE = "auto"
+VAE_PRECISION = "auto"
+CLIP_PRECISION = "auto"
+
+MAX_VAE_WORKERS = 2
+MAX_CLIP_WORKERS = 2
+MIN_VAE_WORKERS = 0
+MIN_CLIP_WORKERS = 0
+QUEUE_THRESHOLD = 2
+SCALE_UP_DELAY_SEC = 1.0
+IDLE_TIMEOUT_SEC = 30
+WORKER_KEEP_SEC = 600
+VRAM_SAFETY_MARGIN_GB = 1.0
+
+Precision = Literal["auto", "fp32", "fp16", "bf16"]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?|GPU-[0-9a-fA-F-]+)$")]
+Port = Annotated[int, Field(ge=0, le=65535)]
+_PATHS_OF_ENV = os.pathsep
+_NOT_SETTINGS = {"LUNA_CONFIG", "LUNA_TOKEN", "LUNA_TOKEN_FILE"}
+
+
+class NamedModel(BaseModel):
+    """``[models.NAME]`` in ``luna.toml``: the files behind a name that clients may use."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    vae: list[str] = []
+    """One file, or the two of a split TAESD."""
+    clip: list[str] = []
+    """One to four text encoder files."""
+    type: str = MODEL_TYPE
+    """Family: ``sd15``, ``sdxl``, ``sd3``, ``flux``, or any of ComfyUI's types with the comfy backend."""
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. Sizes carry their unit in the name."""
+
+    model_config = SettingsConfigDict(env_prefix="LUNA_", extra="forbid", frozen=True, protected_namespaces=())
+    toml_path: ClassVar[Path | None] = None
+    """The ``luna.toml`` that ``load_settings`` found, if any."""
+    environ: ClassVar[Mapping[str, str] | None] = None
+
+    host: str = Field(DAEMON_HOST, description="Address to listen on; anything but loopback is reachable by others.")
+    port: Port = Field(DAEMON_PORT, description="The daemon's socket.")
+    ws_port: Port = Field(DAEMON_WS_PORT, description="HTTP: status page, WebSocket, metrics, health.")
+    service_type: ServiceType = Field(ServiceType.FULL, description="full, vae or clip: which work is accepted.")
+    config_only: bool = Field(False, description="Serve only models named in the configuration, no files by path.")
+
+    vae_path: str = Field(VAE_PATH, description="VAE of the model named after model_type.")
+    clip_l_path: str = Field(CLIP_L_PATH, description="CLIP-L text encoder of that model.")
+    clip_g_path: str = Field(CLIP_G_PATH, description="CLIP-G text encoder of that model; empty for none.")
+    model_type: str = Field(MODEL_TYPE, description="Name and family of that model.")
+    models: dict[str, NamedModel] = Field({}, description="Further models by name.")
+    model_dirs: Annotated[list[Path], NoDecode] = Field(
+        [], description="Folders, besides ComfyUI's, whose model files clients may use."
+    )
+    comfyui_path: Path | None = Field(None, description="ComfyUI's folder; COMFYUI_PATH is read too.")
+    comfyui_python: Path | None = Field(None, description="The interpreter that runs it; COMFYUI_PYTHON is read too.")
+    backend: Literal["auto", "comfy", "diffusers"] = Field("auto", description="What runs the models.")
+
+    vae_device: Device = Field(VAE_DEVICE, description="auto, cpu, cuda:1, or a GPU's UUID.")
+    clip_device: Device = Field(CLIP_DEVICE, description="auto, cpu, cuda:1, or a GPU's UUID.")
+    vae_precision: Precision = Field(VAE_PRECISION, description="auto is what ComfyUI would choose.")
+    clip_precision: Precision = Field(CLIP_PRECISION, description="auto is what ComfyUI would choose.")
+    cpu_threads: int = Field(0, ge=0, le=1024, description="Threads of a worker on the CPU; 0 is torch's own choice.")
+
+    max_vae_workers: int = Field(MAX_VAE_WORKERS, ge=1, le=64, description="Most workers that run VAEs.")
+    max_clip_workers: int = Field(MAX_CLIP_WORKERS, ge=1, le=64, description="Most workers that run text encoders.")
+    min_vae_workers: int = Field(MIN_VAE_WORKERS, ge=0, le=64, description="VAE workers kept when idle.")
+    min_clip_workers: int = Field(MIN_CLIP_WORKERS, ge=0, le=64, description="Text encoder workers kept when idle.")
+    queue_threshold: int = Field(QUEUE_THRESHOLD, ge=1, description="Waiting requests before another worker starts.")
+    scale_up_delay_sec: float = Field(SCALE_UP_DELAY_SEC, ge=0, description="How long they must have waited.")
+    idle_timeout_sec: float = Field(IDLE_TIMEOUT_SEC, ge=0.1, description="Idle time after which memory is given back.")
+    worker_keep_sec: float = Field(WORKER_KEEP_SEC, ge=0.1, description="Idle time after which the last worker ends.")
+    worker_start_sec: float = Field(120.0, ge=1, description="How long a worker may take to import its backend.")
+    vram_safety_margin_gb: float = Field(VRAM_SAFETY_MARGIN_GB, ge=0, description="VRAM left free when scaling up.")
+    model_memory_gb: float = Field(0.0, ge=0, description="Most weights held per device; 0 is no limit of ours.")
+
+    queue_limit: int = Field(256, ge=1, description="Waiting requests before clients are told to come back.")
+    max_clients: int = Field(256, ge=1, description="Most connections.")
+    max_header_mb: int = Field(8, ge=1, le=64, description="Largest message without its tensors.")
+    max_tensor_mb: int = Field(4096, ge=1, description="Largest tensor, and most bytes of one request.")
+    arena: bool = Field(True, description="Use shared memory on one host.")
+    arena_dir: Path | None = Field(None, description="Where it lies; /dev/shm on Linux.")
+    arena_mb: int = Field(0, ge=0, description="Most shared memory; 0 is half of what its folder has free.")
+    arena_client_mb: int = Field(2048, ge=1, description="Most shared memory held for one client.")
+    conditioning_cache_mb: int = Field(512, ge=0, description="Answers to repeated prompts; 0 turns it off.")
+    lora_cache_gb: float = Field(8.0, ge=0, description="LoRA files kept in RAM.")
+    lora_cache_entries: int = Field(100, ge=0, description="Most LoRA files kept.")
+    drain_timeout_sec: float = Field(30.0, ge=0, description="How long a stop waits for running requests.")
+    runtime_dir: Path | None = Field(None, description="Folder of the token; one per user and port by default.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="How much is logged.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        sources: list[PydanticBaseSettingsSource] = [init_settings]
+        sources.append(InitSettingsSource(settings_cls, _from_environ(settings_cls, cls.environ or {})))
+        if cls.toml_path is not None:
+            sources.append(TomlConfigSettingsSource(settings_cls, cls.toml_path))
+        return tuple(sources)
+
+    def named_models(self) -> dict[str, NamedModel]:
+        """All models that have a name; the one of VAE_PATH and CLIP_*_PATH is named after ``model_type``."""
+        clips = [path for path in (self.clip_l_path, self.clip_g_path) if path]
+        vaes = [self.vae_path] if self.vae_path else []
+        return {self.model_type: NamedModel(vae=vaes, clip=clips, type=self.model_type), **self.models}
+
+
+def load_settings(
+    overrides: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+    config_file: Path | None = None,
+) -> Settings:
+    """Resolve every setting once.
+
+    Args:
+        overrides: the command line; ``None`` values are ignored.
+        environ: ``os.environ`` by default.
+        config_file: ``LUNA_CONFIG`` or ``./luna.toml`` by default; one that is named must exist.
+
+    Raises:
+        ConfigError: names the setting, its value and what is allowed.
+    """
+    environ = os.environ if environ is None else environ
+    given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    path = _find_toml(environ, config_file)
+    # A subclass per call: sources are looked up on the class, and two calls must not see each other's.
+    bound = type("Settings", (Settings,), {"toml_path": path, "environ": environ, "__module__": __name__})
+    try:
+        settings: Settings = bound(**given)
+    except ValidationError as error:
+        raise ConfigError(_explain(error), "See docs/configuration.md for every setting") from error
+    except ValueError as error:
+        raise ConfigError(f"{path or 'environment'}: {error}", "Mend the file, or name another with --config") from error
+    return settings
+
+
+def _find_toml(environ: Mapping[str, str], config_file: Path | None) -> Path | None:
+    named = config_file or (Path(environ["LUNA_CONFIG"]) if environ.get("LUNA_CONFIG") else None)
+    if named is None:
+        here = Path("luna.toml")
+        return here.resolve() if here.is_file() else None
+    if not named.is_file():
+        raise ConfigError(f"configuration file {str(named)!r} does not exist", "Check --config or LUNA_CONFIG")
+    return named.resolve()
+
+
+def _from_environ(cls: type[BaseSettings], environ: Mapping[str, str]) -> dict[str, Any]:
+    """Settings from ``LUNA_*``; a name that is none of ours is warned about, since it is likely a slip."""
+    values: dict[str, Any] = {}
+    fields = cls.model_fields
+    for variable, text in environ.items():
+        name = variable[5:].lower()
+        if not variable.startswith("LUNA_") or variable in _NOT_SETTINGS or not text:
+            continue
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1)
+            meant = f"; did you mean LUNA_{close[0].upper()}?" if close else ""
+            logger.warning("%s is no setting and is ignored%s", variable, meant)
+        elif name == "model_dirs":
+            values[name] = [Path(part) for part in text.split(_PATHS_OF_ENV) if part]
+        elif name == "models":
+            values[name] = _models_from_json(text)
+        else:
+            values[name] = text
+    for name in ("comfyui_path", "comfyui_python"):
+        if environ.get(name.upper()):
+            values.setdefault(name, environ[name.upper()])
+    return values
+
+
+def _models_from_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"LUNA_MODELS is not JSON: {error}", "Better name models in luna.toml") from error
+
+
+def _explain(error: ValidationError) -> str:
+    parts = []
+    for item in error.errors():
+        name = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(name, Settings.model_fields, n=1)
+            parts.append(f"unknown setting {name!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
+        else:
+            what = re.sub(r"^Input should be", "must be", item["msg"])
+            parts.append(f"setting {name!r} is {item['input']!r}: {what}")
+    return "; ".join(parts)

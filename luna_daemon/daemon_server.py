@@ -1,0 +1,340 @@
+"""LunaDaemon: listens, serves, stops in order. The control process; it never imports torch."""
+
+if __name__ == "__main__" and not __package__:
+    import pathlib
+    import sys
+
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+    from luna_daemon.script import run_as_module
+
+    run_as_module("luna_daemon.daemon_server")
+
+import asyncio
+import errno
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from .config import Settings, load_settings
+from .core import ConfigError, DaemonConnectionError, LunaError, PortInUse, ServiceType, logger
+from .models import ModelResolver
+from .runtime import Runtime, read_facts, runtime_folder
+from .service import Service
+from .wire.arena import Arena, ArenaUnavailable, open_arena
+from .workers import WorkerPool
+
+__all__ = ["LunaDaemon"]
+
+_TIDY_S = 5.0
+_LEGACY_SERVICE = {"full": "full", "vae_only": "vae", "clip_only": "clip", "vae": "vae", "clip": "clip"}
+
+
+class LunaDaemon:
+    """The daemon, as an object: ``start()`` it in a process of its own, or ``run()`` it in this one.
+
+    Args:
+        device, clip_precision, vae_precision, service_type: as the predecessor's constructor took them.
+        config_file: a ``luna.toml``.
+        settings: any field of ``Settings``: ``port=``, ``vae_device=``, ``models=`` ...
+
+    Raises:
+        ConfigError: a setting is wrong; nothing has been opened.
+
+    ::
+
+        with LunaDaemon() as daemon:      # serves until the end of the block
+            ...
+        LunaDaemon().start()              # serves on after this script has ended
+    """
+
+    def __init__(
+        self,
+        host: str | None = None,
+        port: int | None = None,
+        ws_port: int | None = None,
+        *,
+        device: str | None = None,
+        clip_precision: str | None = None,
+        vae_precision: str | None = None,
+        service_type: Any = None,
+        config_file: Path | str | None = None,
+        environ: Mapping[str, str] | None = None,
+        **settings: Any,
+    ) -> None:
+        given = {
+            "host": host, "port": port, "ws_port": ws_port, "clip_precision": clip_precision,
+            "vae_precision": vae_precision, "service_type": _service_type(service_type),
+            "vae_device": device, "clip_device": device, **settings,
+        }  # fmt: skip
+        self.overrides = {name: value for name, value in given.items() if value is not None}
+        self.config_file = Path(config_file) if config_file else None
+        self.settings: Settings = load_settings(self.overrides, environ, self.config_file)
+        self.port = self.settings.port
+        self.ws_port = self.settings.ws_port
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stopping: asyncio.Event | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    # --- in a process of its own ---
+
+    def start(self, timeout_s: float = 20.0) -> "LunaDaemon":
+        """Start the daemon and return once it answers. It serves until ``stop()``.
+
+        Raises:
+            PortInUse, ConfigError: as the daemon said at its start.
+            DaemonConnectionError: it did not answer in time.
+        """
+        from .client import DaemonClient
+
+        log = runtime_folder(self.port, self.settings.runtime_dir).with_suffix(".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).resolve())],
+                env={**os.environ, **self._environment()},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                creationflags=subprocess.CREATE_NO_WINDOW if sys.platform == "win32" else 0,
+            )
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end:
+            if self._process.poll() is not None:
+                last = (log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"])[-1]
+                raise PortInUse(last) if "port" in last else ConfigError(last)
+            with suppress(DaemonConnectionError, LunaError), self._client(DaemonClient) as client:
+                client.ping()
+                return self
+            time.sleep(0.02)
+        self.stop()
+        raise DaemonConnectionError(f"the daemon did not answer within {timeout_s:g} s", f"Its log is {log}")
+
+    def stop(self, timeout_s: float | None = None) -> None:
+        """Drain and end the daemon that ``start()`` started, or ask the ``run()`` in another thread to end."""
+        from .client import DaemonClient
+
+        if self._stopping is not None:
+            assert self._loop is not None
+            self._loop.call_soon_threadsafe(self._stopping.set)
+            return
+        if self._process is None:
+            return
+        with suppress(LunaError), self._client(DaemonClient) as client:
+            client.shutdown()
+        try:
+            self._process.wait(timeout_s if timeout_s is not None else self.settings.drain_timeout_sec + 5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process = None
+
+    @property
+    def pid(self) -> int | None:
+        """The daemon's process, once started."""
+        return self._process.pid if self._process is not None else None
+
+    def __enter__(self) -> "LunaDaemon":
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def _client(self, kind: Any) -> Any:
+        return kind(self.settings.host, self.port, runtime_dir=self.settings.runtime_dir, name="LunaDaemon")
+
+    def _environment(self) -> dict[str, str]:
+        """The overrides as ``LUNA_*`` variables for the child."""
+        variables = {f"LUNA_{name.upper()}": _as_text(value) for name, value in self.overrides.items()}
+        if self.config_file is not None:
+            variables["LUNA_CONFIG"] = str(self.config_file.resolve())
+        return variables
+
+    # --- in this process ---
+
+    def run(self) -> None:
+        """Serve until SIGTERM, Ctrl-C, ``stop()`` or a client's shutdown; then drain.
+
+        Raises:
+            PortInUse: somebody else listens there; says who to look for.
+        """
+        asyncio.run(self._serve())
+
+    async def _serve(self) -> None:
+        listener = _bind(self.settings)
+        self.port = listener.getsockname()[1]
+        runtime = Runtime(self.port, self.settings.runtime_dir)
+        try:
+            runtime.open({"pid": os.getpid(), "port": self.port, "ws_port": self.settings.ws_port})
+            arena, why = self._open_arena()
+        except BaseException:
+            listener.close()
+            raise
+        self._stopping, self._loop = asyncio.Event(), asyncio.get_running_loop()
+        pool = WorkerPool(self.settings, runtime.folder)
+        service = self._service(pool, arena, why, runtime)
+        server = await asyncio.get_running_loop().create_server(service.connect, sock=listener, backlog=1024)
+        pool.open(*_dial_address(self.settings.host, self.port))
+        self._catch_signals()
+        logger.info("Luna Daemon listens on %s:%d", self.settings.host, self.port)
+        tidier = asyncio.create_task(_tidy(service))
+        monitor = asyncio.create_task(_start_monitor(service, self.settings))
+        await self._stopping.wait()
+        logger.info("stopping: %d requests in flight", pool.in_flight)
+        server.close()
+        await pool.close(self.settings.drain_timeout_sec)
+        tidier.cancel()
+        await _stop_monitor(monitor)
+        service.close()
+        await asyncio.sleep(0.05)  # lets the last answers leave
+        if arena is not None:
+            arena.close()
+        runtime.close()
+        logger.info("stopped")
+
+    def _service(self, pool: WorkerPool, arena: Arena | None, why: str, runtime: Runtime) -> Service:
+        from .monitoring import collect_info
+
+        base = self.settings.toml_path.parent if self.settings.toml_path else None
+        assert self._stopping is not None
+        return Service(
+            self.settings, pool, ModelResolver(self.settings, base), arena, why, runtime.token,
+            str(runtime.folder / "token"), collect_info, self._stopping.set,
+        )  # fmt: skip
+
+    def _open_arena(self) -> tuple[Arena | None, str]:
+        if not self.settings.arena:
+            return None, "shared memory is switched off (arena = false)"
+        try:
+            return open_arena(self.settings.arena_dir, self.port, self.settings.arena_mb << 20), ""
+        except ArenaUnavailable as error:
+            logger.warning("no shared memory: %s; tensors go by TCP", error)
+            return None, str(error)
+
+    def _catch_signals(self) -> None:
+        """First signal drains, the second ends at once. Handlers only set flags."""
+        loop, stopping = asyncio.get_running_loop(), self._stopping
+        assert stopping is not None
+
+        def handle(number: int, frame: object) -> None:
+            if stopping.is_set():
+                os._exit(128 + number)
+            loop.call_soon_threadsafe(stopping.set)
+
+        with suppress(ValueError):  # not the main thread: whoever runs us there stops us by stop()
+            signal.signal(signal.SIGINT, handle)
+            signal.signal(signal.SIGTERM, handle)
+
+
+def _service_type(value: Any) -> ServiceType | str | None:
+    if value is None or isinstance(value, ServiceType):
+        return value
+    text = str(getattr(value, "value", value)).lower()
+    return _LEGACY_SERVICE.get(text, text)
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return os.pathsep.join(str(part) for part in value)
+    if isinstance(value, dict):
+        return json.dumps({name: getattr(m, "model_dump", lambda m=m: m)() for name, m in value.items()})
+    return str(getattr(value, "value", value))
+
+
+def _bind(settings: Settings) -> socket.socket:
+    """Take the port, or say who has it.
+
+    Raises:
+        PortInUse: taken, or not ours to take.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    exclusive = getattr(socket, "SO_EXCLUSIVEADDRUSE", None)
+    # On Windows SO_REUSEADDR would let two daemons share the port; elsewhere it only skips TIME_WAIT.
+    listener.setsockopt(socket.SOL_SOCKET, exclusive or socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        listener.close()
+        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+            raise ConfigError(f"setting 'host' is {settings.host!r}: {error.strerror or error}") from error
+        raise PortInUse(
+            f"port {settings.port} on {settings.host} is in use by {_who_listens(settings)}",
+            "Stop it, or choose another --port",
+        ) from error
+    listener.setblocking(False)
+    return listener
+
+
+def _who_listens(settings: Settings) -> str:
+    import psutil
+
+    facts = read_facts(settings.port, settings.runtime_dir)
+    if facts.get("pid") and psutil.pid_exists(int(facts["pid"])):
+        return f"another Luna Daemon of yours (pid {facts['pid']})"
+    with suppress(psutil.Error, OSError):
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == settings.port and connection.pid:
+                return f"{psutil.Process(connection.pid).name()!r} (pid {connection.pid})"
+    return "a process of another user"
+
+
+def _dial_address(host: str, port: int) -> tuple[str, int]:
+    """Where a worker on this machine finds us."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port
+
+
+async def _tidy(service: Service) -> None:
+    while True:
+        await asyncio.sleep(_TIDY_S)
+        service.tidy()
+
+
+async def _start_monitor(service: Service, settings: Settings) -> Any:
+    """The status page is a convenience: that its port is taken is no reason not to serve."""
+    await asyncio.sleep(0)
+    # Imported in a thread: it takes longer than everything before it, and requests must not wait for it.
+    await asyncio.get_running_loop().run_in_executor(None, _import_aiohttp)
+    from .monitoring import Monitor
+
+    monitor = Monitor(service, settings.host, settings.ws_port)
+    try:
+        await monitor.start()
+    except OSError as error:
+        logger.warning("no status page: port %d: %s", settings.ws_port, error.strerror or error)
+        return None
+    logger.info("status on http://%s:%d/api/info", settings.host, settings.ws_port)
+    return monitor
+
+
+def _import_aiohttp() -> None:
+    import aiohttp.web  # noqa: F401
+
+
+async def _stop_monitor(task: "asyncio.Task[Any]") -> None:
+    if not task.done():
+        task.cancel()
+    with suppress(asyncio.CancelledError):
+        monitor = await task
+        if monitor is not None:
+            await monitor.stop()
+
+
+def main() -> None:
+    """``python -m luna_daemon.daemon_server``: the same as ``luna-daemon serve``."""
+    from .cli import main as cli
+
+    cli(["serve", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    main()

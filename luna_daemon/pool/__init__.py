@@ -1,0 +1,1 @@
+"""Worker processes: one process seen from the daemon, the policy, the code inside the worker."""

@@ -1,0 +1,235 @@
+"""Inside a worker process: dial the daemon, load models on demand, compute one job at a time.
+
+Started as a script by its absolute path. Its settings come as one JSON line on standard input: the one-time token
+must not show in the process list.
+"""
+
+if __name__ == "__main__" and not __package__:
+    import pathlib
+    import sys
+
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+    from luna_daemon.script import run_as_module
+
+    run_as_module("luna_daemon.pool.child")
+
+import json
+import logging
+import os
+import queue
+import socket
+import sys
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..backends import make_backend
+from ..backends.base import Backend
+from ..core import (
+    PROTOCOL_VERSION,
+    BadRequest,
+    DaemonConnectionError,
+    InternalError,
+    LunaError,
+    RequestCancelled,
+    logger,
+)
+from ..wire import messages as m
+from ..wire.arena import ArenaUnavailable, ArenaView
+from ..wire.channel import Channel
+from ..wire.frame import decode_call, encode_call
+from . import compute
+
+__all__ = ["Worker", "WorkerConfig", "main"]
+
+_INLINE_BYTES = 32 << 10
+"""Smaller results travel in the message: reserving a slot would cost more than it saves."""
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """What the daemon tells a worker at its start."""
+
+    host: str
+    port: int
+    token: str
+    backend: str
+    threads: int = 0
+    """0 is torch's own choice."""
+    visible_devices: dict[str, str] = field(default_factory=dict)
+    """Environment variables that mask devices; set before torch is imported."""
+
+
+class Worker:
+    """One worker's life."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self.config = config
+        self.channel = Channel(socket.create_connection((config.host, config.port), timeout=10))
+        self.arena: ArenaView | None = None
+        self.models: dict[str, Any] = {}
+        self.cancelled: set[int] = set()
+        self.jobs: queue.SimpleQueue[tuple[m.Job | m.Unload, memoryview] | None] = queue.SimpleQueue()
+        self.grants: queue.SimpleQueue[m.Reply | m.Failure] = queue.SimpleQueue()
+
+    def run(self) -> None:
+        """Greet, import the backend, then serve jobs until the daemon closes the connection."""
+        self._greet()
+        backend = self._start_backend()
+        reader = threading.Thread(target=self._read, name="reader", daemon=True)
+        reader.start()
+        self.channel.send(
+            m.WorkerReady(backend.name, backend.versions(), backend.devices(), self.arena is not None)
+        )
+        while (item := self.jobs.get()) is not None:
+            message, payload = item
+            if isinstance(message, m.Unload):
+                self._unload(message.keys)
+            else:
+                self._serve(backend, message, payload)
+            self._tell_status()
+
+    def _greet(self) -> None:
+        self.channel.send(
+            m.Hello(PROTOCOL_VERSION, self.config.token, "worker", self.config.backend, os.getpid(), __version__)
+        )
+        received = self.channel.receive(10)
+        if received is None or not isinstance(received[0], m.Welcome):
+            raise DaemonConnectionError(f"the daemon refused this worker: {received and received[0]}")
+        info = received[0].arena
+        if info is not None:
+            view = ArenaView(Path(info.folder))
+            try:
+                view.prove()
+                self.arena = view
+            except ArenaUnavailable as error:
+                logger.warning("no shared memory in this worker: %s", error)
+
+    def _start_backend(self) -> Backend:
+        os.environ.update(self.config.visible_devices)
+        backend = make_backend(self.config.backend)
+        versions = backend.versions()
+        if "torch" in versions and self.config.threads:
+            import torch
+
+            torch.set_num_threads(self.config.threads)
+        return backend
+
+    # --- the reader thread ---
+
+    def _read(self) -> None:
+        """Take messages while a job computes, so that a cancel or the daemon's end is noticed at once."""
+        try:
+            while True:
+                received = self.channel.receive()
+                assert received is not None
+                self._sort(*received)
+        except DaemonConnectionError:
+            # The daemon is gone: nobody wants what is being computed, and nobody else would end this process.
+            os._exit(0)
+        except LunaError as error:
+            logger.error("worker stops: %s", error)
+            os._exit(1)
+
+    def _sort(self, message: m.Message, payload: memoryview) -> None:
+        if isinstance(message, (m.Job, m.Unload)):
+            self.jobs.put((message, payload))
+        elif isinstance(message, m.Cancel):
+            self.cancelled.add(message.id)
+        elif isinstance(message, (m.Reply, m.Failure)):
+            self.grants.put(message)
+        elif isinstance(message, m.Request):
+            self.channel.send(m.Reply(message.id))
+
+    # --- jobs ---
+
+    def _serve(self, backend: Backend, job: m.Job, payload: memoryview) -> None:
+        try:
+            self._unload(job.unload)
+            model = self._model(backend, job)
+            inputs = [(ref, self._input(ref, payload)) for ref in job.tensors]
+            result = compute.run(decode_call(job.call), model, inputs, lambda done, of: self._step(job.id, done, of))
+            self._reply(job.id, result)
+        except LunaError as error:
+            self._fail(job.id, error)
+        except Exception as error:
+            logger.exception("job %d failed", job.id)
+            self._fail(job.id, InternalError(f"{type(error).__name__}: {error}", "The daemon's log has the traceback"))
+        finally:
+            self.cancelled.discard(job.id)
+
+    def _model(self, backend: Backend, job: m.Job) -> Any:
+        model = self.models.get(job.model.key)
+        if model is None:
+            self.channel.send(m.Progress(job.id, "loading"))
+            model = self.models[job.model.key] = backend.load(job.model)
+            self._tell_status()
+            self.channel.send(m.Progress(job.id, "running"))
+        return model
+
+    def _unload(self, keys: list[str]) -> None:
+        if any([self.models.pop(key, None) is not None for key in keys]):
+            compute.free_memory()
+
+    def _input(self, ref: m.TensorRef, payload: memoryview) -> memoryview:
+        if ref.slot == 0:
+            return payload[ref.offset : ref.offset + ref.nbytes]
+        if self.arena is None:
+            raise BadRequest("a tensor lies in shared memory that this worker cannot see")
+        return self.arena.slice(ref.segment, ref.offset, ref.nbytes)
+
+    def _step(self, job: int, done: int, total: int) -> None:
+        if job in self.cancelled:
+            raise RequestCancelled("the caller cancelled the request")
+        if total > 1:
+            self.channel.send(m.Progress(job, "tile", done, total))
+
+    # --- answers ---
+
+    def _reply(self, job: int, result: compute.Result) -> None:
+        refs: list[m.TensorRef] = []
+        payload: list[memoryview] = []
+        inline = 0
+        for ref, data in result.tensors:
+            slot = self._reserve(ref.nbytes) if ref.nbytes > _INLINE_BYTES else None
+            if slot is not None and self.arena is not None:
+                self.arena.slice(slot.segment, slot.offset, ref.nbytes)[:] = data
+                refs.append(m.TensorRef(ref.dtype, ref.shape, ref.nbytes, slot.offset, slot.slot, slot.segment))
+            else:
+                refs.append(m.TensorRef(ref.dtype, ref.shape, ref.nbytes, inline))
+                payload.append(data)
+                inline += ref.nbytes
+        self.channel.send(m.Reply(job, result.value, refs, result.notes), payload)
+
+    def _reserve(self, nbytes: int) -> m.TensorRef | None:
+        """A slot for a result; ``None`` when shared memory is full, and the bytes go by the socket."""
+        if self.arena is None:
+            return None
+        self.channel.send(m.Request(0, encode_call(m.Alloc(nbytes))))
+        grant = self.grants.get()
+        return grant.tensors[0] if isinstance(grant, m.Reply) else None
+
+    def _fail(self, job: int, error: LunaError) -> None:
+        self.channel.send(m.Failure(job, error.code, error.message, error.hint))
+
+    def _tell_status(self) -> None:
+        import psutil
+
+        models = {key: int(model.nbytes) for key, model in self.models.items()}
+        self.channel.send(m.WorkerStatus(models, int(psutil.Process().memory_info().rss)))
+
+
+def main() -> None:
+    """Read the settings from standard input and serve."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    config = WorkerConfig(**json.loads(sys.stdin.readline()))
+    try:
+        Worker(config).run()
+    except DaemonConnectionError as error:
+        logger.info("worker ends: %s", error)
+
+
+if __name__ == "__main__":
+    main()

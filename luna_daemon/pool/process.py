@@ -1,0 +1,199 @@
+"""One worker process, seen from the daemon: its start, its connection, its one job, its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ..core import WorkerState, logger
+from ..wire import messages as m
+from ..wire.arena import Leases
+from ..wire.connection import Connection
+from ..wire.frame import encode_call
+from .work import Work
+
+__all__ = ["WorkerProcess"]
+
+_TAIL_BYTES = 4096
+
+
+class WorkerProcess:
+    """A worker from its start to its end.
+
+    Args:
+        key: backend and device; work is routed by it.
+        config: what the child reads from standard input, without address and token.
+        log: file for what the child prints.
+    """
+
+    def __init__(self, number: int, key: str, device: str, threads: int, config: dict[str, Any], log: Path) -> None:
+        self.number = number
+        self.key = key
+        self.device = device
+        self.threads = threads
+        self.config = config
+        self.log = log
+        self.token = secrets.token_urlsafe(24)
+        self.state = WorkerState.STARTING
+        self.born = time.monotonic()
+        self.idle_since = self.born
+        self.heard = self.born
+        self.pid = 0
+        self.served = 0
+        self.rss = 0
+        self.models: dict[str, int] = {}
+        """Loaded models and their bytes."""
+        self.used: dict[str, float] = {}
+        """Per loaded or loading model the time of its last use."""
+        self.kinds: dict[str, str] = {}
+        """Per such model its kind."""
+        self.versions: dict[str, str] = {}
+        self.devices: list[str] = []
+        self.sees_arena = False
+        self.work: Work | None = None
+        self.job = 0
+        self.leases = Leases()
+        self.connection: Connection | None = None
+        self.last_error = ""
+        self._process: subprocess.Popen[bytes] | None = None
+
+    # --- life ---
+
+    def start(self, host: str, port: int) -> None:
+        """Start the process; it dials back with its token.
+
+        Raises:
+            OSError: the interpreter cannot be run.
+        """
+        script = Path(__file__).resolve().with_name("child.py")
+        config = {**self.config, "host": host, "port": port, "token": self.token}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, str(script)],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                # Of its own, so that Ctrl-C in the daemon's terminal drains instead of killing what computes.
+                start_new_session=True,
+                creationflags=subprocess.CREATE_NO_WINDOW if sys.platform == "win32" else 0,
+            )
+        self.pid = self._process.pid
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(config).encode() + b"\n")
+        self._process.stdin.close()
+        logger.info("worker %d starts (%s, pid %d)", self.number, self.key, self.pid)
+
+    def greeted(self, connection: Connection) -> None:
+        """Its connection is here."""
+        self.connection = connection
+
+    def ready(self, message: m.WorkerReady) -> None:
+        """It has imported its backend."""
+        self.versions, self.devices, self.sees_arena = message.versions, message.devices, message.arena
+        if self.device == "auto" and message.devices:
+            self.device = message.devices[0]
+        self.state = WorkerState.IDLE
+        self.idle_since = time.monotonic()
+        logger.info("worker %d is ready after %.1f s", self.number, self.idle_since - self.born)
+
+    def exited(self) -> bool:
+        """Whether the process has ended."""
+        return self._process is None or self._process.poll() is not None
+
+    def kill(self) -> None:
+        """End it now."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+        if self._process is not None:
+            self._process.wait()
+
+    def stop(self) -> None:
+        """Let it end: it exits when its connection closes."""
+        self.state = WorkerState.STOPPING
+        if self.connection is not None:
+            self.connection.close()
+        else:
+            self.kill()
+
+    def tail(self) -> str:
+        """The last thing it printed: why a start failed."""
+        try:
+            with self.log.open("rb") as log:
+                log.seek(max(0, self.log.stat().st_size - _TAIL_BYTES))
+                lines = log.read().decode(errors="replace").strip().splitlines()
+        except OSError:
+            return ""
+        return lines[-1].strip() if lines else ""
+
+    # --- work ---
+
+    def give(self, work: Work, job: int, unload: list[str]) -> None:
+        """Send it a job."""
+        assert self.connection is not None
+        self.work, self.job = work, job
+        work.started = time.monotonic()
+        key = work.spec.key
+        self.state = WorkerState.BUSY if key in self.models else WorkerState.LOADING
+        for gone in unload:
+            self._forget(gone)
+        self.used[key], self.kinds[key] = work.started, work.spec.kind
+        refs: list[m.TensorRef] = []
+        inline = []
+        at = 0
+        for piece in work.pieces:
+            ref, slot = piece.ref, piece.slot
+            if slot.number and self.sees_arena:
+                refs.append(m.TensorRef(ref.dtype, ref.shape, ref.nbytes, slot.offset, slot.number, slot.segment))
+            else:
+                refs.append(m.TensorRef(ref.dtype, ref.shape, ref.nbytes, at))
+                inline.append(slot.retain())
+                at += ref.nbytes
+        self.connection.send(m.Job(job, work.call, work.spec, refs, unload), inline)
+
+    def done(self) -> Work | None:
+        """Its job has ended, one way or the other."""
+        work, self.work, self.job = self.work, None, 0
+        self.served += 1
+        self.idle_since = time.monotonic()
+        if self.state in (WorkerState.BUSY, WorkerState.LOADING):
+            self.state = WorkerState.IDLE
+        return work
+
+    def cancel(self) -> None:
+        """Stop its job at the next tile."""
+        if self.connection is not None and self.job:
+            self.connection.send(m.Cancel(self.job))
+
+    def unload(self, keys: list[str]) -> None:
+        """Have it give models' memory back."""
+        if self.connection is not None and keys:
+            for key in keys:
+                self._forget(key)
+            self.connection.send(m.Unload(keys))
+
+    def ping(self) -> None:
+        """Ask for a sign of life; its reader thread answers even while a job computes."""
+        if self.connection is not None:
+            self.connection.send(m.Request(0, encode_call(m.Ping())))
+
+    def status(self, message: m.WorkerStatus) -> None:
+        """It told what it holds."""
+        self.models, self.rss = message.models, message.rss
+        busy = self.work.spec.key if self.work is not None else None
+        for key in [key for key in self.used if key not in self.models and key != busy]:
+            self._forget(key)
+        if self.state is WorkerState.LOADING and busy in self.models:
+            self.state = WorkerState.BUSY
+
+    def _forget(self, key: str) -> None:
+        self.models.pop(key, None)
+        self.used.pop(key, None)
+        self.kinds.pop(key, None)

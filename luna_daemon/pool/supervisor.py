@@ -1,0 +1,49 @@
+"""Restarts: how soon a worker that failed may be started again, and what is told to callers meanwhile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from ..core import WorkerCrashed
+
+__all__ = ["Backoff"]
+
+
+class Backoff:
+    """Doubling delays between starts that fail, from ``first_s`` up to ``most_s``; one success resets it."""
+
+    def __init__(
+        self, first_s: float = 0.5, most_s: float = 30.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.first_s = first_s
+        self.most_s = most_s
+        self.failures = 0
+        self.why = ""
+        self._clock = clock
+        self._until = 0.0
+
+    def failed(self, why: str) -> None:
+        """A start failed."""
+        delay = min(self.most_s, self.first_s * 2**self.failures)
+        self.failures += 1
+        self.why = why
+        self._until = self._clock() + delay
+
+    def succeeded(self) -> None:
+        """A worker became ready."""
+        self.failures = 0
+        self.why = ""
+        self._until = 0.0
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds until the next start is allowed."""
+        return max(0.0, self._until - self._clock())
+
+    def error(self) -> WorkerCrashed:
+        """What callers get while no start is allowed."""
+        return WorkerCrashed(
+            f"no worker can be started ({self.failures} tries failed): {self.why}",
+            f"The next try is in {self.wait_s:.1f} s",
+        )

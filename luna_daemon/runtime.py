@@ -1,0 +1,136 @@
+"""The runtime folder: where a daemon leaves its token and its pid, and where its user's clients find them.
+
+One folder per user and port, by one rule that does not look at the environment: below the home folder that the
+system has on record, else below the system's folder for temporary files. A lock in it tells a live daemon from
+what a dead one left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import stat
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .core import AuthenticationError, PortInUse
+
+__all__ = ["Runtime", "find_token", "read_facts", "runtime_folder"]
+
+_TOKEN = "token"
+_FACTS = "daemon.json"
+
+
+def runtime_folder(port: int, override: Path | None = None) -> Path:
+    """The runtime folder of this user's daemon on ``port``."""
+    if override is not None:
+        return override / str(port)
+    if sys.platform == "win32":
+        return Path.home() / "AppData" / "Local" / "luna-daemon" / str(port)
+    import pwd
+
+    uid = os.getuid()
+    try:
+        home = Path(pwd.getpwuid(uid).pw_dir)
+        usable = home.is_dir() and home.stat().st_uid == uid and os.access(home, os.W_OK)
+    except (KeyError, OSError):
+        usable = False
+    if usable:
+        return home / ".local" / "state" / "luna-daemon" / str(port)
+    return Path("/tmp") / f"luna-daemon-{uid}" / str(port)
+
+
+def _check_owner(folder: Path) -> None:
+    """Refuse a folder that is a link or somebody else's.
+
+    Raises:
+        AuthenticationError: names the folder and its owner.
+    """
+    if sys.platform == "win32":
+        return
+    facts = folder.lstat()
+    if stat.S_ISLNK(facts.st_mode) or not stat.S_ISDIR(facts.st_mode):
+        raise AuthenticationError(f"runtime folder {folder} is not a plain folder", "Remove it and start again")
+    if facts.st_uid != os.getuid():
+        raise AuthenticationError(
+            f"runtime folder {folder} belongs to uid {facts.st_uid}, not to uid {os.getuid()}",
+            "Remove it, or choose another port",
+        )
+
+
+def find_token(port: int, folder: Path | None = None, environ: Mapping[str, str] | None = None) -> str:
+    """The token to present: ``LUNA_TOKEN``, ``LUNA_TOKEN_FILE``, or the one in this user's runtime folder.
+
+    Returns an empty string where there is none: the daemon's refusal then says what to do.
+    """
+    environ = os.environ if environ is None else environ
+    if environ.get("LUNA_TOKEN"):
+        return environ["LUNA_TOKEN"]
+    named = environ.get("LUNA_TOKEN_FILE")
+    path = Path(named) if named else runtime_folder(port, folder) / _TOKEN
+    try:
+        return path.read_text().strip()
+    except OSError as error:
+        if named:
+            raise AuthenticationError(
+                f"LUNA_TOKEN_FILE {named!r} cannot be read: {error.strerror}", "Name a readable file"
+            ) from error
+        return ""
+
+
+def read_facts(port: int, folder: Path | None = None) -> dict[str, Any]:
+    """What the running daemon wrote about itself (``pid``, ``log``); empty if there is none."""
+    try:
+        facts: dict[str, Any] = json.loads((runtime_folder(port, folder) / _FACTS).read_text())
+    except (OSError, ValueError):
+        return {}
+    return facts
+
+
+class Runtime:
+    """The daemon's side: takes the folder, writes a fresh token, removes both on ``close``.
+
+    Raises:
+        PortInUse: a live daemon of this user holds the folder.
+        AuthenticationError: the folder is a link or somebody else's.
+    """
+
+    def __init__(self, port: int, override: Path | None = None) -> None:
+        self.folder = runtime_folder(port, override)
+        self.port = port
+        self.token = secrets.token_urlsafe(32)
+
+    def open(self, facts: dict[str, Any]) -> None:
+        """Take the folder; sweep what a dead daemon left in it."""
+        from filelock import FileLock, Timeout
+
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_owner(self.folder)
+        self.folder.chmod(0o700)
+        self._lock = FileLock(str(self.folder.with_suffix(".lock")), thread_local=False)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise PortInUse(
+                f"another daemon of yours already uses port {self.port}",
+                "See 'luna-daemon status', or choose another --port",
+            ) from error
+        for stale in self.folder.iterdir():
+            stale.unlink() if not stale.is_dir() else shutil.rmtree(stale)
+        self._write(_TOKEN, self.token)
+        self._write(_FACTS, json.dumps(facts))
+
+    def _write(self, name: str, text: str) -> None:
+        file = os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(file, "w") as handle:
+            handle.write(text)
+
+    def close(self) -> None:
+        """Remove the folder and give the lock back."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.release()
+        Path(self._lock.lock_file).unlink(missing_ok=True)

@@ -1,0 +1,32 @@
+"""Direct execution of a module's file, ``python luna_daemon/daemon_server.py``, handled in one place.
+
+An entry module begins with::
+
+    if __name__ == "__main__" and not __package__:
+        import pathlib, sys
+        sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+        from luna_daemon.script import run_as_module
+        run_as_module("luna_daemon.daemon_server")
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+__all__ = ["run_as_module"]
+
+
+def run_as_module(name: str) -> None:
+    """Run the module properly, as part of its package, and exit.
+
+    The paths that only direct execution put on ``sys.path`` go first: a script's folder would shadow the standard
+    library, and the repository has a ``nodes`` folder, as ComfyUI has a ``nodes`` module. The package itself is
+    imported by now and finds its own submodules.
+    """
+    package = Path(__file__).resolve().parent
+    ours = {str(package.parent), *(str(path) for path in (package, package / "pool"))}
+    sys.path[:] = [entry for entry in sys.path if entry not in ours]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+    raise SystemExit(0)

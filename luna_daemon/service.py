@@ -1,0 +1,480 @@
+"""The service behind the socket: who is connected, what they ask, and who answers it.
+
+One ``Service`` lives in the control process. It authenticates connections, checks every descriptor, answers what
+needs no model itself, and hands the rest to the worker pool.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from . import __version__
+from .conditioning_cache import ConditioningCache
+from .config import Settings
+from .core import (
+    PROTOCOL_VERSION,
+    AuthenticationError,
+    BadRequest,
+    Busy,
+    InternalError,
+    LimitExceeded,
+    LunaError,
+    ModelKind,
+    ProtocolError,
+    ServiceType,
+    VersionMismatch,
+    logger,
+)
+from .lora_cache import LoRACache, LoRAEntry
+from .models import ModelResolver, load_bytes
+from .pool.process import WorkerProcess
+from .pool.work import Outcome, Piece, Work
+from .session import ClientRequest, Session
+from .wire import messages as m
+from .wire.arena import Arena, Slot
+from .wire.codec import check_ref
+from .wire.connection import Connection
+from .wire.frame import decode_call, encode_call
+from .workers import WorkerPool
+
+__all__ = ["Service"]
+
+_GREET_S = 5.0
+_TRIM_S = 60.0
+_COMPARE = 1 << 20
+
+
+class Service:
+    """Everything behind the socket.
+
+    Args:
+        settings: limits and caches.
+        pool: computes.
+        resolver: finds models.
+        arena: shared memory, or ``None`` and why in ``arena_why``.
+        token: what a client must present; ``token_place`` says where it lies.
+        collect_info: makes the ``info`` answer.
+        on_shutdown: called when a client asks the daemon to end.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        pool: WorkerPool,
+        resolver: ModelResolver,
+        arena: Arena | None,
+        arena_why: str,
+        token: str,
+        token_place: str,
+        collect_info: Callable[[Service], dict[str, Any]],
+        on_shutdown: Callable[[], None],
+    ) -> None:
+        self.settings = settings
+        self.pool = pool
+        self.resolver = resolver
+        self.arena = arena
+        self.arena_why = arena_why
+        self.token = token
+        self.token_place = token_place
+        self.collect_info = collect_info
+        self.on_shutdown = on_shutdown
+        self.cache = ConditioningCache(settings.conditioning_cache_mb << 20)
+        self.loras = LoRACache(int(settings.lora_cache_gb * (1 << 30)), settings.lora_cache_entries)
+        self.sessions: dict[Connection, Session] = {}
+        self.workers: dict[Connection, WorkerProcess] = {}
+        self.requests: Counter[str] = Counter()
+        self.errors: Counter[str] = Counter()
+        self.fallbacks = 0
+        self.materialised = 0
+        self.coalesced = 0
+        self.born = time.time()
+        self.limits = m.Limits(
+            settings.max_header_mb << 20, settings.max_tensor_mb << 20, settings.arena_client_mb << 20,
+            settings.queue_limit, settings.max_clients,
+        )  # fmt: skip
+        self._connections: set[Connection] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._growing = asyncio.Lock()
+        self._numbers = 0
+
+    # --- connections ---
+
+    def connect(self) -> Connection:
+        """A connection for a socket that was just accepted."""
+        connection = Connection(self, self.limits.header_bytes, self.limits.tensor_bytes)
+        self._connections.add(connection)
+        asyncio.get_running_loop().call_later(_GREET_S, self._expect_hello, connection)
+        return connection
+
+    def _expect_hello(self, connection: Connection) -> None:
+        if connection in self._connections and connection not in self.sessions and connection not in self.workers:
+            connection.close()
+
+    def place(self, connection: Connection, nbytes: int) -> Slot:
+        """Memory for an inline payload: shared if there is some, so that a worker need not get it by socket again."""
+        if connection not in self.sessions and connection not in self.workers:
+            raise AuthenticationError("tensors before a greeting")
+        slot = self.arena.try_allocate(nbytes) if self.arena is not None else None
+        if slot is None and self.arena is not None:
+            self._spawn(self._grow(nbytes))
+        return slot or Slot.on_heap(nbytes)
+
+    def received(self, connection: Connection, message: m.Message, payload: Slot | None) -> None:
+        """A frame of anybody."""
+        worker, session = self.workers.get(connection), self.sessions.get(connection)
+        if worker is not None and isinstance(message, m.Request):
+            self._spawn(self._grant(worker, message))
+        elif worker is not None:
+            self.pool.received(worker, message, payload)
+        elif session is not None:
+            self._from_client(session, message, payload)
+        elif isinstance(message, m.Hello):
+            self._greet(connection, message)
+        else:
+            raise ProtocolError(f"the first message must be hello, not {type(message).__name__}")
+
+    def lost(self, connection: Connection, why: str) -> None:
+        """A connection is gone: nobody computes for its requests any more, and its memory is free."""
+        self._connections.discard(connection)
+        worker, session = self.workers.pop(connection, None), self.sessions.pop(connection, None)
+        if worker is not None:
+            self.pool.lost(worker, why)
+        if session is not None:
+            for request in list(session.requests.values()):
+                if request.work is not None:
+                    self.pool.cancel(request.work, request)
+            session.leases.release_all()
+
+    def _greet(self, connection: Connection, hello: m.Hello) -> None:
+        if hello.protocol != PROTOCOL_VERSION:
+            raise VersionMismatch(
+                f"client {hello.version or '?'} speaks LDP/{hello.protocol}, "
+                f"daemon {__version__} speaks LDP/{PROTOCOL_VERSION}",
+                "Update the older of the two",
+            )
+        if hello.role == "worker":
+            worker = self.pool.adopt(hello.token, connection)
+            if worker is None:
+                raise AuthenticationError("this worker's token is not known")
+            self.workers[connection] = worker
+        else:
+            self._check_token(hello.token)
+            if len(self.sessions) >= self.settings.max_clients:
+                raise Busy(f"{len(self.sessions)} clients are connected, the most allowed", "Raise max_clients", 5.0)
+            self._numbers += 1
+            self.sessions[connection] = Session(self._numbers, connection, hello)
+        info = m.ArenaInfo(str(self.arena.folder), "nonce") if self.arena is not None else None
+        connection.send(m.Welcome(self._numbers, __version__, self.limits, info, self.arena_why))
+
+    def _check_token(self, token: str) -> None:
+        if not hmac.compare_digest(token.encode(), self.token.encode()):
+            who = f"uid {os.getuid()}" if hasattr(os, "getuid") else "another user"
+            raise AuthenticationError(
+                f"the token is {'wrong' if token else 'missing'}: this daemon runs as {who} "
+                f"and its token lies in {self.token_place}",
+                "Run as that user, or set LUNA_TOKEN or LUNA_TOKEN_FILE",
+            )
+
+    def _spawn(self, coroutine: Any) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # --- requests ---
+
+    def _from_client(self, session: Session, message: m.Message, payload: Slot | None) -> None:
+        try:
+            if isinstance(message, m.Request):
+                self._request(session, message, payload)
+            elif isinstance(message, m.Release):
+                for number in message.slots:
+                    session.leases.release(number)
+            elif isinstance(message, m.Cancel):
+                request = session.requests.get(message.id)
+                if request is not None and request.work is not None:
+                    session.requests.pop(message.id)
+                    self.pool.cancel(request.work, request)
+            else:
+                raise ProtocolError(f"clients do not send {type(message).__name__}")
+        finally:
+            if payload is not None:
+                payload.release()
+
+    def _request(self, session: Session, message: m.Request, payload: Slot | None) -> None:
+        request = ClientRequest(session, message.id, self)
+        try:
+            call = _decode(message.call)
+            request.op = str(type(call).__struct_config__.tag)
+            handler = _HANDLERS.get(type(call))
+            if handler is not None:
+                handler(self, request, call, message, payload)
+            else:
+                self._compute(request, call, message, payload)
+        except LunaError as error:
+            request.fail(error)
+        except Exception as error:
+            logger.exception("request %s failed", request.op)
+            request.fail(InternalError(f"{type(error).__name__}: {error}", "The daemon's log has the traceback"))
+
+    def _pieces(self, session: Session, refs: list[m.TensorRef], payload: Slot | None) -> list[Piece]:
+        """Check descriptors and take a use of the memory behind each.
+
+        Raises:
+            BadRequest, LimitExceeded: a descriptor contradicts itself or points outside what the client holds.
+        """
+        total = sum(max(0, ref.nbytes) for ref in refs)
+        if total > self.limits.tensor_bytes:
+            raise LimitExceeded(f"tensors of {total} bytes; the limit is {self.limits.tensor_bytes}")
+        pieces: list[Piece] = []
+        try:
+            for ref in refs:
+                check_ref(ref, self.limits.tensor_bytes)
+                source = session.leases.get(ref.slot) if ref.slot else (payload or Slot.on_heap(0))
+                start = 0 if ref.slot else ref.offset
+                if start + ref.nbytes > source.nbytes:
+                    raise BadRequest(f"tensor at {start}..{start + ref.nbytes} is outside its {source.nbytes} bytes")
+                pieces.append(Piece(ref, source.part(start, ref.nbytes)))
+        except LunaError:
+            for piece in pieces:
+                piece.slot.release()
+            raise
+        return pieces
+
+    # --- what needs a model ---
+
+    def _compute(self, request: ClientRequest, call: m.Call, message: m.Request, payload: Slot | None) -> None:
+        spec = self.resolver.resolve(_model_of(call))
+        self._check_served(spec.kind)
+        key = self._cache_key(spec, call)
+        if key is not None and (kept := self.cache.get(key)) is not None:
+            request.finish(kept, shared=True)
+            return
+        pieces = self._pieces(request.session, message.tensors, payload)
+        same = self.pool.find_same(lambda work: _is_same(work, spec, message.call, pieces))
+        if same is not None:
+            for piece in pieces:
+                piece.slot.release()
+            self.coalesced += 1
+            request.join(same)
+            return
+        deadline = None if message.deadline_s is None else time.monotonic() + message.deadline_s
+        work = Work(
+            request.op, message.call, spec, pieces, message.priority, deadline, [], load_bytes(spec),
+            pin=isinstance(call, m.ModelLoad) and call.pin,
+            keep=None if key is None else lambda outcome: self.cache.put(key, outcome),
+        )  # fmt: skip
+        request.join(work)
+        try:
+            self.pool.submit(work)
+        except LunaError as error:
+            work.fail(error)
+
+    def _check_served(self, kind: str) -> None:
+        only = self.settings.service_type
+        if (only is ServiceType.VAE_ONLY and kind == ModelKind.CLIP) or (
+            only is ServiceType.CLIP_ONLY and kind == ModelKind.VAE
+        ):
+            raise BadRequest(f"this daemon serves {only.value} only", "Ask the daemon that serves the other kind")
+
+    def _cache_key(self, spec: m.LoadSpec, call: m.Call) -> bytes | None:
+        """Everything that determines a conditioning, or ``None`` if it is not kept."""
+        if not isinstance(call, m.ClipEncode) or not self.cache.max_bytes:
+            return None
+        bare = msgspec.structs.replace(call, model=m.ModelRef(spec.kind))
+        return hashlib.blake2b(spec.key.encode() + b"\0" + bytes(encode_call(bare)), digest_size=16).digest()
+
+    # --- what needs none ---
+
+    def _ping(self, request: ClientRequest, call: m.Ping, message: m.Request, payload: Slot | None) -> None:
+        request.answer(None)
+
+    def _info(self, request: ClientRequest, call: m.Info, message: m.Request, payload: Slot | None) -> None:
+        request.answer(self.collect_info(self))
+
+    def _prove(self, request: ClientRequest, call: m.ArenaProof, message: m.Request, payload: Slot | None) -> None:
+        if self.arena is None or not hmac.compare_digest(call.nonce.encode(), self.arena.nonce.encode()):
+            raise BadRequest("that is not the nonce of this daemon's shared memory", "Use TCP")
+        request.session.sees_arena = True
+        request.answer(None)
+
+    def _alloc(self, request: ClientRequest, call: m.Alloc, message: m.Request, payload: Slot | None) -> None:
+        if not request.session.sees_arena:
+            raise BadRequest("shared memory was not proved to be visible to this client", "Send tensors inline")
+        if not 0 < call.nbytes <= self.limits.tensor_bytes:
+            raise LimitExceeded(f"a slot of {call.nbytes} bytes; the limit is {self.limits.tensor_bytes}")
+        if request.session.leases.nbytes + call.nbytes > self.limits.arena_bytes_per_client:
+            raise LimitExceeded(
+                f"this client holds {request.session.leases.nbytes} bytes of shared memory; "
+                f"the limit is {self.limits.arena_bytes_per_client}",
+                "Release tensors, or raise arena_client_mb",
+            )
+        self._spawn(self._alloc_later(request, call.nbytes))
+
+    async def _alloc_later(self, request: ClientRequest, nbytes: int) -> None:
+        slot = await self._allocate(nbytes)
+        if slot is None:
+            request.fail(LimitExceeded("shared memory is full", "Send tensors inline"))
+        elif request.session.connection not in self.sessions:
+            slot.release()
+        else:
+            request.answer(None, [self._lease(request.session.leases, slot)])
+
+    def _models(self, request: ClientRequest, call: m.ModelsList, message: m.Request, payload: Slot | None) -> None:
+        request.answer(
+            {
+                "named": {
+                    name: {"type": model.type, "vae": model.vae, "clip": model.clip}
+                    for name, model in self.resolver.named.items()
+                },
+                "loaded": {key: nbytes for worker in self.pool.workers for key, nbytes in worker.models.items()},
+                "pinned": sorted(self.pool.pinned),
+            }
+        )
+
+    def _unload(self, request: ClientRequest, call: m.ModelUnload, message: m.Request, payload: Slot | None) -> None:
+        key = self.resolver.resolve(call.model).key if call.model is not None else None
+        request.answer({"unloaded": self.pool.unload(key)})
+
+    def _lora_put(self, request: ClientRequest, call: m.LoraPut, message: m.Request, payload: Slot | None) -> None:
+        if len(call.keys) != len(message.tensors):
+            raise BadRequest(f"{len(call.keys)} keys for {len(message.tensors)} tensors")
+        pieces = self._pieces(request.session, message.tensors, payload)
+        try:
+            self.loras.put(call.name, LoRAEntry(call.keys, pieces))
+        except LunaError:
+            for piece in pieces:
+                piece.slot.release()
+            raise
+        request.answer({"success": True, "bytes": sum(piece.slot.nbytes for piece in pieces)})
+
+    def _lora_get(self, request: ClientRequest, call: m.LoraGet, message: m.Request, payload: Slot | None) -> None:
+        entry = self.loras.get(call.name)
+        if entry is None:
+            request.answer({"keys": None})
+        else:
+            request.finish(Outcome({"keys": entry.keys}, entry.pieces, []), shared=True)
+
+    def _lora_check(self, request: ClientRequest, call: m.LoraCheck, message: m.Request, payload: Slot | None) -> None:
+        request.answer({"exists": call.name in self.loras})
+
+    def _lora_stats(self, request: ClientRequest, call: m.LoraStats, message: m.Request, payload: Slot | None) -> None:
+        request.answer(self.loras.stats())
+
+    def _register(self, request: ClientRequest, call: m.Register, message: m.Request, payload: Slot | None) -> None:
+        request.answer({"success": True, "kind": call.kind, "type": call.type, "note": "models load by configuration"})
+
+    def _report(self, request: ClientRequest, call: m.Report, message: m.Request, payload: Slot | None) -> None:
+        self.fallbacks += max(0, call.fallbacks)
+        self.materialised += max(0, call.materialised)
+        request.answer(None)
+
+    def _drain(self, request: ClientRequest, call: m.Drain, message: m.Request, payload: Slot | None) -> None:
+        self.pool.accepting = False
+        request.answer({"in_flight": self.pool.in_flight})
+
+    def _shutdown(self, request: ClientRequest, call: m.Shutdown, message: m.Request, payload: Slot | None) -> None:
+        request.answer({"in_flight": self.pool.in_flight})
+        self.on_shutdown()
+
+    # --- shared memory ---
+
+    async def _allocate(self, nbytes: int) -> Slot | None:
+        """A slot, growing the arena if need be; ``None`` when it is full."""
+        if self.arena is None:
+            return None
+        slot = self.arena.try_allocate(nbytes)
+        if slot is None:
+            await self._grow(nbytes)
+            slot = self.arena.try_allocate(nbytes)
+        return slot
+
+    async def _grow(self, nbytes: int) -> None:
+        async with self._growing:
+            if self.arena is None:
+                return
+            probe = self.arena.try_allocate(nbytes)
+            if probe is not None:
+                probe.release()
+                return
+            try:
+                made = await asyncio.get_running_loop().run_in_executor(None, self.arena.grow, nbytes)
+            except LimitExceeded as error:
+                logger.warning("%s: tensors go by the socket", error.message)
+                return
+            self.arena.add(*made)
+
+    async def _grant(self, worker: WorkerProcess, message: m.Request) -> None:
+        """A worker asks for a slot for its result."""
+        call = decode_call(message.call)
+        assert worker.connection is not None
+        slot = await self._allocate(call.nbytes) if isinstance(call, m.Alloc) else None
+        if slot is None:
+            worker.connection.send(m.Failure(message.id, LimitExceeded.code, "shared memory is full"))
+        elif worker.connection not in self.workers:
+            slot.release()
+        else:
+            worker.connection.send(m.Reply(message.id, None, [self._lease(worker.leases, slot)]))
+
+    @staticmethod
+    def _lease(leases: Any, slot: Slot) -> m.TensorRef:
+        return m.TensorRef("uint8", (slot.nbytes,), slot.nbytes, slot.offset, leases.add(slot), slot.segment)
+
+    def tidy(self) -> None:
+        """Give unused shared memory back; called every few seconds."""
+        if self.arena is not None:
+            self.arena.trim(_TRIM_S)
+
+    def close(self) -> None:
+        """Close every connection and forget every cache."""
+        self.cache.clear()
+        self.loras.clear()
+        for connection in list(self._connections):
+            connection.close()
+
+
+def _decode(raw: msgspec.Raw) -> m.Call:
+    try:
+        return decode_call(raw)
+    except ProtocolError as error:
+        raise BadRequest(error.message, "See docs/protocol.md for the ops and their fields") from error
+
+
+def _model_of(call: m.Call) -> m.ModelRef:
+    return call.model if hasattr(call, "model") else m.ModelRef(ModelKind.ECHO)
+
+
+def _is_same(work: Work, spec: m.LoadSpec, call: msgspec.Raw, pieces: list[Piece]) -> bool:
+    """Whether other work computes exactly this."""
+    if work.spec.key != spec.key or bytes(work.call) != bytes(call) or spec.kind == ModelKind.ECHO:
+        return False
+    if len(work.pieces) != len(pieces) or work.pin:
+        return False
+    return all(
+        a.ref.shape == b.ref.shape and a.ref.dtype == b.ref.dtype and _equal(a.slot.view, b.slot.view)
+        for a, b in zip(work.pieces, pieces)
+    )
+
+
+def _equal(a: memoryview, b: memoryview) -> bool:
+    """Bytes compared in pieces: a memoryview's own comparison goes element by element."""
+    return a.nbytes == b.nbytes and all(
+        bytes(a[at : at + _COMPARE]) == bytes(b[at : at + _COMPARE]) for at in range(0, a.nbytes, _COMPARE)
+    )
+
+
+_HANDLERS: dict[type, Callable[..., None]] = {
+    m.Ping: Service._ping, m.Info: Service._info, m.ArenaProof: Service._prove, m.Alloc: Service._alloc,
+    m.ModelsList: Service._models, m.ModelUnload: Service._unload, m.LoraPut: Service._lora_put,
+    m.LoraGet: Service._lora_get, m.LoraCheck: Service._lora_check, m.LoraStats: Service._lora_stats,
+    m.Register: Service._register, m.Report: Service._report, m.Drain: Service._drain, m.Shutdown: Service._shutdown,
+}  # fmt: skip
+"""Ops that the control process answers itself; every other op is computed by a worker."""

@@ -1,0 +1,93 @@
+"""One client's connection, and one request of it on its way to an answer."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from .core import LunaError
+from .pool.work import Outcome, Work
+from .wire import messages as m
+from .wire.arena import Leases, Slot
+from .wire.connection import Connection
+
+if TYPE_CHECKING:
+    from .service import Service
+
+__all__ = ["ClientRequest", "Session"]
+
+_INLINE_BYTES = 32 << 10
+"""Smaller results travel in the message: mapping and releasing a slot would cost more."""
+
+
+class Session:
+    """An authenticated client."""
+
+    def __init__(self, number: int, connection: Connection, hello: m.Hello) -> None:
+        self.number = number
+        self.connection = connection
+        self.name = hello.name
+        self.pid = hello.pid
+        self.since = time.time()
+        self.sees_arena = False
+        self.leases = Leases()
+        self.requests: dict[int, ClientRequest] = {}
+
+
+class ClientRequest:
+    """A request that waits for its answer: a ``Waiter`` of the pool."""
+
+    def __init__(self, session: Session, number: int, service: Service) -> None:
+        self.session = session
+        self.client = session.number
+        self.number = number
+        self.service = service
+        self.op = "unknown"
+        self.work: Work | None = None
+
+    def join(self, work: Work) -> None:
+        """Wait for this work."""
+        self.work = work
+        work.waiters.append(self)
+        self.session.requests[self.number] = self
+
+    def progress(self, stage: str, step: int, total: int) -> None:
+        self.session.connection.send(m.Progress(self.number, stage, step, total))
+
+    def answer(self, result: Any, tensors: list[m.TensorRef] | None = None) -> None:
+        """Answer without a worker."""
+        self.service.requests[self.op] += 1
+        self.session.connection.send(m.Reply(self.number, result, tensors or []))
+
+    def finish(self, outcome: Outcome, shared: bool) -> None:
+        """Answer with tensors.
+
+        Args:
+            shared: others hold the same slots: this client gets its own uses of them, to copy from. Otherwise the
+                outcome's uses pass to this client.
+        """
+        self._leave()
+        refs: list[m.TensorRef] = []
+        inline: list[Slot] = []
+        at = 0
+        for piece in outcome.pieces:
+            ref, slot = piece.ref, piece.slot.retain() if shared else piece.slot
+            if self.session.sees_arena and slot.number and ref.nbytes > _INLINE_BYTES:
+                number = self.session.leases.add(slot)
+                refs.append(m.TensorRef(ref.dtype, ref.shape, ref.nbytes, slot.offset, number, slot.segment, shared))
+            else:
+                inline.append(slot)
+                refs.append(m.TensorRef(ref.dtype, ref.shape, ref.nbytes, at))
+                at += ref.nbytes
+        self.service.requests[self.op] += 1
+        self.session.connection.send(m.Reply(self.number, outcome.result, refs, outcome.notes), inline)
+
+    def fail(self, error: LunaError) -> None:
+        self._leave()
+        self.service.errors[error.code] += 1
+        retry = getattr(error, "retry_after_s", 0.0)
+        self.session.connection.send(m.Failure(self.number, error.code, error.message, error.hint, retry))
+
+    def _leave(self) -> None:
+        self.work = None
+        self.session.requests.pop(self.number, None)

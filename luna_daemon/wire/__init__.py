@@ -1,0 +1,1 @@
+"""The protocol LDP/1: messages, framing, tensors as bytes, shared memory."""

@@ -1,0 +1,134 @@
+"""One blocking connection that speaks LDP/1: what clients and workers hold. Sending is thread-safe, receiving is not."""
+
+from __future__ import annotations
+
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Sequence
+
+from ..core import DaemonConnectionError
+from .frame import MAX_HEADER, PREFIX_SIZE, decode_message, encode_frame, parse_prefix
+from .messages import Message
+
+__all__ = ["Channel"]
+
+_CHUNK = 1 << 20
+_READ = 256 << 10
+_SEND_STALL_S = 60.0
+
+
+class Channel:
+    """Frames over a connected socket.
+
+    Args:
+        max_payload: most inline bytes accepted in one frame.
+    """
+
+    def __init__(self, sock: socket.socket, max_payload: int = 1 << 40) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.settimeout(_SEND_STALL_S)
+        self._sock = sock
+        self._max_payload = max_payload
+        self._send_lock = threading.Lock()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(sock, selectors.EVENT_READ)
+        self._buffer = bytearray(_READ)
+        self._have = 0
+        # A frame whose payload is still arriving: kept here, so that a timeout in its middle loses nothing.
+        self._message: Message | None = None
+        self._payload = bytearray()
+        self._filled = 0
+
+    def send(self, message: Message, payload: Sequence[memoryview] = ()) -> None:
+        """Send one frame.
+
+        Raises:
+            DaemonConnectionError: the other side is gone or has stopped reading.
+        """
+        with self._send_lock:
+            self._send(message, payload)
+
+    def try_send(self, message: Message) -> bool:
+        """Send unless somebody is sending just now; never waits, so a finalizer may call it."""
+        if not self._send_lock.acquire(blocking=False):
+            return False
+        try:
+            self._send(message, ())
+        finally:
+            self._send_lock.release()
+        return True
+
+    def _send(self, message: Message, payload: Sequence[memoryview]) -> None:
+        head = encode_frame(message, sum(part.nbytes for part in payload))
+        try:
+            self._sock.sendall(head)
+            for part in payload:
+                for start in range(0, part.nbytes, _CHUNK):
+                    self._sock.sendall(part[start : start + _CHUNK])
+        except (OSError, ValueError) as error:
+            raise DaemonConnectionError(f"connection lost while sending: {error}") from error
+
+    def receive(self, timeout_s: float | None = None) -> tuple[Message, memoryview] | None:
+        """The next frame and its inline payload, or ``None`` if it is not complete within ``timeout_s``.
+
+        Raises:
+            DaemonConnectionError: the other side closed.
+            ProtocolError: it sent something that is not LDP/1.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        try:
+            while not self._complete():
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                if not self._selector.select(left):
+                    return None
+                self._read_some()
+        except (OSError, ValueError) as error:
+            raise DaemonConnectionError(f"connection lost while receiving: {error}") from error
+        message, payload = self._message, self._payload
+        assert message is not None
+        self._message, self._payload, self._filled = None, bytearray(), 0
+        return message, memoryview(payload)
+
+    def close(self) -> None:
+        """Close; a thread that receives gets ``DaemonConnectionError``."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        self._sock.close()
+
+    def _complete(self) -> bool:
+        """Whether a whole frame is here; takes its head out of the buffer as soon as that is."""
+        if self._message is None:
+            if self._have < PREFIX_SIZE:
+                return False
+            header, payload = parse_prefix(self._buffer, MAX_HEADER, self._max_payload)
+            end = PREFIX_SIZE + header
+            if self._have < end:
+                if len(self._buffer) < end:
+                    self._buffer.extend(bytes(end - len(self._buffer)))
+                return False
+            with memoryview(self._buffer) as view:
+                # Copied: a message may keep raw parts of the bytes that it was decoded from.
+                self._message = decode_message(bytes(view[PREFIX_SIZE:end]))
+            self._payload = bytearray(payload)
+            here = min(payload, self._have - end)
+            self._payload[:here] = self._buffer[end : end + here]
+            self._filled = here
+            self._buffer[: self._have - end - here] = self._buffer[end + here : self._have]
+            self._have -= end + here
+        return self._filled == len(self._payload)
+
+    def _read_some(self) -> None:
+        if self._message is not None:
+            with memoryview(self._payload) as view:
+                got = self._sock.recv_into(view[self._filled :])
+            self._filled += got
+        else:
+            with memoryview(self._buffer) as view:
+                got = self._sock.recv_into(view[self._have :])
+            self._have += got
+        if got == 0:
+            raise ConnectionResetError("the other side closed the connection")

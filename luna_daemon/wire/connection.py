@@ -1,0 +1,209 @@
+"""One asyncio connection that speaks LDP/1: the control process' side of a client or worker.
+
+Inline payloads are received straight into a slot that the owner provides, and sent straight from one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import deque
+from typing import Protocol
+
+from ..core import LunaError, ProtocolError
+from .arena import Slot
+from .frame import PREFIX_SIZE, decode_message, encode_frame, parse_prefix
+from .messages import Failure, Message
+
+__all__ = ["Connection", "Peer"]
+
+_READ = 64 << 10
+_CHUNK = 512 << 10
+_MOST_QUEUED = 64
+"""Frames waiting for a slow reader before we stop reading its requests."""
+
+
+class Peer(Protocol):
+    """Whoever owns a connection."""
+
+    def place(self, connection: Connection, nbytes: int) -> Slot:
+        """Memory for an inline payload that is about to arrive."""
+        ...
+
+    def received(self, connection: Connection, message: Message, payload: Slot | None) -> None:
+        """A whole frame. The receiver owns the payload slot."""
+        ...
+
+    def lost(self, connection: Connection, why: str) -> None:
+        """The connection is gone."""
+        ...
+
+
+class Connection(asyncio.BufferedProtocol):
+    """Framing on an asyncio transport.
+
+    Args:
+        peer: told of every frame.
+        max_header: most bytes of a message.
+        max_payload: most inline bytes of a frame.
+    """
+
+    def __init__(self, peer: Peer, max_header: int, max_payload: int) -> None:
+        self.peer = peer
+        self.max_header = max_header
+        self.max_payload = max_payload
+        self.transport: asyncio.Transport | None = None
+        self.remote = ""
+        self._buffer = bytearray(_READ)
+        self._have = 0
+        self._message: Message | None = None
+        self._payload: Slot | None = None
+        self._filled = 0
+        self._outbox: deque[tuple[bytes, list[Slot]]] = deque()
+        self._sending: deque[memoryview] = deque()
+        self._sent_slots: list[Slot] = []
+        self._paused = False
+        self._closing = False
+
+    # --- asyncio's side ---
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        self.remote = str(transport.get_extra_info("peername"))
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # Paused means "not all of it has left": a slot may be reused only once the kernel has its bytes.
+        transport.set_write_buffer_limits(high=0)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        if self._payload is not None:
+            return self._payload.view[self._filled :]
+        return memoryview(self._buffer)[self._have :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        try:
+            if self._payload is not None:
+                self._filled += nbytes
+                self._finish_payload()
+            else:
+                self._have += nbytes
+                self._take_frames()
+        except LunaError as error:
+            self._refuse(error)
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._closing = True
+        slots = [slot for _, held in self._outbox for slot in held] + self._sent_slots
+        self._outbox.clear()
+        self._sending.clear()
+        self._sent_slots = []
+        if self._payload is not None:
+            slots.append(self._payload)
+            self._payload = None
+        for slot in slots:
+            slot.release()
+        self.peer.lost(self, str(exc) if exc else "closed")
+
+    def pause_writing(self) -> None:
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        self._pump()
+        if self.transport is not None and not self._closing and len(self._outbox) < _MOST_QUEUED:
+            self.transport.resume_reading()
+
+    # --- the owner's side ---
+
+    def send(self, message: Message, slots: list[Slot] | None = None) -> None:
+        """Queue a frame; ``slots`` travel inline and are released once they have left."""
+        slots = slots or []
+        if self._closing or self.transport is None:
+            for slot in slots:
+                slot.release()
+            return
+        self._outbox.append((encode_frame(message, sum(slot.nbytes for slot in slots)), slots))
+        self._pump()
+        if len(self._outbox) >= _MOST_QUEUED:
+            self.transport.pause_reading()
+
+    def close(self) -> None:
+        """Close after what is queued has left."""
+        self._closing = True
+        if self.transport is not None:
+            self.transport.close()
+
+    # --- receiving ---
+
+    def _take_frames(self) -> None:
+        start = 0
+        view = memoryview(self._buffer)
+        while self._have - start >= PREFIX_SIZE and self._payload is None and not self._closing:
+            header, payload = parse_prefix(view[start:], self.max_header, self.max_payload)
+            end = start + PREFIX_SIZE + header
+            if self._have < end:
+                if len(self._buffer) < PREFIX_SIZE + header:
+                    view = self._enlarge(start, PREFIX_SIZE + header)
+                    start = 0
+                break
+            message = decode_message(bytes(view[start + PREFIX_SIZE : end]))
+            start = end
+            if payload == 0:
+                self.peer.received(self, message, None)
+                continue
+            self._message = message
+            self._payload = self.peer.place(self, payload)
+            here = min(payload, self._have - start)
+            self._payload.view[:here] = view[start : start + here]
+            self._filled = here
+            start += here
+            self._finish_payload()
+        if start:
+            left = self._have - start
+            view[:left] = view[start : self._have]
+            self._have = left
+
+    def _enlarge(self, start: int, size: int) -> memoryview:
+        larger = bytearray(size)
+        larger[: self._have - start] = self._buffer[start : self._have]
+        self._buffer, self._have = larger, self._have - start
+        return memoryview(larger)
+
+    def _finish_payload(self) -> None:
+        if self._payload is not None and self._filled == self._payload.nbytes:
+            message, payload = self._message, self._payload
+            self._message, self._payload, self._filled = None, None, 0
+            assert message is not None
+            self.peer.received(self, message, payload)
+
+    def _refuse(self, error: LunaError) -> None:
+        if isinstance(error, ProtocolError) and bytes(self._buffer[:4]) in (b"GET ", b"POST", b"HEAD", b"PUT ", b"OPTI"):
+            if self.transport is not None:
+                self.transport.write(b"HTTP/1.0 400 Luna Daemon's socket speaks LDP/1, not HTTP\r\n\r\n")
+        else:
+            self.send(Failure(0, error.code, error.message, error.hint))
+        self.close()
+
+    # --- sending ---
+
+    def _pump(self) -> None:
+        transport = self.transport
+        if transport is None:
+            return
+        while not self._paused:
+            if self._sending:
+                transport.write(self._sending.popleft())
+                continue
+            for slot in self._sent_slots:
+                slot.release()
+            self._sent_slots = []
+            if not self._outbox:
+                return
+            head, slots = self._outbox.popleft()
+            self._sent_slots = slots
+            transport.write(head)
+            for slot in slots:
+                self._sending.extend(slot.view[at : at + _CHUNK] for at in range(0, slot.nbytes, _CHUNK))

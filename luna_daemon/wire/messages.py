@@ -1,0 +1,385 @@
+"""LDP/1: every message on the socket, grouped by who reads it.
+
+Messages are msgspec structs in msgpack. Decoding checks types; anything else is a ``ProtocolError`` or, inside a
+request, a ``BadRequest``. Tensor bytes are never here: a ``TensorRef`` says where they lie.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Union
+
+import msgspec
+
+__all__ = [
+    "Alloc",
+    "ArenaInfo",
+    "ArenaProof",
+    "Call",
+    "Cancel",
+    "ClipEncode",
+    "ClipTokenize",
+    "Drain",
+    "Echo",
+    "Failure",
+    "FileId",
+    "Hello",
+    "Info",
+    "Job",
+    "Limits",
+    "LoadSpec",
+    "LoraCheck",
+    "LoraGet",
+    "LoraPut",
+    "LoraStats",
+    "Message",
+    "ModelLoad",
+    "ModelRef",
+    "ModelUnload",
+    "ModelsList",
+    "Ping",
+    "Progress",
+    "Register",
+    "Release",
+    "Reply",
+    "Report",
+    "Request",
+    "Shutdown",
+    "TensorRef",
+    "Tiling",
+    "Tokens",
+    "Unload",
+    "VaeDecode",
+    "VaeEncode",
+    "Welcome",
+    "WorkerReady",
+    "WorkerStatus",
+]
+
+Tokens = dict[str, list[list[tuple[int, float]]]]
+"""Per text encoder (``l``, ``g``, ``t5xxl``) its chunks of ``(token id, weight)``, as ComfyUI's tokenizers make them."""
+
+
+class TensorRef(msgspec.Struct, array_like=True, frozen=True):
+    """Where a tensor's bytes lie: C-contiguous, little-endian."""
+
+    dtype: str
+    """torch's name without the prefix: ``float32``, ``bfloat16``, ``uint8`` ..."""
+    shape: tuple[int, ...]
+    nbytes: int
+    offset: int
+    """Bytes from the start of the segment, or of this frame's payload when ``slot`` is 0."""
+    slot: int = 0
+    """Number of the arena slot; 0 means the bytes follow in this frame."""
+    segment: str = ""
+    """Name of the arena segment that holds the slot."""
+    shared: bool = False
+    """Others read the same slot: copy before use, then release."""
+
+
+class Tiling(msgspec.Struct, frozen=True):
+    """ComfyUI's tile arguments. Latent units for decode, pixels for encode; ``None`` is ComfyUI's default."""
+
+    tile_x: int | None = None
+    tile_y: int | None = None
+    overlap: int | None = None
+    tile_t: int | None = None
+    overlap_t: int | None = None
+
+
+class FileId(msgspec.Struct, frozen=True):
+    """A model file as the client sees it. Size and mtime (and inode, on one host) must agree with the daemon's."""
+
+    path: str
+    size: int = 0
+    mtime_ns: int = 0
+    inode: int = 0
+    digest: str = ""
+    """``sha256:...`` of the content, where the two sides do not share a disk."""
+
+
+class ModelRef(msgspec.Struct, frozen=True):
+    """Which model: a name from the configuration, or files; ``type`` is the family (``sdxl``, ``flux`` ...)."""
+
+    kind: str
+    name: str = ""
+    files: tuple[FileId, ...] = ()
+    type: str = ""
+
+
+# --- calls: what a request may ask for; the tag is the op --------------------------------------------------------
+
+
+class Ping(msgspec.Struct, tag_field="op", tag="ping", frozen=True):
+    """Answered at once by the control process."""
+
+
+class Info(msgspec.Struct, tag_field="op", tag="info", frozen=True):
+    """Everything the daemon knows about itself."""
+
+
+class ArenaProof(msgspec.Struct, tag_field="op", tag="arena", frozen=True):
+    """The nonce that the client read from the arena folder: proof that both see the same memory."""
+
+    nonce: str
+
+
+class Alloc(msgspec.Struct, tag_field="op", tag="alloc", frozen=True):
+    """Reserve an arena slot to write a tensor into. The reply's only tensor is the slot."""
+
+    nbytes: int
+
+
+class Echo(msgspec.Struct, tag_field="op", tag="echo", frozen=True):
+    """Diagnostic: a worker takes the input and answers ``nbytes`` of float32, after ``seconds`` of work."""
+
+    nbytes: int = 0
+    seconds: float = 0.0
+
+
+class VaeEncode(msgspec.Struct, tag_field="op", tag="vae.encode", frozen=True):
+    """Pixels ``[B,H,W,C]`` float32 in 0..1 to latents ``[B,C,h,w]`` float32."""
+
+    model: ModelRef
+    tiling: Tiling | None = None
+
+
+class VaeDecode(msgspec.Struct, tag_field="op", tag="vae.decode", frozen=True):
+    """Latents ``[B,C,h,w]`` to pixels ``[B,H,W,C]`` float32 in 0..1."""
+
+    model: ModelRef
+    tiling: Tiling | None = None
+
+
+class ClipTokenize(msgspec.Struct, tag_field="op", tag="clip.tokenize", frozen=True):
+    """A prompt with ``(word:1.3)`` weights to ``Tokens``, in the result's ``tokens``."""
+
+    model: ModelRef
+    text: str
+
+
+class ClipEncode(msgspec.Struct, tag_field="op", tag="clip.encode", frozen=True):
+    """Text or tokens to conditioning: tensors named in the result's ``names`` (``cond``, ``pooled_output`` ...)."""
+
+    model: ModelRef
+    text: str | None = None
+    tokens: Tokens | None = None
+    layer: int | None = None
+    """ComfyUI's ``layer_idx``: -1 last, -2 penultimate; ``None`` is the family's own."""
+    unprojected: bool = False
+    """Pooled output before the text projection (``return_pooled="unprojected"``)."""
+
+
+class ModelsList(msgspec.Struct, tag_field="op", tag="models.list", frozen=True):
+    """Names from the configuration and what is loaded."""
+
+
+class ModelLoad(msgspec.Struct, tag_field="op", tag="models.load", frozen=True):
+    """Warm a model; the result holds its properties (latent channels, ratios, encoders)."""
+
+    model: ModelRef
+    pin: bool = False
+    """Keep it loaded: it is neither idled out nor evicted."""
+
+
+class ModelUnload(msgspec.Struct, tag_field="op", tag="models.unload", frozen=True):
+    """Give a model's memory back; ``None`` unloads all."""
+
+    model: ModelRef | None = None
+
+
+class LoraPut(msgspec.Struct, tag_field="op", tag="lora.put", frozen=True):
+    """Keep a state dict in RAM under ``name``; tensors in the order of ``keys``."""
+
+    name: str
+    keys: list[str]
+
+
+class LoraGet(msgspec.Struct, tag_field="op", tag="lora.get", frozen=True):
+    """The state dict kept under ``name``: the result's ``keys`` name the tensors."""
+
+    name: str
+
+
+class LoraCheck(msgspec.Struct, tag_field="op", tag="lora.check", frozen=True):
+    """Whether ``name`` is in the cache: the result's ``exists``."""
+
+    name: str
+
+
+class LoraStats(msgspec.Struct, tag_field="op", tag="lora.stats", frozen=True):
+    """Figures of the LoRA cache."""
+
+
+class Register(msgspec.Struct, tag_field="op", tag="register", frozen=True):
+    """The predecessor's registration calls: they succeed and do nothing."""
+
+    kind: str
+    type: str = ""
+
+
+class Report(msgspec.Struct, tag_field="op", tag="report", frozen=True):
+    """A client tells what it had to do without the daemon, so that ``info`` can show it."""
+
+    fallbacks: int = 0
+    materialised: int = 0
+
+
+class Drain(msgspec.Struct, tag_field="op", tag="drain", frozen=True):
+    """Take nothing new; finish what runs."""
+
+
+class Shutdown(msgspec.Struct, tag_field="op", tag="shutdown", frozen=True):
+    """Drain, then end."""
+
+
+Call = Union[
+    Ping, Info, ArenaProof, Alloc, Echo, VaeEncode, VaeDecode, ClipTokenize, ClipEncode, ModelsList, ModelLoad,
+    ModelUnload, LoraPut, LoraGet, LoraCheck, LoraStats, Register, Report, Drain, Shutdown,
+]  # fmt: skip
+
+
+# --- read by the daemon ------------------------------------------------------------------------------------------
+
+
+class Hello(msgspec.Struct, tag="hello", frozen=True):
+    """First message of every connection."""
+
+    protocol: int
+    token: str
+    role: str
+    """``client`` or ``worker``."""
+    name: str
+    pid: int
+    version: str = ""
+
+
+class Request(msgspec.Struct, tag="request", frozen=True):
+    """A call. ``call`` stays raw until its own decode, so that a bad call still has an id to answer to."""
+
+    id: int
+    call: msgspec.Raw
+    tensors: list[TensorRef] = []
+    deadline_s: float | None = None
+    """Seconds from receipt; a request not started by then is answered ``DeadlineExceeded``."""
+    priority: int = 1
+
+
+class Cancel(msgspec.Struct, tag="cancel", frozen=True):
+    """Stop the request of that id: at once if queued, at the next tile if it runs."""
+
+    id: int
+
+
+class Release(msgspec.Struct, tag="release", frozen=True):
+    """The reader is done with these slots."""
+
+    slots: list[int]
+
+
+class WorkerReady(msgspec.Struct, tag="ready", frozen=True):
+    """A worker has imported its backend and waits for jobs."""
+
+    backend: str
+    versions: dict[str, str]
+    devices: list[str]
+    arena: bool
+    """Whether it sees the shared memory."""
+
+
+class WorkerStatus(msgspec.Struct, tag="status", frozen=True):
+    """What a worker holds now: model key to bytes."""
+
+    models: dict[str, int]
+    rss: int
+
+
+# --- read by clients and workers ---------------------------------------------------------------------------------
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What the daemon accepts; checked before memory is allocated."""
+
+    header_bytes: int
+    tensor_bytes: int
+    arena_bytes_per_client: int
+    queue: int
+    clients: int
+
+
+class ArenaInfo(msgspec.Struct, frozen=True):
+    """Where the shared memory is and the file whose content proves that the client sees it."""
+
+    folder: str
+    nonce: str
+
+
+class Welcome(msgspec.Struct, tag="welcome", frozen=True):
+    """The answer to a good ``hello``."""
+
+    session: int
+    version: str
+    limits: Limits
+    arena: ArenaInfo | None = None
+    arena_why: str = ""
+    """Why there is no arena."""
+
+
+class Reply(msgspec.Struct, tag="reply", frozen=True):
+    """A call's result."""
+
+    id: int
+    result: Any = None
+    tensors: list[TensorRef] = []
+    notes: list[str] = []
+    """What the caller should know: tiled for lack of memory, say."""
+
+
+class Failure(msgspec.Struct, tag="failure", frozen=True):
+    """A typed error; id 0 concerns the connection, which then closes."""
+
+    id: int
+    code: str
+    message: str
+    hint: str = ""
+    retry_after_s: float = 0.0
+
+
+class Progress(msgspec.Struct, tag="progress", frozen=True):
+    """A sign of life: ``queued``, ``loading``, ``running`` or ``tile``, with ``step`` of ``total`` where known."""
+
+    id: int
+    stage: str
+    step: int = 0
+    total: int = 0
+
+
+class LoadSpec(msgspec.Struct, frozen=True):
+    """A resolved model as a worker loads it. ``key`` names it everywhere behind the socket."""
+
+    key: str
+    kind: str
+    type: str
+    files: tuple[str, ...]
+    device: str
+    precision: str
+
+
+class Job(msgspec.Struct, tag="job", frozen=True):
+    """Work for a worker: a call with its resolved model; ``unload`` makes room first."""
+
+    id: int
+    call: msgspec.Raw
+    model: LoadSpec
+    tensors: list[TensorRef] = []
+    unload: list[str] = []
+
+
+class Unload(msgspec.Struct, tag="unload", frozen=True):
+    """Give these models' memory back."""
+
+    keys: list[str]
+
+
+Message = Union[
+    Hello, Request, Cancel, Release, WorkerReady, WorkerStatus, Welcome, Reply, Failure, Progress, Job, Unload,
+]  # fmt: skip

@@ -1,0 +1,421 @@
+"""WorkerPool: queues work, starts and ends worker processes, routes, retries. Decisions are in ``pool/policy.py``."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .config import Settings
+from .core import (
+    Busy,
+    DeadlineExceeded,
+    LunaError,
+    ModelKind,
+    OutOfMemory,
+    PoisonRequest,
+    RequestCancelled,
+    ShuttingDown,
+    WorkerState,
+    error_from_code,
+    logger,
+)
+from .gpu import free_vram
+from .pool import policy
+from .pool.process import WorkerProcess
+from .pool.supervisor import Backoff
+from .pool.work import Outcome, Piece, Waiter, Work
+from .wire import messages as m
+from .wire.arena import Slot
+from .wire.connection import Connection
+
+__all__ = ["WorkerPool"]
+
+_TICK_S = 0.1
+_SIGN_OF_LIFE_S = 5.0
+_SILENT_S = 60.0
+"""A worker whose reader thread has not answered for so long is stuck; one that is stopped for seconds is not."""
+_RECENT = 256
+
+OnEvent = Callable[[str, dict[str, Any]], None]
+
+
+class WorkerPool:
+    """All worker processes of a daemon.
+
+    Args:
+        settings: limits, devices, timeouts.
+        logs: folder for what workers print.
+        on_event: told of scale-ups, scale-downs and restarts.
+    """
+
+    def __init__(self, settings: Settings, logs: Path, on_event: OnEvent = lambda kind, facts: None) -> None:
+        self.settings = settings
+        self.logs = logs
+        self.on_event = on_event
+        self.workers: list[WorkerProcess] = []
+        self.queue: list[Work] = []
+        self.pinned: set[str] = set()
+        self.waits: deque[float] = deque(maxlen=_RECENT)
+        self.restarts = 0
+        self.crashes = 0
+        self.accepting = True
+        self._backoffs: dict[str, Backoff] = {}
+        self._by_token: dict[str, WorkerProcess] = {}
+        self._address = ("", 0)
+        self._numbers = 0
+        self._jobs = 0
+        self._ticker: asyncio.Task[None] | None = None
+        self._next_sign = 0.0
+
+    # --- life ---
+
+    def open(self, host: str, port: int) -> None:
+        """Start serving; workers dial back to ``host:port``."""
+        self._address = (host, port)
+        self._ticker = asyncio.get_running_loop().create_task(self._tick())
+
+    async def close(self, drain_s: float) -> None:
+        """Refuse what waits, let what runs finish within ``drain_s``, end every worker."""
+        self.accepting = False
+        for work in self._drop_all():
+            work.fail(ShuttingDown("the daemon is shutting down", "The local model can step in"))
+        end = time.monotonic() + drain_s
+        while any(worker.work for worker in self.workers) and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        if self._ticker is not None:
+            self._ticker.cancel()
+        for worker in list(self.workers):
+            if worker.work is not None:
+                worker.work.fail(ShuttingDown("the daemon had to stop before this request was done"))
+                worker.work = None
+                worker.kill()
+            worker.stop()
+        end = time.monotonic() + 2.0
+        while not all(worker.exited() for worker in self.workers) and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+        for worker in self.workers:
+            worker.kill()
+        self.workers.clear()
+
+    # --- work ---
+
+    def submit(self, work: Work) -> None:
+        """Queue work; it is answered through its waiters.
+
+        Raises:
+            Busy: the queue is full.
+            ShuttingDown: nothing new is taken.
+            WorkerCrashed: workers of its kind cannot be started just now.
+        """
+        if not self.accepting:
+            raise ShuttingDown("the daemon is shutting down", "The local model can step in")
+        if len(self.queue) >= self.settings.queue_limit:
+            retry = max(0.1, self.average_wait_s)
+            raise Busy(f"the queue is full ({len(self.queue)} requests wait)", f"Ask again in {retry:.1f} s", retry)
+        backoff = self._backoffs.get(self.key_of(work))
+        if backoff is not None and backoff.wait_s and not any(w.key == self.key_of(work) for w in self.workers):
+            raise backoff.error()
+        self.queue.append(work)
+        self.schedule()
+
+    def cancel(self, work: Work, waiter: Waiter) -> None:
+        """One waiter has left; the last one takes the work with it."""
+        if waiter in work.waiters:
+            work.waiters.remove(waiter)
+        if work.waiters:
+            return
+        if work in self.queue:
+            self.queue.remove(work)
+            work.release_inputs()
+        for worker in self.workers:
+            if worker.work is work:
+                worker.cancel()
+
+    def find_same(self, same: Callable[[Work], bool]) -> Work | None:
+        """Work that waits or runs, has waiters, and for which ``same`` holds."""
+        running = [worker.work for worker in self.workers if worker.work is not None]
+        return next((work for work in [*self.queue, *running] if work.waiters and same(work)), None)
+
+    def key_of(self, work: Work) -> str:
+        """Backend and device: which workers can take it."""
+        backend = "echo" if work.spec.kind == ModelKind.ECHO else self.backend
+        return f"{backend}@{work.spec.device}"
+
+    @property
+    def backend(self) -> str:
+        """The backend in use."""
+        return "diffusers" if self.settings.backend == "auto" else self.settings.backend
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that wait or are computed."""
+        return len(self.queue) + sum(worker.work is not None for worker in self.workers)
+
+    @property
+    def average_wait_s(self) -> float:
+        """Mean queueing time of the last requests."""
+        return sum(self.waits) / len(self.waits) if self.waits else 0.0
+
+    def unload(self, key: str | None) -> int:
+        """Give the memory of one model, or of all, back; busy workers follow when they are done. How many copies."""
+        count = 0
+        for worker in self.workers:
+            keys = [name for name in worker.models if key in (None, name)]
+            worker.unload(keys)
+            count += len(keys)
+        self.pinned -= {key} if key else set(self.pinned)
+        return count
+
+    # --- scheduling ---
+
+    def schedule(self) -> None:
+        """Hand out what can be handed out now."""
+        if not self.queue:
+            return
+        now = time.monotonic()
+        running = Counter(worker.work.client for worker in self.workers if worker.work is not None)
+        pending = [policy.Pending(work.priority, work.client, now - work.born) for work in self.queue]
+        for work in [self.queue[index] for index in policy.fair_order(pending, running)]:
+            if work.deadline is not None and now > work.deadline:
+                self.queue.remove(work)
+                work.fail(DeadlineExceeded(f"the request waited {now - work.born:.1f} s, past its deadline"))
+            else:
+                self._place(work, now)
+
+    def _place(self, work: Work, now: float) -> None:
+        key, spec = self.key_of(work), work.spec
+        facts = [self._facts(worker) for worker in self.workers]
+        queued = sum(other.spec.key == spec.key for other in self.queue)
+        where = policy.route(
+            key, spec.key, spec.kind, now - work.born, queued, facts, self._limits(spec.kind), lambda: self._has_room(work)
+        )
+        if isinstance(where, int):
+            self.queue.remove(work)
+            self._give(self.workers[where], work)
+        elif where == "spawn" and not self._backoff(key).wait_s:
+            self._spawn(key, work)
+
+    def _facts(self, worker: WorkerProcess) -> policy.Facts:
+        ready = worker.state is WorkerState.IDLE and worker.work is None
+        return policy.Facts(worker.key, ready, worker.used, frozenset(worker.kinds.values()))
+
+    def _limits(self, kind: str) -> policy.Limits:
+        s = self.settings
+        most = s.max_clip_workers if kind == ModelKind.CLIP else s.max_vae_workers
+        return policy.Limits(most, s.queue_threshold, s.scale_up_delay_sec)
+
+    def _has_room(self, work: Work) -> bool:
+        key = self.key_of(work)
+        # "auto" is known once a worker of this key has looked at the machine.
+        device = next((worker.device for worker in self.workers if worker.key == key), work.spec.device)
+        used = [worker.threads for worker in self.workers if worker.device == "cpu"]
+        free = free_vram(device)
+        if free is not None:
+            free -= int(self.settings.vram_safety_margin_gb * (1 << 30))
+        return policy.has_room(device, os.cpu_count() or 1, used, self._threads(key, device), free, work.load_bytes)
+
+    def _threads(self, key: str, device: str) -> int:
+        if key.startswith("echo@") or device.startswith(("cuda", "GPU-", "xpu", "mps")):
+            return 1
+        return self.settings.cpu_threads or os.cpu_count() or 1
+
+    def _backoff(self, key: str) -> Backoff:
+        return self._backoffs.setdefault(key, Backoff())
+
+    def _spawn(self, key: str, work: Work) -> None:
+        self._numbers += 1
+        backend, device = key.split("@")
+        config = {"backend": backend, "threads": self.settings.cpu_threads, "visible_devices": {}}
+        log = self.logs / f"worker-{self._numbers}.log"
+        worker = WorkerProcess(self._numbers, key, device, self._threads(key, device), config, log)
+        try:
+            worker.start(*self._address)
+        except OSError as error:
+            self._start_failed(key, str(error))
+            return
+        self.workers.append(worker)
+        self._by_token[worker.token] = worker
+        work.progress("starting")
+        self.on_event("scale_up", {"worker": worker.number, "key": key, "workers": len(self.workers)})
+
+    def _give(self, worker: WorkerProcess, work: Work) -> None:
+        going: list[str] | None = []
+        if work.spec.key not in worker.models:
+            held = {key: (worker.used.get(key, 0.0), nbytes) for key, nbytes in worker.models.items()}
+            budget = int(self.settings.model_memory_gb * (1 << 30))
+            going = policy.choose_evictions(held, self.pinned, work.load_bytes, budget)
+        if going is None:
+            work.fail(
+                OutOfMemory(
+                    f"the model needs {work.load_bytes >> 20} MB, the budget is "
+                    f"{self.settings.model_memory_gb:g} GB and pinned models hold the rest",
+                    "Raise model_memory_gb or unpin a model",
+                )
+            )
+            return
+        self._jobs += 1
+        self.waits.append(time.monotonic() - work.born)
+        worker.give(work, self._jobs, going)
+
+    # --- what workers say ---
+
+    def adopt(self, token: str, connection: Connection) -> WorkerProcess | None:
+        """A worker has dialled in; its token is good once."""
+        worker = self._by_token.pop(token, None)
+        if worker is not None:
+            worker.greeted(connection)
+        return worker
+
+    def received(self, worker: WorkerProcess, message: m.Message, payload: Slot | None) -> None:
+        """A message of a worker; takes over the payload."""
+        worker.heard = time.monotonic()
+        if isinstance(message, m.WorkerReady):
+            worker.ready(message)
+            self._backoff(worker.key).succeeded()
+        elif isinstance(message, m.WorkerStatus):
+            worker.status(message)
+        elif isinstance(message, m.Progress) and worker.work is not None and message.id == worker.job:
+            worker.work.progress(message.stage, message.step, message.total)
+        elif isinstance(message, m.Reply) and message.id and message.id == worker.job:
+            self._finished(worker, message, payload)
+            payload = None
+        elif isinstance(message, m.Failure) and message.id == worker.job:
+            self._failed(worker, error_from_code(message.code, message.message, message.hint))
+        if payload is not None:
+            payload.release()
+        self.schedule()
+
+    def _finished(self, worker: WorkerProcess, message: m.Reply, payload: Slot | None) -> None:
+        pieces = []
+        for ref in message.tensors:
+            if ref.slot:
+                pieces.append(Piece(ref, worker.leases.take(ref.slot)))
+            elif payload is not None:
+                pieces.append(Piece(ref, payload.part(ref.offset, ref.nbytes)))
+            else:
+                pieces.append(Piece(ref, Slot.on_heap(0)))
+        if payload is not None:
+            payload.release()
+        work = worker.done()
+        if work is None:
+            return
+        if work.pin:
+            self.pinned.add(work.spec.key)
+        work.finish(Outcome(message.result, pieces, message.notes))
+
+    def _failed(self, worker: WorkerProcess, error: LunaError) -> None:
+        others = [key for key in worker.models if worker.work is not None and key != worker.work.spec.key]
+        work = worker.done()
+        worker.leases.release_all()
+        if work is None:
+            return
+        if isinstance(error, OutOfMemory) and others and not work.evicted_all and not self.pinned & set(others):
+            # The budget is only an estimate: give everything else back and try once more.
+            work.evicted_all = True
+            worker.unload(others)
+            self.queue.insert(0, work)
+        elif isinstance(error, RequestCancelled) and work.waiters:
+            # Cancelled for one caller while another joined: compute it for that one.
+            self.queue.insert(0, work)
+        else:
+            work.fail(error)
+
+    def lost(self, worker: WorkerProcess, why: str) -> None:
+        """A worker's connection is gone: it ended, was killed, or crashed."""
+        if worker not in self.workers:
+            return
+        self.workers.remove(worker)
+        self._by_token.pop(worker.token, None)
+        worker.leases.release_all()
+        wanted = worker.state is WorkerState.STOPPING
+        started = worker.state is not WorkerState.STARTING
+        worker.state, work = WorkerState.DEAD, worker.work
+        tail = worker.tail()
+        worker.kill()
+        if not wanted:
+            self.crashes += 1
+            logger.error("worker %d (pid %d) died: %s; last words: %s", worker.number, worker.pid, why, tail or "none")
+            self.on_event("worker_died", {"worker": worker.number, "pid": worker.pid, "why": tail or why})
+        if not started:
+            self._start_failed(worker.key, tail or why)
+        if work is not None:
+            self._retry(work, worker, tail or why)
+        self.schedule()
+
+    def _retry(self, work: Work, worker: WorkerProcess, why: str) -> None:
+        work.crashes += 1
+        if work.crashes < 2:
+            self.restarts += 1
+            self.queue.insert(0, work)
+            return
+        work.fail(
+            PoisonRequest(
+                f"{work.op} on {work.spec.key} crashed two workers, the last with pid {worker.pid}: {why}",
+                "It is not tried again, and not locally: it would crash this process too",
+            )
+        )
+
+    def _start_failed(self, key: str, why: str) -> None:
+        backoff = self._backoff(key)
+        backoff.failed(why)
+        for work in [work for work in self.queue if self.key_of(work) == key]:
+            if not any(worker.key == key for worker in self.workers):
+                self.queue.remove(work)
+                work.fail(backoff.error())
+
+    # --- time ---
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            try:
+                self._watch(time.monotonic())
+                self.schedule()
+            except Exception:
+                logger.exception("the pool's tick failed")
+
+    def _watch(self, now: float) -> None:
+        """Look after every worker: late, silent, idle; and give waiting callers a sign of life."""
+        signs = now >= self._next_sign
+        if signs:
+            self._next_sign = now + _SIGN_OF_LIFE_S
+            for work in self.queue:
+                work.progress("queued")
+        for worker in list(self.workers):
+            if worker.state is WorkerState.STARTING:
+                if worker.exited() or now - worker.born > self.settings.worker_start_sec:
+                    self.lost(worker, "it did not start in time" if not worker.exited() else "it ended at its start")
+            elif now - worker.heard > _SILENT_S:
+                self.lost(worker, f"it has been silent for {now - worker.heard:.0f} s")
+            elif signs:
+                worker.ping()
+                if worker.work is not None:
+                    worker.work.progress("running")
+            if worker.state is WorkerState.IDLE and worker.work is None:
+                self._let_rest(worker, now)
+
+    def _let_rest(self, worker: WorkerProcess, now: float) -> None:
+        """Idle stages: extra workers end; the last gives its memory back, then ends too."""
+        s = self.settings
+        kinds = set(worker.kinds.values())
+        least = max(
+            s.min_vae_workers if ModelKind.VAE in kinds else 0, s.min_clip_workers if ModelKind.CLIP in kinds else 0
+        )
+        others = sum(other.key == worker.key and other is not worker for other in self.workers)
+        keys = [key for key in worker.models if key not in self.pinned]
+        action = policy.idle_action(now - worker.idle_since, others, least, s.idle_timeout_sec, s.worker_keep_sec)
+        if action == "stop" and len(keys) == len(worker.models):
+            worker.stop()
+            self.on_event("scale_down", {"worker": worker.number, "key": worker.key, "workers": len(self.workers) - 1})
+        elif action != "keep" and keys:
+            worker.unload(keys)
+            self.on_event("unloaded", {"worker": worker.number, "models": keys})
+
+    def _drop_all(self) -> list[Work]:
+        dropped, self.queue = self.queue, []
+        return dropped
