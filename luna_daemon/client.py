@@ -1,364 +1,34 @@
-"""DaemonClient: one synchronous, thread-safe client on one kept connection; and the predecessor's functions.
+"""DaemonClient: one synchronous, thread-safe client; and the predecessor's functions on a default one.
 
-Requests are multiplexed by id. There is no reader thread: whoever waits reads for all, which saves a thread switch
-per call. torch is imported only when a tensor is sent or received.
+torch is imported only when a tensor is sent or received.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import socket
 import sys
 import threading
 import time
-import weakref
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
-from .core import (
-    PROTOCOL_VERSION,
-    DaemonConnectionError,
-    LunaError,
-    ModelMismatchError,
-    Priority,
-    ProtocolError,
-    RequestCancelled,
-    error_from_code,
-)
-from .runtime import find_token
+from .core import BadRequest, DaemonConnectionError, LunaError, ModelKind, ModelMismatchError, Priority
+from .link import Answer, IsCancelled, Link, OnProgress
 from .wire import messages as m
-from .wire.arena import ArenaUnavailable, ArenaView
-from .wire.channel import Channel
-from .wire.codec import check_ref, describe, tensor_bytes, tensor_from
-from .wire.frame import encode_call
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Answer", "DaemonClient", "DaemonConnectionError", "ModelMismatchError"]
+__all__ = [
+    "Answer", "DaemonClient", "DaemonConnectionError", "ModelMismatchError", "clip_encode", "clip_encode_from_tokens",
+    "clip_encode_sdxl", "clip_tokenize", "get_client", "get_daemon_info", "get_info", "has_lora", "is_daemon_running",
+    "lora_cache_check", "lora_cache_get", "lora_cache_put", "lora_cache_stats", "register_clip", "register_vae",
+    "reset_clients", "upload_lora", "vae_decode", "vae_encode",
+]  # fmt: skip
 
-_CONNECT_S = 1.0
-_SILENCE_S = 60.0
-_INLINE_BYTES = 256 << 10
-_PROBE_S = 0.1
-"""How often a waiting call looks whether its caller still wants it."""
-
-OnProgress = Callable[[m.Progress], None]
-IsCancelled = Callable[[], bool]
-
-
-class Answer:
-    """What a call brought back: ``result`` (plain data), ``tensors``, ``notes`` for the user."""
-
-    __slots__ = ("notes", "result", "tensors")
-
-    def __init__(self, result: Any, tensors: list[torch.Tensor], notes: list[str]) -> None:
-        self.result = result
-        self.tensors = tensors
-        self.notes = notes
-
-
-class _Waiting:
-    """A request that has been sent."""
-
-    __slots__ = ("event", "heard", "outcome", "payload", "progress")
-
-    def __init__(self) -> None:
-        self.event = threading.Event()
-        self.outcome: m.Reply | m.Failure | DaemonConnectionError | None = None
-        self.payload = memoryview(b"")
-        self.progress: deque[m.Progress] = deque()
-        self.heard = time.monotonic()
-
-
-class _Session:
-    """One connection's life, from ``hello`` to its end. The client makes a new one after it breaks."""
-
-    def __init__(self, host: str, port: int, runtime_dir: Path | None, name: str, use_arena: bool) -> None:
-        self.waiting: dict[int, _Waiting] = {}
-        self.released: deque[int] = deque()
-        self._leased: dict[int, int] = {}
-        self.broken: DaemonConnectionError | None = None
-        self._reading = threading.Lock()
-        self._next_id = 1
-        self._id_lock = threading.Lock()
-        self.arena: ArenaView | None = None
-        self.channel, self.welcome = _shake_hands(host, port, runtime_dir, name)
-        self.transport, self.transport_why = "tcp", self.welcome.arena_why
-        if use_arena:
-            self._try_arena()
-        else:
-            self.transport_why = "shared memory is switched off in the client"
-
-    def _try_arena(self) -> None:
-        info = self.welcome.arena
-        if info is None:
-            return
-        view = ArenaView(Path(info.folder))
-        try:
-            nonce = view.prove()
-        except (ArenaUnavailable, UnicodeDecodeError) as error:
-            self.transport_why = f"the daemon's shared memory is not visible here: {error}"
-            return
-        self.call(m.ArenaProof(nonce), [], None, Priority.NORMAL, None, None)
-        self.arena = view
-        self.transport, self.transport_why = "shared memory", "client and daemon see the same memory"
-
-    # --- calls ---
-
-    def call(
-        self,
-        call: m.Call,
-        tensors: Sequence[torch.Tensor],
-        deadline_s: float | None,
-        priority: int,
-        on_progress: OnProgress | None,
-        is_cancelled: IsCancelled | None,
-    ) -> Answer:
-        refs, payload, slots = self._place(tensors)
-        try:
-            waiting = self._ask(call, refs, payload, deadline_s, priority, on_progress, is_cancelled)
-        finally:
-            if slots:
-                self.released.extend(slots)
-                self._flush_releases()
-        return self._unpack(waiting)
-
-    def _ask(
-        self,
-        call: m.Call,
-        refs: list[m.TensorRef],
-        payload: list[memoryview],
-        deadline_s: float | None = None,
-        priority: int = Priority.NORMAL,
-        on_progress: OnProgress | None = None,
-        is_cancelled: IsCancelled | None = None,
-    ) -> _Waiting:
-        """Send a request and wait until its outcome is here."""
-        with self._id_lock:
-            number, self._next_id = self._next_id, self._next_id + 1
-        waiting = self.waiting[number] = _Waiting()
-        try:
-            self._send(m.Request(number, encode_call(call), refs, deadline_s, int(priority)), payload)
-            self._wait(number, waiting, on_progress, is_cancelled)
-        finally:
-            self.waiting.pop(number, None)
-        return waiting
-
-    def _place(self, tensors: Sequence[torch.Tensor]) -> tuple[list[m.TensorRef], list[memoryview], list[int]]:
-        """Write large tensors into arena slots; the rest travels with the request."""
-        refs: list[m.TensorRef] = []
-        payload: list[memoryview] = []
-        slots: list[int] = []
-        inline = 0
-        for tensor in tensors:
-            ref, data = describe(tensor), tensor_bytes(tensor)
-            check_ref(ref, self.welcome.limits.tensor_bytes)
-            if self.arena is not None and ref.nbytes > _INLINE_BYTES:
-                slot = self._reserve(ref.nbytes)
-                if slot is not None:
-                    self.arena.slice(slot.segment, slot.offset, ref.nbytes)[:] = data
-                    refs.append(m.TensorRef(ref.dtype, ref.shape, ref.nbytes, slot.offset, slot.slot, slot.segment))
-                    slots.append(slot.slot)
-                    continue
-            refs.append(m.TensorRef(ref.dtype, ref.shape, ref.nbytes, inline))
-            payload.append(data)
-            inline += ref.nbytes
-        return refs, payload, slots
-
-    def _reserve(self, nbytes: int) -> m.TensorRef | None:
-        """A slot for an input; ``None`` when shared memory is full, and the bytes go by the socket."""
-        waiting = self._ask(m.Alloc(nbytes), [], [])
-        return waiting.outcome.tensors[0] if isinstance(waiting.outcome, m.Reply) else None
-
-    def _send(self, message: m.Message, payload: list[memoryview]) -> None:
-        if self.broken is not None:
-            raise self.broken
-        try:
-            self.channel.send(message, payload)
-        except DaemonConnectionError as error:
-            self._break(error)
-            raise
-        self._flush_releases()
-
-    def _wait(
-        self, number: int, waiting: _Waiting, on_progress: OnProgress | None, is_cancelled: IsCancelled | None
-    ) -> None:
-        """Until the outcome is here. One waiting thread reads for all; the others sleep on their event."""
-        probe = _PROBE_S if is_cancelled is not None else 1.0
-        while waiting.outcome is None:
-            if self._reading.acquire(blocking=False):
-                try:
-                    self._read_until(waiting, probe)
-                finally:
-                    self._reading.release()
-                    self._wake_next_reader()
-            else:
-                waiting.event.wait(probe)
-                waiting.event.clear()
-            while waiting.progress:
-                progress = waiting.progress.popleft()
-                if on_progress is not None:
-                    on_progress(progress)
-            if waiting.outcome is None:
-                self._check_alive(number, waiting, is_cancelled)
-
-    def _read_until(self, waiting: _Waiting, timeout_s: float) -> None:
-        end = time.monotonic() + timeout_s
-        while waiting.outcome is None and not waiting.progress:
-            left = end - time.monotonic()
-            if left <= 0:
-                return
-            try:
-                received = self.channel.receive(left)
-            except (DaemonConnectionError, ProtocolError) as error:
-                self._break(error)
-                return
-            if received is not None:
-                self._deliver(*received)
-
-    def _deliver(self, message: m.Message, payload: memoryview) -> None:
-        if isinstance(message, m.Failure) and message.id == 0:
-            self._break(error_from_code(message.code, message.message, message.hint))
-            return
-        if not isinstance(message, (m.Reply, m.Failure, m.Progress)):
-            return
-        waiting = self.waiting.get(message.id)
-        if waiting is None:
-            if isinstance(message, m.Reply):
-                self.released.extend(ref.slot for ref in message.tensors if ref.slot)
-            return
-        waiting.heard = time.monotonic()
-        if isinstance(message, m.Progress):
-            waiting.progress.append(message)
-        else:
-            waiting.outcome, waiting.payload = message, payload
-        waiting.event.set()
-
-    def _wake_next_reader(self) -> None:
-        for other in list(self.waiting.values()):
-            if other.outcome is None:
-                other.event.set()
-                return
-
-    def _check_alive(self, number: int, waiting: _Waiting, is_cancelled: IsCancelled | None) -> None:
-        if is_cancelled is not None and is_cancelled():
-            self._send(m.Cancel(number), [])
-            raise RequestCancelled("the caller cancelled the request")
-        silent = time.monotonic() - waiting.heard
-        if silent > _SILENCE_S:
-            self._break(DaemonConnectionError(f"the daemon has been silent for {silent:.0f} s"))
-
-    def _unpack(self, waiting: _Waiting) -> Answer:
-        outcome = waiting.outcome
-        if isinstance(outcome, m.Failure):
-            raise error_from_code(outcome.code, outcome.message, outcome.hint, outcome.retry_after_s)
-        if not isinstance(outcome, m.Reply):
-            assert outcome is not None
-            raise outcome
-        tensors = [self._tensor(ref, waiting.payload) for ref in outcome.tensors]
-        return Answer(outcome.result, tensors, outcome.notes)
-
-    def _tensor(self, ref: m.TensorRef, payload: memoryview) -> torch.Tensor:
-        """A tensor of the caller's own: over the slot, which it then owns, or over a copy."""
-        check_ref(ref, 1 << 62)
-        if ref.slot == 0:
-            return tensor_from(ref, payload[ref.offset : ref.offset + ref.nbytes])
-        assert self.arena is not None
-        view = self.arena.slice(ref.segment, ref.offset, ref.nbytes)
-        leased = sum(list(self._leased.values())) + ref.nbytes
-        if ref.shared or leased > self.welcome.limits.arena_bytes_per_client * 3 // 4:
-            tensor = tensor_from(ref, view).clone()
-            self._let_go(ref.slot)
-            return tensor
-        self._leased[ref.slot] = ref.nbytes
-        weakref.finalize(view, self._let_go, ref.slot).atexit = False
-        return tensor_from(ref, view)
-
-    # --- giving slots back ---
-
-    def _let_go(self, slot: int) -> None:
-        """A tensor's storage died. May run in any thread, in the middle of anything: so it never waits."""
-        self._leased.pop(slot, None)
-        self.released.append(slot)
-        self._flush_releases()
-
-    def _flush_releases(self) -> None:
-        """Tell the daemon, unless this thread or another is sending just now: whoever sends flushes afterwards."""
-        while self.released and self.broken is None:
-            slots: list[int] = []
-            with contextlib.suppress(IndexError):
-                while True:
-                    slots.append(self.released.popleft())
-            try:
-                if slots and not self.channel.try_send(m.Release(slots)):
-                    self.released.extend(slots)
-                    return
-            except DaemonConnectionError:
-                return
-
-    # --- the end ---
-
-    def _break(self, error: LunaError) -> None:
-        """Everybody who waits gets ``error``; the next call connects anew."""
-        lost = error if isinstance(error, DaemonConnectionError) else DaemonConnectionError(error.message, error.hint)
-        if self.broken is None:
-            self.broken = lost
-        self.channel.close()
-        for waiting in list(self.waiting.values()):
-            if waiting.outcome is None:
-                waiting.outcome = self.broken
-                waiting.event.set()
-
-    def close(self) -> None:
-        self._break(DaemonConnectionError("the client was closed"))
-
-
-def _shake_hands(host: str, port: int, runtime_dir: Path | None, name: str) -> tuple[Channel, m.Welcome]:
-    """Connect, say hello, read the welcome.
-
-    Raises:
-        DaemonConnectionError: nobody listens, or something that is not Luna Daemon.
-        AuthenticationError, VersionMismatch: the daemon refused; says why.
-    """
-    try:
-        sock = socket.create_connection((host, port), timeout=_CONNECT_S)
-    except OSError as error:
-        raise DaemonConnectionError(
-            f"no Luna Daemon answers on {host}:{port} ({error.strerror or error})", "Start it with 'luna-daemon serve'"
-        ) from error
-    channel = Channel(sock)
-    hello = m.Hello(PROTOCOL_VERSION, find_token(port, runtime_dir), "client", name, os.getpid(), __version__)
-    try:
-        channel.send(hello)
-        received = channel.receive(_CONNECT_S)
-    except ProtocolError as error:
-        channel.close()
-        if error.code != ProtocolError.code:
-            raise
-        raise DaemonConnectionError(
-            f"something else than Luna Daemon listens on {host}:{port}: {error.message}", "Choose another port"
-        ) from error
-    except DaemonConnectionError as error:
-        channel.close()
-        raise DaemonConnectionError(
-            f"whatever listens on {host}:{port} closed the connection instead of greeting", error.message
-        ) from error
-    message = received[0] if received else None
-    if isinstance(message, m.Welcome):
-        return channel, message
-    channel.close()
-    if isinstance(message, m.Failure):
-        raise error_from_code(message.code, message.message, message.hint, message.retry_after_s)
-    raise DaemonConnectionError(
-        f"what listens on {host}:{port} did not greet within {_CONNECT_S:g} s: not Luna Daemon, "
-        "or the predecessor's daemon on the same port",
-        "Stop it, or start Luna Daemon on another port",
-    )
+StateDict = dict[str, "torch.Tensor"]
+Conditioning = list[list[Any]]
 
 
 class DaemonClient:
@@ -371,6 +41,7 @@ class DaemonClient:
         name: how ``info`` names this client.
 
     Every method raises ``DaemonConnectionError`` when no daemon answers and the daemon's own errors otherwise.
+    Model names (``vae_type``, ``clip_type``) are those of the daemon's configuration, ``sdxl`` by default.
     """
 
     def __init__(
@@ -394,17 +65,19 @@ class DaemonClient:
         self.runtime_dir = Path(runtime_dir) if runtime_dir else None
         self.use_arena = use_arena
         self.name = name or Path(sys.argv[0] or "python").name
-        self._session: _Session | None = None
+        self._link: Link | None = None
         self._lock = threading.Lock()
         self._pid = os.getpid()
+        self.fallbacks = 0
+        """Calls that a local model answered, not yet told to the daemon."""
 
-    def session(self) -> _Session:
+    def link(self) -> Link:
         """The live connection."""
         with self._lock:
-            if self._session is None or self._session.broken is not None or self._pid != os.getpid():
+            if self._link is None or self._link.broken is not None or self._pid != os.getpid():
                 self._pid = os.getpid()
-                self._session = _Session(self.host, self.port, self.runtime_dir, self.name, self.use_arena)
-            return self._session
+                self._link = Link(self.host, self.port, self.runtime_dir, self.name, self.use_arena)
+            return self._link
 
     def call(
         self,
@@ -419,18 +92,21 @@ class DaemonClient:
         """Make a call and wait for its answer.
 
         Args:
+            call: what to do; its type is the op.
+            tensors: its inputs, on any device.
+            priority: who goes first when a queue forms; lower is sooner.
             deadline_s: seconds within which it must be started.
             on_progress: told of queueing, loading and tiles, on the calling thread.
             is_cancelled: asked ten times a second; ``True`` stops the call with ``RequestCancelled``.
         """
-        return self.session().call(call, tensors, deadline_s, priority, on_progress, is_cancelled)
+        return self.link().call(call, tensors, deadline_s, priority, on_progress, is_cancelled)
 
     def close(self) -> None:
         """Close the connection; the next call makes a new one."""
         with self._lock:
-            if self._session is not None:
-                self._session.close()
-                self._session = None
+            if self._link is not None:
+                self._link.close()
+                self._link = None
 
     def __enter__(self) -> DaemonClient:
         return self
@@ -446,26 +122,45 @@ class DaemonClient:
         self.call(m.Ping())
         return time.perf_counter() - start
 
+    def is_running(self) -> bool:
+        """Whether a daemon answers and lets us in."""
+        try:
+            self.ping()
+        except LunaError:
+            return False
+        return True
+
     def get_daemon_info(self) -> dict[str, Any]:
         """Everything the daemon knows about itself, and how this client reaches it (``transport``)."""
-        session = self.session()
+        link = self.link()
         info: dict[str, Any] = self.call(m.Info()).result
-        return {**info, "transport": session.transport, "transport_why": session.transport_why}
+        return {**info, "transport": link.transport, "transport_why": link.transport_why}
 
-    def shutdown(self) -> None:
-        """Drain the daemon and end it."""
-        self.call(m.Shutdown())
+    get_info = get_daemon_info
+
+    def shutdown(self) -> dict[str, Any]:
+        """Drain the daemon and end it; how many requests it still finishes (``in_flight``)."""
+        return self._plain(m.Shutdown())
 
     def report(self, fallbacks: int = 0, materialised: int = 0) -> None:
         """Tell the daemon what was done without it."""
         self.call(m.Report(fallbacks, materialised))
 
+    def tell_fallbacks(self) -> None:
+        """Tell the daemon, now that it answers, how often a local model had to step in."""
+        if self.fallbacks:
+            count, self.fallbacks = self.fallbacks, 0
+            self.report(fallbacks=count)
+
+    def _plain(self, call: m.Call) -> dict[str, Any]:
+        result: dict[str, Any] = self.call(call).result
+        return result
+
     # --- models ---
 
     def models(self) -> dict[str, Any]:
-        """Models by name, and which are loaded."""
-        listing: dict[str, Any] = self.call(m.ModelsList()).result
-        return listing
+        """Models by name (``named``), and which are loaded (``loaded``: key to bytes)."""
+        return self._plain(m.ModelsList())
 
     def warm(self, model: m.ModelRef, pin: bool = False, on_progress: OnProgress | None = None) -> dict[str, Any]:
         """Load a model now; its properties."""
@@ -475,3 +170,246 @@ class DaemonClient:
     def unload(self, model: m.ModelRef | None = None) -> None:
         """Give the memory of one model, or of all, back."""
         self.call(m.ModelUnload(model))
+
+    def register_vae(self, vae: Any = None, vae_type: str = "sdxl") -> dict[str, Any]:
+        """Legacy: succeeds and does nothing; models come from the daemon's configuration."""
+        return self._plain(m.Register(ModelKind.VAE, vae_type))
+
+    def register_clip(self, clip: Any = None, clip_type: str = "sdxl") -> dict[str, Any]:
+        """Legacy: succeeds and does nothing; models come from the daemon's configuration."""
+        return self._plain(m.Register(ModelKind.CLIP, clip_type))
+
+    # --- VAE ---
+
+    def vae_encode(
+        self, pixels: torch.Tensor, vae_type: str = "sdxl", tiled: bool = False, tile_size: int = 512, overlap: int = 64
+    ) -> torch.Tensor:
+        """Pixels ``[B,H,W,C]`` float32 in 0..1 to latents ``[B,C,h,w]``; tile sizes in pixels."""
+        tiling = m.Tiling(tile_size, tile_size, overlap) if tiled else None
+        return self.call(m.VaeEncode(_named(ModelKind.VAE, vae_type), tiling), [pixels]).tensors[0]
+
+    def vae_decode(
+        self, latents: torch.Tensor, vae_type: str = "sdxl", tiled: bool = False, tile_size: int = 64, overlap: int = 16
+    ) -> torch.Tensor:
+        """Latents ``[B,C,h,w]`` to pixels ``[B,H,W,C]`` float32 in 0..1; tile sizes in latent units."""
+        tiling = m.Tiling(tile_size, tile_size, overlap) if tiled else None
+        return self.call(m.VaeDecode(_named(ModelKind.VAE, vae_type), tiling), [latents]).tensors[0]
+
+    # --- text encoders ---
+
+    def clip_encode(
+        self, positive: str, negative: str = "", clip_type: str = "sdxl", lora_stack: Sequence[Any] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Both prompts: ``cond, pooled, uncond, pooled_negative``; ``[1,T,D]`` and ``[1,P]`` float32."""
+        _no_loras(lora_stack)
+        cond, pooled = self._encode(m.ClipEncode(_named(ModelKind.CLIP, clip_type), text=positive))
+        uncond, pooled_negative = self._encode(m.ClipEncode(_named(ModelKind.CLIP, clip_type), text=negative))
+        return cond, pooled, uncond, pooled_negative
+
+    def clip_encode_sdxl(
+        self,
+        positive: str,
+        negative: str = "",
+        clip_type: str = "sdxl",
+        width: int = 1024,
+        height: int = 1024,
+        crop_w: int = 0,
+        crop_h: int = 0,
+        target_width: int = 1024,
+        target_height: int = 1024,
+        lora_stack: Sequence[Any] | None = None,
+    ) -> tuple[Conditioning, Conditioning]:
+        """Positive and negative conditioning with SDXL's size embeddings, ready for a sampler."""
+        cond, pooled, uncond, pooled_negative = self.clip_encode(positive, negative, clip_type, lora_stack)
+        size = {
+            "width": width, "height": height, "crop_w": crop_w, "crop_h": crop_h,
+            "target_width": target_width, "target_height": target_height,
+        }  # fmt: skip
+        return [[cond, {"pooled_output": pooled, **size}]], [[uncond, {"pooled_output": pooled_negative, **size}]]
+
+    def clip_tokenize(self, text: str, clip_type: str = "sdxl", return_word_ids: bool = False) -> dict[str, Any]:
+        """Tokens as ComfyUI's tokenizers make them: per encoder, chunks of ``(token, weight)``.
+
+        Raises:
+            BadRequest: word ids are asked for; the daemon's tokenizer does not make them.
+        """
+        if return_word_ids:
+            raise BadRequest("return_word_ids=True is not served by the daemon", "Tokenize with a local tokenizer")
+        tokens = self._plain(m.ClipTokenize(_named(ModelKind.CLIP, clip_type), text))["tokens"]
+        return {name: [[tuple(pair) for pair in chunk] for chunk in chunks] for name, chunks in tokens.items()}
+
+    def clip_encode_from_tokens(
+        self,
+        tokens: Any,
+        clip_type: str = "sdxl",
+        return_pooled: bool = False,
+        return_dict: bool = False,
+        lora_stack: Sequence[Any] | None = None,
+    ) -> Any:
+        """Encode tokens: ``cond``, or ``(cond, pooled)``, or ``{"cond", "pooled_output"}``."""
+        _no_loras(lora_stack)
+        cond, pooled = self._encode(m.ClipEncode(_named(ModelKind.CLIP, clip_type), tokens=tokens))
+        if return_dict:
+            return {"cond": cond, "pooled_output": pooled}
+        return (cond, pooled) if return_pooled else cond
+
+    def _encode(self, call: m.ClipEncode) -> tuple[torch.Tensor, torch.Tensor]:
+        answer = self.call(call)
+        named = dict(zip(answer.result["names"], answer.tensors))
+        return named["cond"], named["pooled_output"]
+
+    # --- LoRA cache ---
+
+    def lora_cache_put(self, lora_name: str, state_dict: StateDict) -> bool:
+        """Keep a LoRA's state dict in the daemon's RAM for every client."""
+        self.call(m.LoraPut(lora_name, list(state_dict)), list(state_dict.values()))
+        return True
+
+    def lora_cache_get(self, lora_name: str) -> StateDict | None:
+        """The state dict kept under that name, the caller's own; ``None`` if there is none."""
+        answer = self.call(m.LoraGet(lora_name))
+        keys = answer.result["keys"]
+        return None if keys is None else dict(zip(keys, answer.tensors))
+
+    def lora_cache_check(self, lora_name: str) -> bool:
+        """Whether that LoRA is kept."""
+        return bool(self._plain(m.LoraCheck(lora_name))["exists"])
+
+    def lora_cache_stats(self) -> dict[str, Any]:
+        """Figures of the LoRA cache."""
+        return self._plain(m.LoraStats())
+
+    def has_lora(self, lora_hash: str) -> bool:
+        """Legacy name of ``lora_cache_check``."""
+        return self.lora_cache_check(lora_hash)
+
+    def upload_lora(self, lora_hash: str, weights: StateDict) -> dict[str, Any]:
+        """Legacy name of ``lora_cache_put``."""
+        return {"success": self.lora_cache_put(lora_hash, weights)}
+
+
+def _named(kind: ModelKind, name: str) -> m.ModelRef:
+    return m.ModelRef(kind.value, name=name)
+
+
+def _no_loras(lora_stack: Sequence[Any] | None) -> None:
+    if lora_stack:
+        raise BadRequest(
+            f"lora_stack with {len(lora_stack)} entries: this client call encodes without LoRA",
+            "Apply the LoRA to a DaemonCLIP, as a LoRA loader does",
+        )
+
+
+# --- the predecessor's functions, on one default client ---------------------------------------------------------
+
+_default: DaemonClient | None = None
+_default_lock = threading.Lock()
+
+
+def get_client() -> DaemonClient:
+    """The client that the functions of this module use."""
+    global _default
+    with _default_lock:
+        if _default is None:
+            _default = DaemonClient()
+        return _default
+
+
+def reset_clients() -> None:
+    """Close the default client; the next function call reads the settings anew."""
+    global _default
+    with _default_lock:
+        if _default is not None:
+            _default.close()
+        _default = None
+
+
+def is_daemon_running() -> bool:
+    """Whether a daemon answers."""
+    return get_client().is_running()
+
+
+def get_daemon_info() -> dict[str, Any]:
+    """Everything the daemon knows about itself."""
+    return get_client().get_daemon_info()
+
+
+get_info = get_daemon_info
+
+
+def vae_encode(
+    pixels: torch.Tensor, vae_type: str = "sdxl", tiled: bool = False, tile_size: int = 512, overlap: int = 64
+) -> torch.Tensor:
+    """See ``DaemonClient.vae_encode``."""
+    return get_client().vae_encode(pixels, vae_type, tiled, tile_size, overlap)
+
+
+def vae_decode(
+    latents: torch.Tensor, vae_type: str = "sdxl", tiled: bool = False, tile_size: int = 64, overlap: int = 16
+) -> torch.Tensor:
+    """See ``DaemonClient.vae_decode``."""
+    return get_client().vae_decode(latents, vae_type, tiled, tile_size, overlap)
+
+
+def clip_encode(
+    positive: str, negative: str = "", clip_type: str = "sdxl", lora_stack: Sequence[Any] | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See ``DaemonClient.clip_encode``."""
+    return get_client().clip_encode(positive, negative, clip_type, lora_stack)
+
+
+def clip_encode_sdxl(
+    positive: str, negative: str = "", clip_type: str = "sdxl", **size: Any
+) -> tuple[Conditioning, Conditioning]:
+    """See ``DaemonClient.clip_encode_sdxl``."""
+    return get_client().clip_encode_sdxl(positive, negative, clip_type, **size)
+
+
+def clip_tokenize(text: str, clip_type: str = "sdxl", return_word_ids: bool = False) -> dict[str, Any]:
+    """See ``DaemonClient.clip_tokenize``."""
+    return get_client().clip_tokenize(text, clip_type, return_word_ids)
+
+
+def clip_encode_from_tokens(tokens: Any, clip_type: str = "sdxl", **options: Any) -> Any:
+    """See ``DaemonClient.clip_encode_from_tokens``."""
+    return get_client().clip_encode_from_tokens(tokens, clip_type, **options)
+
+
+def lora_cache_get(lora_name: str) -> StateDict | None:
+    """See ``DaemonClient.lora_cache_get``."""
+    return get_client().lora_cache_get(lora_name)
+
+
+def lora_cache_put(lora_name: str, state_dict: StateDict) -> bool:
+    """See ``DaemonClient.lora_cache_put``."""
+    return get_client().lora_cache_put(lora_name, state_dict)
+
+
+def lora_cache_check(lora_name: str) -> bool:
+    """See ``DaemonClient.lora_cache_check``."""
+    return get_client().lora_cache_check(lora_name)
+
+
+def lora_cache_stats() -> dict[str, Any]:
+    """See ``DaemonClient.lora_cache_stats``."""
+    return get_client().lora_cache_stats()
+
+
+def has_lora(lora_hash: str) -> bool:
+    """See ``DaemonClient.has_lora``."""
+    return get_client().has_lora(lora_hash)
+
+
+def upload_lora(lora_hash: str, weights: StateDict) -> dict[str, Any]:
+    """See ``DaemonClient.upload_lora``."""
+    return get_client().upload_lora(lora_hash, weights)
+
+
+def register_vae(vae: Any = None, vae_type: str = "sdxl") -> dict[str, Any]:
+    """See ``DaemonClient.register_vae``."""
+    return get_client().register_vae(vae, vae_type)
+
+
+def register_clip(clip: Any = None, clip_type: str = "sdxl") -> dict[str, Any]:
+    """See ``DaemonClient.register_clip``."""
+    return get_client().register_clip(clip, clip_type)

@@ -79,6 +79,7 @@ class ModelResolver:
         return self._spec(kind, paths[0].stem, ref.type or self.settings.model_type, paths)
 
     def _named(self, name: str) -> NamedModel:
+        name = name if name in self.named else name.lower()
         if name not in self.named:
             raise ModelNotFound(f"no model is named {name!r}", f"Names: {', '.join(self.named)}")
         return self.named[name]

@@ -1,0 +1,363 @@
+"""One connection's life, from ``hello`` to its end: the client makes a new one after it breaks.
+
+Requests are multiplexed by id. There is no reader thread: whoever waits reads for all, which saves a thread switch
+per call. Results in shared memory are handed out as tensors that own their slot and give it back when they die.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+from .core import (
+    PROTOCOL_VERSION,
+    DaemonConnectionError,
+    LunaError,
+    Priority,
+    ProtocolError,
+    RequestCancelled,
+    error_from_code,
+)
+from .runtime import find_token
+from .wire import messages as m
+from .wire.arena import ArenaUnavailable, ArenaView
+from .wire.channel import Channel
+from .wire.codec import check_ref, describe, tensor_bytes, tensor_from
+from .wire.frame import encode_call
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Answer", "IsCancelled", "Link", "OnProgress"]
+
+_CONNECT_S = 1.0
+_SILENCE_S = 60.0
+_INLINE_BYTES = 256 << 10
+_PROBE_S = 0.1
+"""How often a waiting call looks whether its caller still wants it."""
+
+OnProgress = Callable[[m.Progress], None]
+IsCancelled = Callable[[], bool]
+
+
+class Answer:
+    """What a call brought back: ``result`` (plain data), ``tensors``, ``notes`` for the user."""
+
+    __slots__ = ("notes", "result", "tensors")
+
+    def __init__(self, result: Any, tensors: list[torch.Tensor], notes: list[str]) -> None:
+        self.result = result
+        self.tensors = tensors
+        self.notes = notes
+
+
+class _Waiting:
+    """A request that has been sent."""
+
+    __slots__ = ("event", "heard", "outcome", "payload", "progress")
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        self.outcome: m.Reply | m.Failure | DaemonConnectionError | None = None
+        self.payload = memoryview(b"")
+        self.progress: deque[m.Progress] = deque()
+        self.heard = time.monotonic()
+
+
+class Link:
+    """One connection to the daemon, used by any number of threads. It breaks once and stays broken.
+
+    Args:
+        use_arena: take tensors through shared memory where both sides see it.
+    """
+
+    def __init__(self, host: str, port: int, runtime_dir: Path | None, name: str, use_arena: bool) -> None:
+        self.waiting: dict[int, _Waiting] = {}
+        self.released: deque[int] = deque()
+        self._leased: dict[int, int] = {}
+        self.broken: DaemonConnectionError | None = None
+        self._reading = threading.Lock()
+        self._next_id = 1
+        self._id_lock = threading.Lock()
+        self.arena: ArenaView | None = None
+        self.channel, self.welcome = _shake_hands(host, port, runtime_dir, name)
+        self.transport, self.transport_why = "tcp", self.welcome.arena_why
+        if use_arena:
+            self._try_arena()
+        else:
+            self.transport_why = "shared memory is switched off in the client"
+
+    def _try_arena(self) -> None:
+        info = self.welcome.arena
+        if info is None:
+            return
+        view = ArenaView(Path(info.folder))
+        try:
+            nonce = view.prove()
+        except (ArenaUnavailable, UnicodeDecodeError) as error:
+            self.transport_why = f"the daemon's shared memory is not visible here: {error}"
+            return
+        self.call(m.ArenaProof(nonce), [], None, Priority.NORMAL, None, None)
+        self.arena = view
+        self.transport, self.transport_why = "shared memory", "client and daemon see the same memory"
+
+    # --- calls ---
+
+    def call(
+        self,
+        call: m.Call,
+        tensors: Sequence[torch.Tensor],
+        deadline_s: float | None,
+        priority: int,
+        on_progress: OnProgress | None,
+        is_cancelled: IsCancelled | None,
+    ) -> Answer:
+        refs, payload, slots = self._place(tensors)
+        try:
+            waiting = self._ask(call, refs, payload, deadline_s, priority, on_progress, is_cancelled)
+        finally:
+            if slots:
+                self.released.extend(slots)
+                self._flush_releases()
+        return self._unpack(waiting)
+
+    def _ask(
+        self,
+        call: m.Call,
+        refs: list[m.TensorRef],
+        payload: list[memoryview],
+        deadline_s: float | None = None,
+        priority: int = Priority.NORMAL,
+        on_progress: OnProgress | None = None,
+        is_cancelled: IsCancelled | None = None,
+    ) -> _Waiting:
+        """Send a request and wait until its outcome is here."""
+        with self._id_lock:
+            number, self._next_id = self._next_id, self._next_id + 1
+        waiting = self.waiting[number] = _Waiting()
+        try:
+            self._send(m.Request(number, encode_call(call), refs, deadline_s, int(priority)), payload)
+            self._wait(number, waiting, on_progress, is_cancelled)
+        finally:
+            self.waiting.pop(number, None)
+        return waiting
+
+    def _place(self, tensors: Sequence[torch.Tensor]) -> tuple[list[m.TensorRef], list[memoryview], list[int]]:
+        """Write large tensors into arena slots; the rest travels with the request."""
+        refs: list[m.TensorRef] = []
+        payload: list[memoryview] = []
+        slots: list[int] = []
+        inline = 0
+        for tensor in tensors:
+            ref, data = describe(tensor), tensor_bytes(tensor)
+            check_ref(ref, self.welcome.limits.tensor_bytes)
+            if self.arena is not None and ref.nbytes > _INLINE_BYTES:
+                slot = self._reserve(ref.nbytes)
+                if slot is not None:
+                    self.arena.slice(slot.segment, slot.offset, ref.nbytes)[:] = data
+                    refs.append(m.TensorRef(ref.dtype, ref.shape, ref.nbytes, slot.offset, slot.slot, slot.segment))
+                    slots.append(slot.slot)
+                    continue
+            refs.append(m.TensorRef(ref.dtype, ref.shape, ref.nbytes, inline))
+            payload.append(data)
+            inline += ref.nbytes
+        return refs, payload, slots
+
+    def _reserve(self, nbytes: int) -> m.TensorRef | None:
+        """A slot for an input; ``None`` when shared memory is full, and the bytes go by the socket."""
+        waiting = self._ask(m.Alloc(nbytes), [], [])
+        return waiting.outcome.tensors[0] if isinstance(waiting.outcome, m.Reply) else None
+
+    def _send(self, message: m.Message, payload: list[memoryview]) -> None:
+        if self.broken is not None:
+            raise self.broken
+        try:
+            self.channel.send(message, payload)
+        except DaemonConnectionError as error:
+            self._break(error)
+            raise
+        self._flush_releases()
+
+    def _wait(
+        self, number: int, waiting: _Waiting, on_progress: OnProgress | None, is_cancelled: IsCancelled | None
+    ) -> None:
+        """Until the outcome is here. One waiting thread reads for all; the others sleep on their event."""
+        probe = _PROBE_S if is_cancelled is not None else 1.0
+        while waiting.outcome is None:
+            if self._reading.acquire(blocking=False):
+                try:
+                    self._read_until(waiting, probe)
+                finally:
+                    self._reading.release()
+                    self._wake_next_reader()
+            else:
+                waiting.event.wait(probe)
+                waiting.event.clear()
+            while waiting.progress:
+                progress = waiting.progress.popleft()
+                if on_progress is not None:
+                    on_progress(progress)
+            if waiting.outcome is None:
+                self._check_alive(number, waiting, is_cancelled)
+
+    def _read_until(self, waiting: _Waiting, timeout_s: float) -> None:
+        end = time.monotonic() + timeout_s
+        while waiting.outcome is None and not waiting.progress:
+            left = end - time.monotonic()
+            if left <= 0:
+                return
+            try:
+                received = self.channel.receive(left)
+            except (DaemonConnectionError, ProtocolError) as error:
+                self._break(error)
+                return
+            if received is not None:
+                self._deliver(*received)
+
+    def _deliver(self, message: m.Message, payload: memoryview) -> None:
+        if isinstance(message, m.Failure) and message.id == 0:
+            self._break(error_from_code(message.code, message.message, message.hint))
+            return
+        if not isinstance(message, (m.Reply, m.Failure, m.Progress)):
+            return
+        waiting = self.waiting.get(message.id)
+        if waiting is None:
+            if isinstance(message, m.Reply):
+                self.released.extend(ref.slot for ref in message.tensors if ref.slot)
+            return
+        waiting.heard = time.monotonic()
+        if isinstance(message, m.Progress):
+            waiting.progress.append(message)
+        else:
+            waiting.outcome, waiting.payload = message, payload
+        waiting.event.set()
+
+    def _wake_next_reader(self) -> None:
+        for other in list(self.waiting.values()):
+            if other.outcome is None:
+                other.event.set()
+                return
+
+    def _check_alive(self, number: int, waiting: _Waiting, is_cancelled: IsCancelled | None) -> None:
+        if is_cancelled is not None and is_cancelled():
+            self._send(m.Cancel(number), [])
+            raise RequestCancelled("the caller cancelled the request")
+        silent = time.monotonic() - waiting.heard
+        if silent > _SILENCE_S:
+            self._break(DaemonConnectionError(f"the daemon has been silent for {silent:.0f} s"))
+
+    def _unpack(self, waiting: _Waiting) -> Answer:
+        outcome = waiting.outcome
+        if isinstance(outcome, m.Failure):
+            raise error_from_code(outcome.code, outcome.message, outcome.hint, outcome.retry_after_s)
+        if not isinstance(outcome, m.Reply):
+            assert outcome is not None
+            raise outcome
+        tensors = [self._tensor(ref, waiting.payload) for ref in outcome.tensors]
+        return Answer(outcome.result, tensors, outcome.notes)
+
+    def _tensor(self, ref: m.TensorRef, payload: memoryview) -> torch.Tensor:
+        """A tensor of the caller's own: over the slot, which it then owns, or over a copy."""
+        check_ref(ref, 1 << 62)
+        if ref.slot == 0:
+            return tensor_from(ref, payload[ref.offset : ref.offset + ref.nbytes])
+        assert self.arena is not None
+        view = self.arena.slice(ref.segment, ref.offset, ref.nbytes)
+        leased = sum(list(self._leased.values())) + ref.nbytes
+        if ref.shared or leased > self.welcome.limits.arena_bytes_per_client * 3 // 4:
+            tensor = tensor_from(ref, view).clone()
+            self._let_go(ref.slot)
+            return tensor
+        self._leased[ref.slot] = ref.nbytes
+        weakref.finalize(view, self._let_go, ref.slot).atexit = False
+        return tensor_from(ref, view)
+
+    # --- giving slots back ---
+
+    def _let_go(self, slot: int) -> None:
+        """A tensor's storage died. May run in any thread, in the middle of anything: so it never waits."""
+        self._leased.pop(slot, None)
+        self.released.append(slot)
+        self._flush_releases()
+
+    def _flush_releases(self) -> None:
+        """Tell the daemon, unless this thread or another is sending just now: whoever sends flushes afterwards."""
+        while self.released and self.broken is None:
+            slots: list[int] = []
+            with contextlib.suppress(IndexError):
+                while True:
+                    slots.append(self.released.popleft())
+            try:
+                if slots and not self.channel.try_send(m.Release(slots)):
+                    self.released.extend(slots)
+                    return
+            except DaemonConnectionError:
+                return
+
+    # --- the end ---
+
+    def _break(self, error: LunaError) -> None:
+        """Everybody who waits gets ``error``; the next call connects anew."""
+        lost = error if isinstance(error, DaemonConnectionError) else DaemonConnectionError(error.message, error.hint)
+        if self.broken is None:
+            self.broken = lost
+        self.channel.close()
+        for waiting in list(self.waiting.values()):
+            if waiting.outcome is None:
+                waiting.outcome = self.broken
+                waiting.event.set()
+
+    def close(self) -> None:
+        self._break(DaemonConnectionError("the client was closed"))
+
+
+def _shake_hands(host: str, port: int, runtime_dir: Path | None, name: str) -> tuple[Channel, m.Welcome]:
+    """Connect, say hello, read the welcome.
+
+    Raises:
+        DaemonConnectionError: nobody listens, or something that is not Luna Daemon.
+        AuthenticationError, VersionMismatch: the daemon refused; says why.
+    """
+    try:
+        sock = socket.create_connection((host, port), timeout=_CONNECT_S)
+    except OSError as error:
+        raise DaemonConnectionError(
+            f"no Luna Daemon answers on {host}:{port} ({error.strerror or error})", "Start it with 'luna-daemon serve'"
+        ) from error
+    channel = Channel(sock)
+    hello = m.Hello(PROTOCOL_VERSION, find_token(port, runtime_dir), "client", name, os.getpid(), __version__)
+    try:
+        channel.send(hello)
+        received = channel.receive(_CONNECT_S)
+    except ProtocolError as error:
+        channel.close()
+        if error.code != ProtocolError.code:
+            raise
+        raise DaemonConnectionError(
+            f"something else than Luna Daemon listens on {host}:{port}: {error.message}", "Choose another port"
+        ) from error
+    except DaemonConnectionError as error:
+        channel.close()
+        raise DaemonConnectionError(
+            f"whatever listens on {host}:{port} closed the connection instead of greeting", error.message
+        ) from error
+    message = received[0] if received else None
+    if isinstance(message, m.Welcome):
+        return channel, message
+    channel.close()
+    if isinstance(message, m.Failure):
+        raise error_from_code(message.code, message.message, message.hint, message.retry_after_s)
+    raise DaemonConnectionError(
+        f"what listens on {host}:{port} did not greet within {_CONNECT_S:g} s: not Luna Daemon, "
+        "or the predecessor's daemon on the same port",
+        "Stop it, or start Luna Daemon on another port",
+    )

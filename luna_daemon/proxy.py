@@ -1,0 +1,345 @@
+"""DaemonVAE and DaemonCLIP: used like a VAE and a CLIP of ComfyUI, computed by the daemon.
+
+When the daemon is away the local model steps in, with one warning, and the daemon is used again once it is back.
+What would crash or fail locally as well is raised instead (``LunaError.local_ok`` decides).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .client import Answer, DaemonClient, get_client
+from .core import BadRequest, Busy, LunaError, ModelKind, logger
+from .link import IsCancelled, OnProgress
+from .models import file_id
+from .wire import messages as m
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DaemonCLIP", "DaemonVAE"]
+
+T = TypeVar("T")
+_MOST_BUSY_S = 5.0
+
+
+class _Proxy:
+    """What both proxies share: the model's name, the client, the local model that steps in.
+
+    Args:
+        source: a loaded local model, or a callable that loads one when it is needed; ``None`` for none.
+        kind: VAE or CLIP.
+        type: name of the model in the daemon's configuration, or with ``files`` its family.
+        files: the model's files, below the daemon's model folders; instead of the name.
+        client: the module's default client if ``None``.
+    """
+
+    def __init__(
+        self, source: Any, kind: ModelKind, type: str, files: Sequence[Path | str], client: DaemonClient | None
+    ) -> None:
+        self._source = source
+        self._client = client
+        self._away = False
+        self._properties: dict[str, Any] | None = None
+        self.on_progress: OnProgress | None = None
+        """Told of loading and tiles while a call runs."""
+        self.is_cancelled: IsCancelled | None = None
+        """Asked while a call waits; ``True`` stops it."""
+        if files:
+            self.model = m.ModelRef(kind.value, files=tuple(file_id(Path(file)) for file in files), type=type)
+        else:
+            self.model = m.ModelRef(kind.value, name=type)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # ComfyUI deep-copies model options that hold a VAE: the connection and the local model stay one.
+        return self
+
+    @property
+    def client(self) -> DaemonClient:
+        return self._client or get_client()
+
+    def properties(self) -> dict[str, Any]:
+        """Facts of the model (``latent_channels``, ``downscale_ratio``, ``encoders`` ...); loads it in the daemon."""
+        if self._properties is None:
+            self._properties = self._send(m.ModelLoad(self.model)).result
+        return self._properties
+
+    def _send(self, call: m.Call, tensors: Sequence[torch.Tensor] = ()) -> Answer:
+        """Call the daemon; a full queue is waited for, since a local copy would make a full device fuller."""
+        while True:
+            try:
+                answer = self.client.call(
+                    call, tensors, on_progress=self.on_progress, is_cancelled=self.is_cancelled
+                )
+            except Busy as busy:
+                self._sleep(min(busy.retry_after_s, _MOST_BUSY_S))
+                continue
+            for note in answer.notes:
+                logger.warning("%s: %s", type(self).__name__, note)
+            return answer
+
+    def _sleep(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if self.is_cancelled is not None and self.is_cancelled():
+                return
+            time.sleep(0.05)
+
+    def _either(self, remote: Callable[[], T], local: Callable[[Any], T]) -> T:
+        """The daemon's answer, or the local model's where that may step in."""
+        try:
+            result = remote()
+        except LunaError as error:
+            if not error.local_ok or self._source is None:
+                raise
+            return self._step_in(error, local)
+        if self._away:
+            self._away = False
+            logger.warning("%s: the daemon is back and is used again", type(self).__name__)
+        self.client.tell_fallbacks()
+        return result
+
+    def _step_in(self, error: LunaError, local: Callable[[Any], T]) -> T:
+        if not self._away:
+            self._away = True
+            logger.warning("%s: the local model steps in: %s", type(self).__name__, error)
+        self.client.fallbacks += 1
+        if callable(self._source) and not hasattr(self._source, "encode"):
+            self._source = self._source()
+        return local(self._source)
+
+
+class DaemonVAE(_Proxy):
+    """A VAE that lives in the daemon.
+
+    Args:
+        source_vae: local VAE, or a callable that loads one, for when the daemon is away.
+        vae_type: name of the model in the daemon's configuration; with ``files`` its family.
+        use_existing: legacy; the daemon's own model is always used.
+        files: the VAE's file (or the two of a split TAESD) instead of a configured name.
+        client: connection to use; the default one if ``None``.
+
+    ::
+
+        vae = DaemonVAE(vae_type="sdxl")
+        latents = vae.encode(pixels)       # [B,H,W,C] float32 in 0..1 -> [B,C,h,w] float32
+        pixels = vae.decode(latents)
+    """
+
+    def __init__(
+        self,
+        source_vae: Any = None,
+        vae_type: str = "sdxl",
+        use_existing: bool = False,
+        *,
+        files: Sequence[Path | str] = (),
+        client: DaemonClient | None = None,
+    ) -> None:
+        super().__init__(source_vae, ModelKind.VAE, vae_type, files, client)
+        self.vae_type = vae_type
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return int(self.properties()["latent_channels"])
+
+    @property
+    def downscale_ratio(self) -> int:
+        """Pixels per latent, along each side."""
+        return int(self.properties()["downscale_ratio"])
+
+    @property
+    def upscale_ratio(self) -> int:
+        """Pixels per latent, along each side."""
+        return int(self.properties()["upscale_ratio"])
+
+    def spacial_compression_encode(self) -> int:
+        """ComfyUI's name of ``downscale_ratio``."""
+        return self.downscale_ratio
+
+    def spacial_compression_decode(self) -> int:
+        """ComfyUI's name of ``upscale_ratio``."""
+        return self.upscale_ratio
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels ``[B,H,W,C]`` float32 in 0..1 to latents ``[B,C,h,w]`` float32."""
+        return self._either(
+            lambda: self._send(m.VaeEncode(self.model), [pixels]).tensors[0], lambda vae: vae.encode(pixels)
+        )
+
+    def decode(self, samples: torch.Tensor, vae_options: dict[str, Any] | None = None) -> torch.Tensor:
+        """Latents ``[B,C,h,w]`` to pixels ``[B,H,W,C]`` float32 in 0..1, writable and the caller's own."""
+        return self._either(
+            lambda: self._send(m.VaeDecode(self.model), [samples]).tensors[0], lambda vae: vae.decode(samples)
+        )
+
+    def encode_tiled(
+        self,
+        pixels: torch.Tensor,
+        tile_x: int | None = None,
+        tile_y: int | None = None,
+        overlap: int | None = None,
+        tile_t: int | None = None,
+        overlap_t: int | None = None,
+    ) -> torch.Tensor:
+        """``encode`` in tiles; sizes in pixels, ``None`` is ComfyUI's default (512, 512, 64)."""
+        tiling = m.Tiling(tile_x, tile_y, overlap, tile_t, overlap_t)
+        return self._either(
+            lambda: self._send(m.VaeEncode(self.model, tiling), [pixels]).tensors[0],
+            lambda vae: vae.encode_tiled(pixels, **_given(tiling)),
+        )
+
+    def decode_tiled(
+        self,
+        samples: torch.Tensor,
+        tile_x: int | None = None,
+        tile_y: int | None = None,
+        overlap: int | None = None,
+        tile_t: int | None = None,
+        overlap_t: int | None = None,
+    ) -> torch.Tensor:
+        """``decode`` in tiles; sizes in latent units, ``None`` is ComfyUI's default (64, 64, 16)."""
+        tiling = m.Tiling(tile_x, tile_y, overlap, tile_t, overlap_t)
+        return self._either(
+            lambda: self._send(m.VaeDecode(self.model, tiling), [samples]).tensors[0],
+            lambda vae: vae.decode_tiled(samples, **_given(tiling)),
+        )
+
+
+class DaemonCLIP(_Proxy):
+    """Text encoders that live in the daemon.
+
+    Args:
+        source_clip: local CLIP, or a callable that loads one, for when the daemon is away.
+        clip_type: name of the model in the daemon's configuration; with ``files`` its family.
+        use_existing: legacy; the daemon's own model is always used.
+        files: the encoders' files in the loader's order, instead of a configured name.
+        client: connection to use; the default one if ``None``.
+
+    ::
+
+        clip = DaemonCLIP(clip_type="sdxl")
+        conditioning = clip.encode_from_tokens_scheduled(clip.tokenize("a cat, (sunset:1.2)"))
+    """
+
+    def __init__(
+        self,
+        source_clip: Any = None,
+        clip_type: str = "sdxl",
+        use_existing: bool = False,
+        *,
+        files: Sequence[Path | str] = (),
+        client: DaemonClient | None = None,
+    ) -> None:
+        super().__init__(source_clip, ModelKind.CLIP, clip_type, files, client)
+        self.clip_type = clip_type
+        self.layer_idx: int | None = None
+
+    def clone(self) -> DaemonCLIP:
+        """A copy with its own clip skip; model, connection and local model are shared."""
+        other = DaemonCLIP.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def clip_layer(self, layer_idx: int) -> None:
+        """Clip skip: -1 is the last layer, -2 the penultimate."""
+        self.layer_idx = layer_idx
+
+    def tokenize(self, text: str, return_word_ids: bool = False, **options: Any) -> dict[str, Any]:
+        """Per encoder, 77-token chunks of ``(token, weight)``; plain data that may be edited.
+
+        Raises:
+            BadRequest: word ids or other options are asked for and there is no local tokenizer.
+        """
+        if return_word_ids or options:
+            asked = ["return_word_ids"] * return_word_ids + list(options)
+            if self._source is None:
+                raise BadRequest(f"tokenize({', '.join(asked)}) is not served by the daemon", "Give source_clip")
+            return self._step_in(
+                BadRequest(f"tokenize({', '.join(asked)}) is not served by the daemon"),
+                lambda clip: dict(clip.tokenize(text, return_word_ids=return_word_ids, **options)),
+            )
+
+        def remote() -> dict[str, Any]:
+            tokens = self._send(m.ClipTokenize(self.model, text)).result["tokens"]
+            return {name: [[tuple(pair) for pair in chunk] for chunk in chunks] for name, chunks in tokens.items()}
+
+        return self._either(remote, lambda clip: dict(clip.tokenize(text)))
+
+    def encode_from_tokens(
+        self, tokens: dict[str, Any], return_pooled: bool | str = False, return_dict: bool = False
+    ) -> Any:
+        """Encode: ``cond``, ``(cond, pooled)``, or ``{"cond", "pooled_output"}``; ``[1,T,D]`` and ``[1,P]`` float32.
+
+        Args:
+            tokens: from ``tokenize``.
+            return_pooled: ``"unprojected"`` leaves the text projection out.
+            return_dict: the last form.
+        """
+        call = m.ClipEncode(
+            self.model, tokens=_pairs(tokens), layer=self.layer_idx, unprojected=return_pooled == "unprojected"
+        )
+
+        def remote() -> Any:
+            answer = self._send(call)
+            found = dict(zip(answer.result["names"], answer.tensors))
+            if return_dict:
+                return found
+            return (found["cond"], found["pooled_output"]) if return_pooled else found["cond"]
+
+        return self._either(
+            remote,
+            lambda clip: self._layered(clip).encode_from_tokens(
+                tokens, return_pooled=return_pooled, return_dict=return_dict
+            ),
+        )
+
+    def encode_from_tokens_scheduled(
+        self,
+        tokens: dict[str, Any],
+        unprojected: bool = False,
+        add_dict: dict[str, Any] | None = None,
+        show_pbar: bool = True,
+    ) -> list[list[Any]]:
+        """Conditioning for a sampler: ``[[cond, {"pooled_output": pooled, **add_dict}]]``."""
+        found = self.encode_from_tokens(
+            tokens, return_pooled="unprojected" if unprojected else True, return_dict=True
+        )
+        rest = {name: value for name, value in found.items() if name != "cond"}
+        return [[found["cond"], {**rest, **(add_dict or {})}]]
+
+    def encode(self, text: str) -> Any:
+        """``cond`` of a prompt."""
+        return self.encode_from_tokens(self.tokenize(text))
+
+    def _layered(self, clip: Any) -> Any:
+        """The local model with this proxy's clip skip."""
+        if self.layer_idx is None:
+            return clip
+        clone = clip.clone()
+        clone.clip_layer(self.layer_idx)
+        return clone
+
+
+def _given(tiling: m.Tiling) -> dict[str, int]:
+    """The tile arguments that were given: the local model has its own defaults."""
+    values = {name: getattr(tiling, name) for name in tiling.__struct_fields__}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _pairs(tokens: dict[str, Any]) -> m.Tokens:
+    """Tokens as they travel: word ids do not change the encoding and stay here.
+
+    Raises:
+        BadRequest: an embedding among the tokens, which the daemon does not take.
+    """
+    try:
+        return {
+            name: [[(int(item[0]), float(item[1])) for item in chunk] for chunk in chunks]
+            for name, chunks in tokens.items()
+        }
+    except (TypeError, ValueError, IndexError) as error:
+        raise BadRequest(f"tokens are not chunks of (id, weight): {error}", "Use what tokenize() returned") from error

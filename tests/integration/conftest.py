@@ -1,0 +1,146 @@
+"""Real daemons for integration tests: each test module gets its own, and none is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from luna_daemon.client import DaemonClient
+from luna_daemon.core import LunaError
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVER = ROOT / "luna_daemon" / "daemon_server.py"
+DEMO_VAE = ROOT / "demo" / "model" / "luna_demo_vae.safetensors"
+
+
+def free_port() -> int:
+    """A port that nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class RunningDaemon:
+    """A daemon process, with what tests need to know about it."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    ws_port: int
+    runtime_dir: Path
+    arena_dir: Path
+    log: Path
+    clients: list[DaemonClient] = field(default_factory=list)
+
+    def client(self, **options: Any) -> DaemonClient:
+        client = DaemonClient("127.0.0.1", self.port, runtime_dir=self.runtime_dir, **options)
+        self.clients.append(client)
+        return client
+
+    def info(self) -> dict[str, Any]:
+        with DaemonClient("127.0.0.1", self.port, runtime_dir=self.runtime_dir, name="test-info") as client:
+            return client.get_daemon_info()
+
+    def workers(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def wait_for(self, holds: Callable[[dict[str, Any]], bool], timeout_s: float = 20.0) -> dict[str, Any]:
+        """The first ``info`` for which ``holds``."""
+        end = time.monotonic() + timeout_s
+        while True:
+            info = self.info()
+            if holds(info):
+                return info
+            assert time.monotonic() < end, f"never happened; last info: {info}"
+            time.sleep(0.05)
+
+    def stop(self, expect_clean: bool = True) -> None:
+        """End it, and check that nothing is left over: no process, no arena, no runtime folder."""
+        for client in self.clients:
+            client.close()
+        workers = self.workers() if self.process.poll() is None else []
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(40)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+                raise
+        _, alive = psutil.wait_procs(workers, timeout=5)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        if expect_clean:
+            assert not alive, f"worker processes were left over: {alive}"
+            assert not list(self.arena_dir.glob("*")), "arena files were left over"
+            assert not (self.runtime_dir / str(self.port)).exists(), "the runtime folder was left over"
+            assert "Traceback" not in self.log.read_text(), self.log.read_text()
+
+
+@pytest.fixture
+def start_daemon(tmp_path: Path) -> Iterator[Callable[..., RunningDaemon]]:
+    """Start daemons with settings as keywords; each is ended and checked after the test."""
+    running: list[RunningDaemon] = []
+    with contextlib.ExitStack() as folders:
+
+        def start(*, toml: str = "", wait: bool = True, port: int | None = None, **settings: Any) -> RunningDaemon:
+            number = len(running)
+            arena = Path(settings.pop("arena_dir", "") or folders.enter_context(_arena_folder()))
+            runtime = tmp_path / "run"
+            runtime.mkdir(exist_ok=True)
+            config = tmp_path / f"luna-{number}.toml"
+            config.write_text(toml)
+            port_, ws_port = port or free_port(), free_port()
+            environ = {key: value for key, value in os.environ.items() if not key.startswith(("LUNA_", "COMFYUI_"))}
+            environ |= {
+                "LUNA_PORT": str(port_), "LUNA_WS_PORT": str(ws_port), "LUNA_RUNTIME_DIR": str(runtime),
+                "LUNA_ARENA_DIR": str(arena), "LUNA_CONFIG": str(config), "LUNA_MODEL_DIRS": str(DEMO_VAE.parent),
+            }  # fmt: skip
+            environ |= {f"LUNA_{name.upper()}": str(value) for name, value in settings.items()}
+            log = tmp_path / f"daemon-{number}.log"
+            with log.open("wb") as output:
+                process = subprocess.Popen(
+                    [sys.executable, str(SERVER)], env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+                )
+            daemon = RunningDaemon(process, port_, ws_port, runtime, arena, log)
+            running.append(daemon)
+            if wait:
+                _wait_until_it_answers(daemon)
+            return daemon
+
+        yield start
+        for daemon in running:
+            daemon.stop(expect_clean=daemon.process.poll() is None)
+
+
+@contextlib.contextmanager
+def _arena_folder() -> Iterator[str]:
+    import tempfile
+
+    base = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    with tempfile.TemporaryDirectory(prefix="luna-test-", dir=base) as folder:
+        yield folder
+
+
+def _wait_until_it_answers(daemon: RunningDaemon, timeout_s: float = 20.0) -> None:
+    end = time.monotonic() + timeout_s
+    while True:
+        assert daemon.process.poll() is None, daemon.log.read_text()
+        with contextlib.suppress(LunaError), daemon.client() as client:
+            client.ping()
+            return
+        assert time.monotonic() < end, daemon.log.read_text()
+        time.sleep(0.02)
