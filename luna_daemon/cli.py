@@ -1,23 +1,24 @@
 """The ``luna-daemon`` command: run the daemon, and ask, fill, measure and stop a running one.
 
-``serve`` must listen as fast as it can, so what only other commands need is imported inside them. Facts go to stdout,
-everything else to stderr.
+``serve`` must listen as fast as it can, so what only other commands need is imported inside them. Facts go to
+stdout, everything else to stderr.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import __version__
-from .core import AuthenticationError, ConfigError, DaemonConnectionError, LunaError, ModelKind, PortInUse, logger
+from .core import AuthenticationError, ConfigError, DaemonConnectionError, LunaError, PortInUse, logger
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from .client import DaemonClient
     from .doctor import Check
+    from .wire.messages import Progress
 
 __all__ = ["main"]
 
@@ -42,18 +44,29 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Host = Annotated[str | None, typer.Option(help="Address of the daemon.", show_default="127.0.0.1")]
-Port = Annotated[int | None, typer.Option(help="Port of the daemon.", show_default="19283")]
-WsPort = Annotated[int | None, typer.Option(help="Port of its status page.", show_default="19284")]
-Config = Annotated[Path | None, typer.Option(help="Configuration file.", metavar="FILE", show_default="./luna.toml")]
-Runtime = Annotated[
-    Path | None,
-    typer.Option("--runtime-dir", help="Where its token lies.", metavar="FOLDER", show_default="one per user and port"),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda:1 or a GPU's UUID.", show_default="auto")]
-Folder = typer.Option(help="ComfyUI's folder.", metavar="FOLDER", show_default="COMFYUI_PATH")
-Folders = typer.Option(help="One more folder with models; may be repeated.", metavar="FOLDER")
+_HOST = typer.Option(metavar="HOST", help="Address of the daemon [127.0.0.1].")
+_PORT = typer.Option(metavar="PORT", help="Port of the daemon [19283].")
+_WS_PORT = typer.Option(metavar="PORT", help="Port of its status page [19284].")
+_CONFIG = typer.Option(metavar="FILE", help="Configuration file [luna.toml in this folder].")
+_RUNTIME = typer.Option("--runtime-dir", metavar="FOLDER", help="Folder of its token [one per user].")
+_COMFYUI = typer.Option(metavar="FOLDER", help="ComfyUI's folder [COMFYUI_PATH].")
+_MODEL_DIR = typer.Option(metavar="FOLDER", help="A folder with models; may be repeated.")
+_DEVICE = typer.Option(metavar="DEVICE", help="auto, cpu, cuda:1 or a GPU's UUID [auto].")
+_BACKEND = typer.Option(metavar="NAME", help="What runs the models: auto, comfy or diffusers [auto].")
+_SERVICE = typer.Option(metavar="NAME", help="What work to accept: full, vae or clip [full].")
+_LOG_LEVEL = typer.Option(metavar="LEVEL", help="DEBUG, INFO, WARNING or ERROR [INFO].")
+_KIND = typer.Option(metavar="KIND", help="What to load of it: vae, clip or all.")
+_PIN = typer.Option("--pin", help="Keep it loaded until it is unloaded.")
+_TIMEOUT = typer.Option(metavar="SECONDS", help="How long to wait for its end.", min=0)
+_ROUNDS = typer.Option(metavar="COUNT", help="How often each call is timed.", min=1)
+_JSON = typer.Option("--json", help="Print one JSON document and nothing else.")
+
+Host = Annotated[str | None, _HOST]
+Port = Annotated[int | None, _PORT]
+WsPort = Annotated[int | None, _WS_PORT]
+Config = Annotated[Path | None, _CONFIG]
+Runtime = Annotated[Path | None, _RUNTIME]
+AsJson = Annotated[bool, _JSON]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -86,20 +99,20 @@ def _common(
 
 @app.command()
 def serve(
-    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on.", show_default="19283")] = None,
-    ws_port: Annotated[int | None, typer.Option(help="Port of the status page.", show_default="19284")] = None,
+    host: Host = None,
+    port: Port = None,
+    ws_port: WsPort = None,
     config: Config = None,
-    comfyui: Annotated[Path | None, Folder] = None,
-    model_dir: Annotated[list[Path] | None, Folders] = None,
-    vae_device: Device = None,
-    clip_device: Device = None,
-    backend: Annotated[str | None, typer.Option(help="auto, comfy or diffusers.", show_default="auto")] = None,
-    service_type: Annotated[str | None, typer.Option(help="full, vae or clip.", show_default="full")] = None,
-    log_level: Annotated[str | None, typer.Option(help="DEBUG, INFO, WARNING, ERROR.", show_default="INFO")] = None,
+    comfyui: Annotated[Path | None, _COMFYUI] = None,
+    model_dir: Annotated[list[Path] | None, _MODEL_DIR] = None,
+    vae_device: Annotated[str | None, _DEVICE] = None,
+    clip_device: Annotated[str | None, _DEVICE] = None,
+    backend: Annotated[str | None, _BACKEND] = None,
+    service_type: Annotated[str | None, _SERVICE] = None,
+    log_level: Annotated[str | None, _LOG_LEVEL] = None,
     runtime_dir: Runtime = None,
 ) -> None:
-    """Run the daemon in this terminal until Ctrl-C or 'luna-daemon stop'."""
+    """Run the daemon until Ctrl-C or 'luna-daemon stop'."""
     logging.basicConfig(format=_LOG_FORMAT, datefmt="%Y-%m-%d %H:%M:%S", level=logging.INFO, force=True)
     from .daemon_server import LunaDaemon
 
@@ -123,7 +136,7 @@ def status(
         if as_json:
             _print_json(info)
         else:
-            _show_status(info, f"{client.host}:{client.port}", _status_page(client, ws_port))
+            _show_status(info, f"{client.host}:{client.port}", _status_page(client, ws_port, config))
 
 
 @app.command()
@@ -131,7 +144,7 @@ def models(
     host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """List the models that have a name, and which models are loaded."""
+    """List the models by name, and those loaded."""
     with _dial(host, port, config, runtime_dir) as client:
         listing = client.models()
     if as_json:
@@ -149,19 +162,19 @@ def models(
 @app.command()
 def warm(
     name: Annotated[str, typer.Argument(help="A name that 'luna-daemon models' lists.")],
-    kind: Annotated[str, typer.Option(help="What to load of it: vae, clip or all.")] = "all",
-    pin: Annotated[bool, typer.Option("--pin", help="Keep it loaded until it is unloaded.")] = False,
+    kind: Annotated[str, _KIND] = "all",
+    pin: Annotated[bool, _PIN] = False,
     host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Load a model now, so that the first request need not wait for it."""
+    """Load a model before the first request needs it."""
     from .wire.messages import ModelRef
 
     loaded = {}
     with _dial(host, port, config, runtime_dir) as client:
         for one in _kinds(client, name, kind):
-            with _Bar(f"loading {name} ({one})") as bar:
-                loaded[one] = client.warm(ModelRef(one, name), pin, lambda p: bar.show(p.step, p.total, p.stage))
+            with _Bar(f"{name} ({one})") as bar:
+                loaded[one] = client.warm(ModelRef(one, name), pin, bar.progress)
     if as_json:
         _print_json({"model": name, "pinned": pin, "loaded": loaded})
         return
@@ -185,16 +198,16 @@ def unload(
     if as_json:
         _print_json({"unloaded": count})
     else:
-        typer.echo(f"unloaded {count} model{'' if count == 1 else 's'}")
+        typer.echo(f"unloaded {_count(count, 'model')}")
 
 
 @app.command()
 def stop(
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for its end.", min=0)] = 60.0,
+    timeout: Annotated[float, _TIMEOUT] = 60.0,
     host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Let running requests finish, end the daemon, and wait until its process is gone."""
+    """Let running requests finish, then end the daemon."""
     began = time.monotonic()
     with _dial(host, port, config, runtime_dir) as client:
         info = client.get_daemon_info()
@@ -222,7 +235,7 @@ def doctor(
     host: Host = None, port: Port = None, ws_port: WsPort = None, config: Config = None,
     runtime_dir: Runtime = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Check this machine and the settings, and say what to do about each problem."""
+    """Check machine and settings, and say what to do."""
     from .doctor import examine
 
     overrides = {"host": host, "port": port, "ws_port": ws_port, "runtime_dir": runtime_dir}
@@ -238,11 +251,11 @@ def doctor(
 
 @app.command()
 def bench(
-    rounds: Annotated[int, typer.Option(help="How often each call is timed.", min=1)] = 30,
+    rounds: Annotated[int, _ROUNDS] = 30,
     host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Time small and large calls on this machine, beside a plain copy in memory.
+    """Time calls on this machine beside a memory copy.
 
     Uses the running daemon, or one of its own for as long as it takes.
     """
@@ -257,13 +270,7 @@ def bench(
     if as_json:
         _print_json({"own_daemon": own, **numbers})
         return
-    rows = [("small call, median", f"{numbers['ping_p50_ms']:.3f} ms", ""),
-            ("small call, 99 of 100", f"{numbers['ping_p99_ms']:.3f} ms", "")]  # fmt: skip
-    for key, title in _WAYS.items():
-        ms, ratio = numbers[f"{key}_ms"], numbers.get(f"{key}_over_memory_copy")
-        rows.append((title, "-" if ms is None else f"{ms:.2f} ms", "" if ratio is None else f"{ratio:.2f}"))
-    _tables((f"Median of {rounds}", "what >time >copies", rows))
-    typer.echo(f"Tensors go by {numbers['transport']}: {numbers['transport_why']}.")
+    _show_numbers(numbers)
 
 
 # --- reaching the daemon ---
@@ -291,14 +298,14 @@ def _dial(host: str | None, port: int | None, config: Path | None, runtime_dir: 
         if pid is None or _has_ended(pid, folder / str(settings.port)):
             raise
         raise DaemonConnectionError(
-            f"Luna Daemon (pid {pid}) does not answer on {address}:{settings.port}; it starts or finishes its work",
-            "Ask again in a moment",
+            f"Luna Daemon (pid {pid}) does not answer on {address}:{settings.port}",
+            "It is starting, or finishing its requests: ask again in a moment",
         ) from error
     return client
 
 
 def _has_ended(pid: int, folder: Path) -> bool:
-    """Whether the daemon that wrote this runtime folder is gone; its number may be another process' by now."""
+    """Whether the daemon of this runtime folder is gone; its number may be another process' by now."""
     import psutil
 
     try:
@@ -329,11 +336,12 @@ def _listens(host: str, port: int) -> bool:
     return True
 
 
-def _status_page(client: DaemonClient, ws_port: int | None) -> str:
+def _status_page(client: DaemonClient, ws_port: int | None, config: Path | None) -> str:
     from .config import load_settings
     from .runtime import read_facts
 
-    known = ws_port or read_facts(client.port, client.runtime_dir).get("ws_port") or load_settings().ws_port
+    known = ws_port or read_facts(client.port, client.runtime_dir).get("ws_port")
+    known = known or load_settings(config_file=config).ws_port
     address = f"http://{client.host}:{known}/"
     return address if _listens(client.host, known) else f"{address} does not answer"
 
@@ -349,9 +357,7 @@ def _kinds(client: DaemonClient, name: str, kind: str) -> list[str]:
 # --- the bench ---
 
 _WARM_UP = 3
-_WAYS = {
-    "memory_copy": "memory copy of 12.6 MB", "shared_memory": "12.6 MB by shared memory", "tcp": "12.6 MB by TCP",
-}  # fmt: skip
+_WAYS = {"memory_copy": "copy of 12.6 MB", "shared_memory": "12.6 MB by memory", "tcp": "12.6 MB by TCP"}
 
 
 def _temporary_daemon(stack: ExitStack, config: Path | None) -> DaemonClient:
@@ -404,13 +410,15 @@ def _measure(client: DaemonClient, rounds: int) -> dict[str, Any]:
 def _numbers(times: dict[str, list[float]], pings: list[float], info: dict[str, Any]) -> dict[str, Any]:
     from statistics import median
 
-    numbers = {"bytes": _PICTURE_BYTES, "ping_p50_ms": median(pings), "ping_p99_ms": pings[len(pings) * 99 // 100]}
+    numbers: dict[str, Any] = {"ping_p50_ms": median(pings), "ping_p99_ms": pings[len(pings) * 99 // 100]}
+    copy_ms = median(times["memory_copy"])
     for name in _WAYS:
-        numbers[f"{name}_ms"] = median(times[name]) if name in times else None
-    for name in ("shared_memory", "tcp"):
-        ms = numbers[f"{name}_ms"]
-        numbers[f"{name}_over_memory_copy"] = None if ms is None else ms / numbers["memory_copy_ms"]
-    return {**numbers, "transport": info["transport"], "transport_why": info["transport_why"]}
+        ms = median(times[name]) if name in times else None
+        numbers[f"{name}_ms"] = ms
+        if name != "memory_copy":
+            numbers[f"{name}_over_copy"] = None if ms is None else ms / copy_ms
+    facts = {name: info[name] for name in ("version", "transport", "transport_why")}
+    return {"bytes": _PICTURE_BYTES, **numbers, **facts}
 
 
 def _ms(way: Callable[[], object]) -> float:
@@ -434,20 +442,27 @@ def _console(stderr: bool = False) -> Console:
     return Console(markup=False, highlight=False, stderr=stderr)
 
 
-def _tables(*tables: tuple[str, str, Iterable[Iterable[str]]]) -> None:
+def _tables(*tables: tuple[str, str, Sequence[tuple[str, ...]]]) -> None:
     """Print tables of (title, column names, rows); ``>`` before a name sets a column to the right."""
     from rich import box
     from rich.table import Table
 
     console = _console()
     for title, columns, rows in tables:
-        table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, show_header=bool(title))
         for column in columns.split():
             side: Any = "right" if column[0] == ">" else "left"
             table.add_column(column.lstrip(">").replace("_", " "), justify=side, overflow="fold")
         for row in rows:
             table.add_row(*row)
-        console.print(table if table.row_count else f"{title}: none")
+        if title:
+            console.print(f"\n{title}" if rows else f"\n{title}: none")
+        if rows:
+            console.print(table)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _size(nbytes: float) -> str:
@@ -466,7 +481,8 @@ def _span(seconds: float) -> str:
 
 
 def _loaded_rows(listing: dict[str, Any]) -> list[tuple[str, ...]]:
-    return [(key, _size(size), "yes" if key in listing["pinned"] else "") for key, size in listing["loaded"].items()]
+    pinned = listing["pinned"]
+    return [(key, _size(size), "yes" if key in pinned else "") for key, size in listing["loaded"].items()]
 
 
 def _show_status(info: dict[str, Any], address: str, page: str) -> None:
@@ -482,7 +498,7 @@ def _show_status(info: dict[str, Any], address: str, page: str) -> None:
     loaded = {key: size for worker in info["workers"] for key, size in worker["models"].items()}
     clients = [
         (c["name"], str(c["pid"]), "shared memory" if c["shared_memory"] else "tcp", _size(c["leased_bytes"]),
-         str(c["in_flight"])) for c in info["clients"]
+         str(c["in_flight"])) for c in info["clients"] if c["pid"] != os.getpid()
     ]  # fmt: skip
     gpus = [(str(g["index"]), g["name"], _size(g["used"]), _size(g["total"])) for g in info["gpus"]]
     _tables(
@@ -498,8 +514,8 @@ def _status_rows(info: dict[str, Any], page: str) -> list[tuple[str, str]]:
     kinds = ", ".join(f"{op} {count}" for op, count in sorted(info["requests"].items())) or "none"
     errors = ", ".join(f"{code} {count}" for code, count in sorted(info["errors"].items())) or "none"
     caches = [
-        (f"{name} cache", f"{cache['entries']} entries, {_size(cache['bytes'])} of {_size(cache['max_bytes'])}, "
-         f"{cache['hits']} hits, {cache['misses']} misses") for name, cache in info["caches"].items()
+        (f"{name} cache", f"{c['entries']} entries, {_size(c['bytes'])} of {_size(c['max_bytes'])}; "
+         f"hits {c['hits']}, misses {c['misses']}") for name, c in info["caches"].items()
     ]  # fmt: skip
     shared = f"{_size(arena['used'])} used, at most {_size(arena['max_bytes'])}, in {arena['folder']}"
     return [
@@ -509,11 +525,23 @@ def _status_rows(info: dict[str, Any], page: str) -> list[tuple[str, str]]:
         ("shared memory", shared if arena["folder"] else f"none: {arena['why']}"),
         ("requests", f"{kinds}; in flight {info['in_flight']}"),
         ("errors", f"{errors}; worker crashes {info['crashes']}"),
-        ("without it", f"local fallbacks {info['fallbacks']}, weights materialised {info['materialised']}"),
+        ("fallbacks", f"{info['fallbacks']}; weights loaded by clients {info['materialised']}"),
         ("queue", f"{queue['waiting']} of {queue['limit']}, average wait {queue['average_wait_s']:.3f} s"),
         *caches,
         ("status page", page),
     ]  # fmt: skip
+
+
+def _show_numbers(numbers: dict[str, Any]) -> None:
+    rows = [
+        ("small call", f"{numbers['ping_p50_ms']:.3f} ms", ""),
+        ("small call, 99th of 100", f"{numbers['ping_p99_ms']:.3f} ms", ""),
+    ]
+    for key, title in _WAYS.items():
+        ms, ratio = numbers[f"{key}_ms"], numbers.get(f"{key}_over_copy")
+        rows.append((title, "-" if ms is None else f"{ms:.2f} ms", "" if ratio is None else f"{ratio:.2f}"))
+    _tables(("Medians", "call >time >in_copies", rows))
+    typer.echo(f"\nTensors go by {numbers['transport']} ({numbers['transport_why']}).")
 
 
 def _show_checks(checks: list[Check]) -> None:
@@ -527,8 +555,9 @@ def _show_checks(checks: list[Check]) -> None:
         if check.advice:
             text.append(f"\n{check.advice}.", style="bold")
         table.add_row(Text(check.level, style=styles[check.level]), check.name, text)
-    counts = {level: sum(check.level == level for check in checks) for level in ("problem", "warning")}
-    _console().print(table, f"\n{counts['problem']} problems, {counts['warning']} warnings")
+    levels = [check.level for check in checks]
+    sums = [_count(levels.count(level), level) for level in ("problem", "warning")]
+    _console().print(table, f"\n{', '.join(sums)}")
 
 
 class _Bar:
@@ -538,13 +567,18 @@ class _Bar:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        self._progress = Progress(*columns, console=_console(stderr=True), transient=True)
+        console = _console(stderr=True)
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._title, self._task = title, self._progress.add_task(title, total=None)
 
     def show(self, step: int, total: int, stage: str = "") -> None:
         """Say how far it is; a ``total`` of 0 is unknown."""
         text = f"{self._title}: {stage}" if stage else self._title
         self._progress.update(self._task, description=text, completed=step, total=total or None)
+
+    def progress(self, message: Progress) -> None:
+        """What the daemon says while a call runs."""
+        self.show(message.step, message.total, message.stage)
 
     def __enter__(self) -> _Bar:
         self._progress.start()

@@ -62,9 +62,7 @@ class Autoencoder:
         }
 
     @torch.inference_mode()
-    def encode(
-        self, pixels: torch.Tensor, tiling: Tiling | None, step: Step
-    ) -> tuple[torch.Tensor, list[str]]:
+    def encode(self, pixels: torch.Tensor, tiling: Tiling | None, step: Step) -> tuple[torch.Tensor, list[str]]:
         """Encode ``[B,H,W,C]`` in 0..1, cropped around the centre to whole latents; channels past RGB are dropped."""
         images = self._crop(pixels).movedim(-1, 1)
 
@@ -75,9 +73,7 @@ class Autoencoder:
         return latents.contiguous(), notes
 
     @torch.inference_mode()
-    def decode(
-        self, latents: torch.Tensor, tiling: Tiling | None, step: Step
-    ) -> tuple[torch.Tensor, list[str]]:
+    def decode(self, latents: torch.Tensor, tiling: Tiling | None, step: Step) -> tuple[torch.Tensor, list[str]]:
         """Decode ``[B,C,h,w]`` to ``[B,H,W,3]`` in 0..1."""
         if latents.ndim != 4 or latents.shape[1] != self._channels or 0 in latents.shape:
             raise BadRequest(f"latents have shape {list(latents.shape)}, must be [B,{self._channels},h,w]")
@@ -99,9 +95,7 @@ class Autoencoder:
             size = pixels.shape[axis]
             whole = size // self._ratio * self._ratio
             if whole == 0:
-                raise BadRequest(
-                    f"pixels have shape {list(pixels.shape)}, must be at least {self._ratio} a side"
-                )
+                raise BadRequest(f"pixels have shape {list(pixels.shape)}, must be at least {self._ratio} a side")
             pixels = pixels.narrow(axis, (size - whole) // 2, whole)
         return pixels[..., :3]
 
@@ -119,11 +113,7 @@ class Autoencoder:
             tiling = Tiling()
         passes = tiles.merged(tiling)
         # The order of summation is ComfyUI's, which differs between the two.
-        shapes = (
-            [passes.tall(), passes.wide(), passes]
-            if verb == "decoded"
-            else [passes, passes.wide(), passes.tall()]
-        )
+        shapes = [passes.tall(), passes.wide(), passes] if verb == "decoded" else [passes, passes.wide(), passes.tall()]
         scale = float(self._ratio) if verb == "decoded" else 1.0 / self._ratio
         result = self._attempt(lambda: run_tiled(source, run, shapes, scale, step))
         if result is None:

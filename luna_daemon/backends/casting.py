@@ -43,9 +43,7 @@ class _T5Norm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         variance = hidden_states.pow(2).mean(-1, keepdim=True)
-        return self.weight.to(hidden_states.dtype) * (
-            hidden_states * torch.rsqrt(variance + self.variance_epsilon)
-        )
+        return self.weight.to(hidden_states.dtype) * (hidden_states * torch.rsqrt(variance + self.variance_epsilon))
 
 
 class _T5GatedFeedForward(nn.Module):

@@ -86,9 +86,7 @@ def _flux(encoded: Encoded) -> tuple[torch.Tensor, torch.Tensor]:
 
 FAMILIES = {
     "sd15": Family({"l": Use(None, True, False)}, (frozenset("l"),), _first),
-    "sdxl": Family(
-        {"g": Use(-2, False, True), "l": Use(-2, False, False)}, (frozenset("lg"), frozenset("g")), _sdxl
-    ),
+    "sdxl": Family({"g": Use(-2, False, True), "l": Use(-2, False, False)}, (frozenset("lg"), frozenset("g")), _sdxl),
     "sd3": Family(
         {"g": Use(-2, False, True), "l": Use(-2, False, False), "t5xxl": Use(None, True, False, 77)},
         (frozenset(),),
@@ -124,9 +122,7 @@ class TextEncoders:
             "cond_dim": cond.shape[-1],
             "pooled_dim": pooled.shape[-1],
             "dtype": ",".join(
-                dict.fromkeys(
-                    str(encoder.dtype).removeprefix("torch.") for encoder in self._encoders.values()
-                )
+                dict.fromkeys(str(encoder.dtype).removeprefix("torch.") for encoder in self._encoders.values())
             ),
             "device": str(any_encoder.device),
             "class": f"TextEncoders({self._name})",

@@ -56,9 +56,7 @@ class DiffusersBackend:
             if not is_out_of_memory(error):
                 raise
             raise OutOfMemory(f"no room for {spec.key} on {spec.device}") from error
-        raise ModelLoadError(
-            f"{spec.key} is of kind {spec.kind!r}, which the diffusers backend does not load"
-        )
+        raise ModelLoadError(f"{spec.key} is of kind {spec.kind!r}, which the diffusers backend does not load")
 
 
 def _require_libraries() -> None:

@@ -114,9 +114,7 @@ def find_parts(weights: WeightFiles) -> list[Part]:
 
 def _named(part: Part) -> Part:
     """Tell CLIP-L, H and G apart by depth, as ComfyUI does."""
-    pattern = (
-        r"transformer\.resblocks\.(\d+)\." if part.layout == "open_clip" else r"encoder\.layers\.(\d+)\."
-    )
+    pattern = r"transformer\.resblocks\.(\d+)\." if part.layout == "open_clip" else r"encoder\.layers\.(\d+)\."
     depth = part.count(pattern)
     name = "g" if depth > 30 else "h" if depth > 22 else "l"
     return Part(name, part.layout, part.prefix, part.weights)
@@ -137,7 +135,9 @@ def describe(weights: WeightFiles) -> str:
     if weights.below("model.diffusion_model."):
         return "a diffusion model without text encoder or VAE"
     heads = Counter(key.split(".")[0] for key in weights.entries)
-    return f"{len(weights.entries)} tensors of an unknown layout ({', '.join(name for name, _ in heads.most_common(5))})"
+    return (
+        f"{len(weights.entries)} tensors of an unknown layout ({', '.join(name for name, _ in heads.most_common(5))})"
+    )
 
 
 def part_tensors(part: Part) -> Tensors:

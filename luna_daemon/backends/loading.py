@@ -13,9 +13,7 @@ __all__ = ["assign_weights", "is_out_of_memory", "pick_device", "pick_dtype", "u
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def assign_weights(
-    part: Part, model: nn.Module, tensors: Tensors, dtype: torch.dtype, device: torch.device
-) -> None:
+def assign_weights(part: Part, model: nn.Module, tensors: Tensors, dtype: torch.dtype, device: torch.device) -> None:
     """Give a module made on the meta device its weights; what needs no conversion stays a view of the mapped file.
 
     Raises:
@@ -28,9 +26,7 @@ def assign_weights(
         raise ModelLoadError(f"{source} lacks {len(missing)} of {len(wanted)} weights, such as {missing[0]}")
     for key, weight in wanted.items():
         if weight.shape != tensors[key].shape:
-            raise ModelLoadError(
-                f"{source}: {key} has shape {list(tensors[key].shape)}, not {list(weight.shape)}"
-            )
+            raise ModelLoadError(f"{source}: {key} has shape {list(tensors[key].shape)}, not {list(weight.shape)}")
     model.requires_grad_(False).eval()
     # A weight under two names stays one tensor.
     moved = {id(tensors[key]): tensors[key].to(device, dtype) for key in wanted}

@@ -89,10 +89,11 @@ def _groups(text: str) -> list[str]:
 
 def tokenize(text: str, ids: Callable[[str], list[int]], rules: ChunkRules) -> list[Chunk]:
     """Turn a prompt into padded chunks; ``ids`` gives the tokens of a segment without start and end."""
-    groups: list[Chunk] = []
-    for segment, weight in parse_weights(text):
-        for part in _without_embeddings(segment):
-            groups.append([(token, weight) for token in ids(part)])
+    groups = [
+        [(token, weight) for token in ids(part)]
+        for segment, weight in parse_weights(text)
+        for part in _without_embeddings(segment)
+    ]
     return chunk_tokens(groups, rules)
 
 
@@ -103,9 +104,7 @@ def _without_embeddings(segment: str) -> list[str]:
     for part in [head, *(_EMBEDDING + piece for piece in rest)]:
         if part.startswith(_EMBEDDING):
             name, *words = part[len(_EMBEDDING) :].split() or [""]
-            logger.warning(
-                "textual inversion is not supported by this backend: %s%s is ignored", _EMBEDDING, name
-            )
+            logger.warning("textual inversion is not supported by this backend: %s%s is ignored", _EMBEDDING, name)
             comma = name[len(name.strip(",")) :]
             part = " ".join([comma, *words] if comma else words)
         if part:

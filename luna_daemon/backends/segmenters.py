@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import unicodedata
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +18,7 @@ Ids = Callable[[str], list[int]]
 """Token ids of a piece of text, without start and end tokens."""
 
 _COMFY_FOLDERS = {"clip": "comfy/sd1_tokenizer", "t5": "comfy/text_encoders/t5_tokenizer"}
+_SPECIAL = {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
 _VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
 
 
@@ -61,7 +64,7 @@ def _from_folder(family: str, folder: Path) -> Ids:
         tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers raises whatever its parsers raise
         raise ModelLoadError(f"{folder} is not a {family.upper()} tokenizer: {error}") from error
-    # Not add_special_tokens=False: how many there are tells apart what ComfyUI would cut off.
+    # Cut off as ComfyUI does: CLIP frames with start and end, T5 with an end only.
     first = len(tokenizer("")["input_ids"]) - 1
 
     def ids(text: str) -> list[int]:
@@ -78,6 +81,10 @@ def _from_package() -> Ids | None:
         return None
 
     def ids(text: str) -> list[int]:
-        return list(tokenizer.encode(text))
+        # Two things that transformers' tokenizer does and the package does not.
+        tokens: list[int] = []
+        for piece in re.split(f"({'|'.join(map(re.escape, _SPECIAL))})", unicodedata.normalize("NFC", text)):
+            tokens += [_SPECIAL[piece]] if piece in _SPECIAL else tokenizer.encode(piece)
+        return tokens
 
     return ids

@@ -1,4 +1,4 @@
-"""From a resolved model's files to loaded models: which parts are there, whether they are enough, and who loads them."""
+"""From a resolved model's files to a loaded model: which parts are there, whether they are enough, who loads them."""
 
 from __future__ import annotations
 
@@ -112,7 +112,5 @@ def _parts(spec: LoadSpec, component: str, title: str, names: set[str]) -> list[
 
 def _opened(spec: LoadSpec, component: str) -> list[WeightFiles]:
     paths = map(Path, spec.files)
-    places = [
-        place for path in paths for place in (component_folders(path, component) if path.is_dir() else [path])
-    ]
+    places = [place for path in paths for place in (component_folders(path, component) if path.is_dir() else [path])]
     return [open_weights(place) for place in places]

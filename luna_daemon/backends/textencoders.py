@@ -54,9 +54,7 @@ class TextEncoder:
         weights = [*model.parameters(), *([] if projection is None else [projection])]
         self.dtype = weights[0].dtype
         self.device = weights[0].device
-        self.nbytes = sum(
-            weight.nbytes for weight in {weight.data_ptr(): weight for weight in weights}.values()
-        )
+        self.nbytes = sum(weight.nbytes for weight in {weight.data_ptr(): weight for weight in weights}.values())
 
     def encode(
         self, chunks: Sequence[Sequence[tuple[int, float]]], layer: int | None, normed: bool, projected: bool
@@ -96,9 +94,7 @@ class TextEncoder:
             raise BadRequest(f"chunks of {self.name} have {lengths} tokens", "They must be equally long")
         for token in (token for row in rows for token in row):
             if not 0 <= token < self._vocabulary:
-                raise BadRequest(
-                    f"token {token} of {self.name} is not in its vocabulary of {self._vocabulary}"
-                )
+                raise BadRequest(f"token {token} of {self.name} is not in its vocabulary of {self._vocabulary}")
         return rows
 
     def _run(self, rows: torch.Tensor, layer: int | None, normed: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,9 +160,7 @@ def load_text_encoder(
 def _kept_dtype(part: Part, tensors: Tensors) -> torch.dtype:
     """CLIP is kept in float16; T5 in the file's type unless that is larger."""
     if "scaled_fp8" in tensors:
-        raise ModelLoadError(
-            f"{part.weights.source} is scaled float8", "Give the fp16 or the plain float8 file"
-        )
+        raise ModelLoadError(f"{part.weights.source} is scaled float8", "Give the fp16 or the plain float8 file")
     norm = tensors.get("encoder.final_layer_norm.weight")
     return torch.float16 if norm is None or norm.element_size() > 2 else norm.dtype
 

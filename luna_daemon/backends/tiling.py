@@ -61,9 +61,7 @@ DECODE_TILES = TileShape(64, 64, 16)
 ENCODE_TILES = TileShape(512, 512, 64)
 
 
-def run_tiled(
-    source: torch.Tensor, run: Run, shapes: list[TileShape], scale: float, step: Step
-) -> torch.Tensor:
+def run_tiled(source: torch.Tensor, run: Run, shapes: list[TileShape], scale: float, step: Step) -> torch.Tensor:
     """Average one blended pass per shape.
 
     Args:

@@ -1,0 +1,39 @@
+# Each target builds the virtual environment it needs; nothing has to be installed by hand but Python 3.10 or later.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-comfy bench lint format clean
+
+demo: $(READY)  ## three clients share one daemon; pictures, a chart and a table in build/demo
+	$(PY) demo/run.py
+
+test: $(READY)  ## every test that needs neither a GPU nor ComfyUI
+	$(PY) -m pytest
+
+bench: $(READY)  ## measure, print a table, write build/bench.json
+	$(PY) benchmarks/run.py
+
+lint: $(READY)  ## style, types, import directions, spelling; sizes of the modules
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/codespell
+	$(PY) benchmarks/sizes.py
+
+format: $(READY)  ## what a machine can mend
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet '$(TORCH)'
+	$(PY) -m pip install --quiet --editable '.[standalone,dev]'
+	touch $@
+
+clean:  ## everything that was built
+	rm -rf $(VENV) build

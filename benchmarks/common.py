@@ -1,0 +1,156 @@
+"""What every benchmark here needs: a daemon of its own, medians, one form of result."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from luna_daemon.client import DaemonClient
+from luna_daemon.daemon_server import LunaDaemon
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "build"
+MODELS = BUILD / "models"
+RUNTIME = BUILD / "run"
+CLIP_L, CLIP_G, VAE = MODELS / "clip_l.safetensors", MODELS / "clip_g.safetensors", MODELS / "sdxl_vae.safetensors"
+
+Result = dict[str, Any]
+"""``value``, ``unit``, ``bar`` (the most or least it may be), and both sides of a ratio."""
+
+
+def make_models() -> None:
+    """SDXL's text encoders and VAE at their real size with seeded random weights, float16, once."""
+    sys.path.insert(0, str(ROOT / "demo"))
+    from make_text_encoder import make_clip_g, make_clip_l, make_sdxl_vae
+
+    MODELS.mkdir(parents=True, exist_ok=True)
+    make_clip_l(CLIP_L)
+    make_clip_g(CLIP_G)
+    make_sdxl_vae(VAE)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def daemon(**settings: Any) -> Iterator[LunaDaemon]:
+    """A daemon on a free port, with the SDXL files as model ``sdxl``."""
+    models = {"sdxl": {"vae": [str(VAE)], "clip": [str(CLIP_L), str(CLIP_G)], "type": "sdxl"}}
+    with LunaDaemon(port=free_port(), ws_port=free_port(), runtime_dir=RUNTIME, models=models, **settings) as running:
+        yield running
+
+
+def client(running: LunaDaemon, **options: Any) -> DaemonClient:
+    return DaemonClient("127.0.0.1", running.port, runtime_dir=RUNTIME, **options)
+
+
+def times_ms(work: Callable[[], object], runs: int, warm: int = 10) -> list[float]:
+    """Sorted milliseconds of ``runs`` calls after ``warm`` that do not count."""
+    for _ in range(warm):
+        work()
+    found = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        work()
+        found.append((time.perf_counter() - start) * 1e3)
+    return sorted(found)
+
+
+def percentile(values: list[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
+
+
+def result(value: float, unit: str, bar: str = "", **sides: Any) -> Result:
+    """One row; numbers are rounded, since these are measurements."""
+    rounded = {name: round(side, 4) if isinstance(side, float) else side for name, side in sides.items()}
+    return {"value": round(value, 4), "unit": unit, "bar": bar, **rounded}
+
+
+def pss(pid: int) -> int:
+    """Memory of a process, shared pages divided among those who share them."""
+    facts = psutil.Process(pid).memory_full_info()
+    return int(getattr(facts, "pss", 0) or facts.uss)
+
+
+class Peer:
+    """A process of ``benchmarks/peer.py`` that does what it is told, one JSON line at a time."""
+
+    def __init__(self, *options: str, threads: int = 0) -> None:
+        environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+        if threads:
+            environ["OMP_NUM_THREADS"] = str(threads)
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "benchmarks" / "peer.py"), *options],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ,
+        )  # fmt: skip
+
+    def tell(self, **order: Any) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+
+    def answer(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"a benchmark process ended with exit code {self.process.wait()}")
+        return json.loads(line)
+
+    def ask(self, **order: Any) -> Any:
+        self.tell(**order)
+        return self.answer()
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
+@contextmanager
+def peers(count: int, *options: str, threads: int = 0) -> Iterator[list[Peer]]:
+    """Several peers at once; they end with the block."""
+    running = [Peer(*options, threads=threads) for _ in range(count)]
+    try:
+        yield running
+    finally:
+        for peer in running:
+            peer.close()
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    import torch
+
+    return {
+        "cpu": _cpu_name(), "cores": os.cpu_count(), "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
+        "system": platform.platform(), "python": platform.python_version(), "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)

@@ -1,0 +1,384 @@
+"""The luna-daemon command and its doctor, without a daemon."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from luna_daemon import __version__, cli, doctor
+from luna_daemon.config import load_settings
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = ["serve", "status", "models", "warm", "unload", "stop", "doctor", "bench"]
+
+
+@pytest.fixture(autouse=True)
+def _clean_surroundings(tmp_path, monkeypatch):
+    """No luna.toml, no variables of whoever runs the tests, and logging as it was."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in [name for name in os.environ if name.startswith(("LUNA_", "COMFYUI_"))]:
+        monkeypatch.delenv(name)
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+
+
+@pytest.fixture
+def port():
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command in this process: (exit code, stdout, stderr)."""
+
+    def run_(*argv: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(list(argv))
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return run_
+
+
+# --- the command line ---
+
+
+def test_version(run):
+    """--version prints name and version and nothing else."""
+    assert run("--version") == (0, f"luna-daemon {__version__}\n", "")
+
+
+def test_help_lists_every_command_in_one_line_each(run):
+    """The overview shows each command with a sentence that is not cut off."""
+    code, out, _ = run("--help")
+    listed = dict(re.findall(r"^  (\w+) +(\S.*)$", out.partition("Commands:")[2], re.MULTILINE))
+    assert code == 0
+    assert list(listed) == [*COMMANDS, "docs"][: len(listed)]
+    assert set(listed) >= set(COMMANDS)
+    assert all(listed[name].endswith(".") and not listed[name].endswith("..") for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_every_option_within_80_columns(run, command):
+    """No option is without words, and no line is wider than a terminal."""
+    code, out, _ = run(command, "--help")
+    options = re.findall(r"^  (--[\w-]+)(.*)$", out, re.MULTILINE)
+    assert code == 0
+    assert {"--help", "--port", "--runtime-dir"} <= {name for name, _ in options}
+    assert all(re.search(r"  \S", rest) for _, rest in options), out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("command", ["serve", "status"])
+def test_serve_and_status_take_both_ports(run, command):
+    """--port and --ws-port exist and name the ports that hold by default."""
+    _, out, _ = run(command, "--help")
+    assert re.search(r"--port PORT .*19283", out)
+    assert re.search(r"--ws-port PORT .*19284", out)
+
+
+@pytest.mark.parametrize("argv", [["status"], ["models"], ["warm", "sdxl"], ["unload"], ["stop"]])
+def test_without_a_daemon_one_line_says_how_to_start_it(run, port, tmp_path, argv):
+    """Exit code 1, nothing on stdout, one line on stderr."""
+    code, out, err = run(*argv, "--port", str(port), "--runtime-dir", str(tmp_path))
+    assert (code, out) == (1, "")
+    assert re.fullmatch(rf"luna-daemon: no Luna Daemon answers on 127\.0\.0\.1:{port} .*luna-daemon serve'\n", err)
+
+
+@pytest.mark.parametrize("argv", [["status"], ["models"], ["warm", "sdxl"], ["unload"], ["stop"]])
+def test_without_a_daemon_json_says_stopped(run, port, tmp_path, argv):
+    """With --json stdout is one document whose status is stopped; the exit code stays 1."""
+    code, out, _ = run(*argv, "--json", "--port", str(port), "--runtime-dir", str(tmp_path))
+    answer = json.loads(out)
+    assert code == 1
+    assert answer["status"] == "stopped"
+    assert answer["error"] == "connection"
+    assert str(port) in answer["message"]
+
+
+@pytest.mark.parametrize("command", ["serve", "status", "models", "unload", "stop", "bench"])
+def test_bad_setting_ends_with_2(run, command):
+    """Every command refuses a wrong setting with its name, its value and what is allowed."""
+    code, out, err = run(command, "--port", "70000")
+    assert (code, out) == (2, "")
+    assert re.fullmatch(r"luna-daemon: setting 'port' is 70000: must be less than or equal to 65535\. .*\n", err)
+
+
+def test_options_of_serve_reach_the_settings(monkeypatch, tmp_path, run):
+    """Each option of serve sets what it says; what is not given is left to the other sources."""
+    seen = []
+    monkeypatch.setattr("luna_daemon.daemon_server.LunaDaemon.run", lambda self: seen.append(self.settings))
+    monkeypatch.setenv("LUNA_QUEUE_LIMIT", "7")
+    code, _, _ = run(
+        "serve", "--host", "127.0.0.2", "--port", "1", "--ws-port", "2", "--comfyui", "/c", "--model-dir", "/a",
+        "--model-dir", "/b", "--vae-device", "cpu", "--clip-device", "cuda:1", "--backend", "diffusers",
+        "--service-type", "vae_only", "--log-level", "debug", "--runtime-dir", str(tmp_path),
+    )  # fmt: skip
+    assert code == 0
+    (settings,) = seen
+    assert (settings.host, settings.port, settings.ws_port) == ("127.0.0.2", 1, 2)
+    assert (settings.comfyui_path, settings.model_dirs) == (Path("/c"), [Path("/a"), Path("/b")])
+    assert (settings.vae_device, settings.clip_device, settings.backend) == ("cpu", "cuda:1", "diffusers")
+    assert (settings.service_type.value, settings.log_level) == ("vae", "DEBUG")
+    assert (settings.runtime_dir, settings.queue_limit) == (tmp_path, 7)
+    logging.getLogger("luna_daemon").setLevel(logging.NOTSET)
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"), [(0, "0 B"), (999, "999 B"), (1024, "1 KB"), (12582912, "12 MB"), (3 << 30, "3.0 GB")]
+)
+def test_sizes(nbytes, text):
+    """Sizes are read at a glance: at most four characters and a unit."""
+    assert cli._size(nbytes) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(4.2, "4 s"), (61, "1 min"), (7260, "2 h 1 min"), (200000, "2 days")]
+)
+def test_times(seconds, text):
+    """Times have the unit that fits them."""
+    assert cli._span(seconds) == text
+
+
+def test_a_taken_number_is_not_mistaken_for_the_daemon(tmp_path):
+    """A process that started long after the runtime folder was last touched is not that daemon."""
+    os.utime(tmp_path, (1, 1))
+    assert cli._has_ended(os.getpid(), tmp_path)
+    os.utime(tmp_path)
+    assert not cli._has_ended(os.getpid(), tmp_path)
+
+
+def test_status_fits_80_columns_without_colour_codes(capsys):
+    """A full status is plain text when piped, no line is wider than 80, and nothing is cut off."""
+    long_key = "clip:a-model-with-a-very-long-name-indeed:0123456789abcdef"
+    cli._show_status(_info(long_key), "127.0.0.1:19283", "http://127.0.0.1:19284/")
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "Luna Daemon 1.2.3 is running on 127.0.0.1:19283 (pid 11, 50 MB) for 1 h 1 min" in out
+    assert "[Errno 28] no room" in out
+    for part in ("22", "busy", "an instance", "A GPU", "hits 4, misses 5", "vae.decode 3", "yes"):
+        assert part in out
+    assert "deadbeef" not in re.sub(r"\s", "", out)
+    assert "0123456789abcdef" in re.sub(r"[\s─]", "", out)
+
+
+def _info(key: str) -> dict:
+    cache = {"entries": 1, "bytes": 2048, "max_bytes": 1 << 29, "hits": 4, "misses": 5}
+    worker = {
+        "number": 1, "pid": 22, "state": "busy", "device": "GPU-0aa1bb2c-1111-2222-3333-444455556666",
+        "models": {key: 1 << 30}, "rss": 1 << 30, "requests": 9,
+    }  # fmt: skip
+    return {
+        "version": "1.2.3", "status": "running", "pid": 11, "rss": 50 << 20, "uptime_s": 3660.0,
+        "service_type": "full", "backend": "diffusers", "requests": {"ping": 2, "vae.decode": 3},
+        "errors": {"busy": 1}, "in_flight": 1, "fallbacks": 0, "materialised": 0, "crashes": 0,
+        "queue": {"waiting": 0, "limit": 256, "average_wait_s": 0.01}, "workers": [worker],
+        "models": {"named": ["sdxl"], "pinned": [key]}, "caches": {"conditioning": cache, "lora": cache},
+        "arena": {"folder": None, "why": "[Errno 28] no room", "used": 0, "max_bytes": 0},
+        "clients": [
+            {"name": "an instance", "pid": 1, "shared_memory": True, "leased_bytes": 0, "in_flight": 0}
+        ],
+        "gpus": [{"index": 0, "name": "A GPU", "used": 1 << 30, "total": 8 << 30}],
+        "transport": "tcp", "transport_why": "[Errno 28] no room",
+    }  # fmt: skip
+
+
+# --- doctor ---
+
+
+def _by_name(checks) -> dict[str, doctor.Check]:
+    return {check.name: check for check in checks}
+
+
+def _examine(port, tmp_path, environ=None, **overrides):
+    overrides = {"port": port, "runtime_dir": tmp_path / "run", **overrides}
+    return _by_name(doctor.examine(overrides, None, environ or {}))
+
+
+def test_doctor_asks_for_what_pyproject_asks_for():
+    """The dependencies that doctor checks are those of pyproject.toml, versions included."""
+    block = re.search(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
+    assert block is not None
+    wanted = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', block[1]))
+    assert doctor.DEPENDENCIES == wanted
+
+
+def test_doctor_names_missing_and_old_dependencies_and_stops_there(monkeypatch):
+    """Without its dependencies nothing more can be looked at; each comes with the command that installs it."""
+    versions = {"msgspec": None, "rich": "12.9"}
+    monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name, "999"))
+    checks = _by_name(doctor.examine({}))
+    assert checks["msgspec"] == ("msgspec", "problem", "not installed", "pip install 'msgspec>=0.18'")
+    assert checks["rich"] == ("rich", "problem", "12.9 is too old", "pip install 'rich>=13'")
+    assert checks["typer"].level == "ok"
+    assert "configuration" not in checks
+
+
+def test_doctor_reports_a_bad_setting_and_stops_there(port, tmp_path):
+    """A wrong setting is a problem with the same words that serve uses."""
+    checks = _examine(port, tmp_path, vae_device="gpu7")
+    assert checks["configuration"].level == "problem"
+    assert "'gpu7'" in checks["configuration"].found
+    assert "shared memory" not in checks
+
+
+def test_doctor_reports_the_file_in_use_and_unknown_variables(port, tmp_path, capsys, caplog):
+    """The configuration file is named; a slip in a variable is a finding, not a log line."""
+    (tmp_path / "luna.toml").write_text("queue_limit = 3")
+    checks = _examine(port, tmp_path, {"LUNA_PROT": "1"})
+    assert checks["configuration"].found == str(tmp_path / "luna.toml")
+    assert checks["environment"].level == "warning"
+    assert "LUNA_PORT" in checks["environment"].found
+    assert capsys.readouterr().err == ""
+    assert not caplog.messages
+
+
+def test_doctor_without_torch(port, tmp_path, monkeypatch):
+    """No torch and no ComfyUI is a problem; with ComfyUI its own interpreter has it."""
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "torch" else real(name))
+    assert _examine(port, tmp_path)["torch"].level == "problem"
+    assert _examine(port, tmp_path, comfyui_path=_comfyui(tmp_path))["torch"].level == "ok"
+
+
+def test_doctor_on_gpus(port, tmp_path, monkeypatch):
+    """A device that is not there is a problem; a GPU and a torch for the CPU a warning."""
+    gpu = {"index": 0, "name": "A GPU", "uuid": "GPU-1", "total": 8 << 30, "used": 0, "free": 8 << 30}
+    monkeypatch.setattr("luna_daemon.gpu.gpu_memory", lambda: [gpu])
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object())
+    torch = {"torch": "2.0+cu128"}
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: torch.get(name) or real(name))
+    assert _examine(port, tmp_path, vae_device="cuda:0")["GPU"].level == "ok"
+    missing = _examine(port, tmp_path, vae_device="cuda:3")["GPU"]
+    assert (missing.level, "there is no cuda:3" in missing.found) == ("problem", True)
+    torch["torch"] = "2.0+cpu"
+    assert _examine(port, tmp_path)["GPU"].level == "warning"
+
+
+def _comfyui(tmp_path: Path) -> Path:
+    root = tmp_path / "ComfyUI"
+    (root / "comfy").mkdir(parents=True, exist_ok=True)
+    (root / "comfy" / "sd.py").touch()
+    (root / "comfyui_version.py").write_text('__version__ = "0.3.64"\n')
+    return root
+
+
+def test_doctor_finds_comfyui(port, tmp_path):
+    """A ComfyUI folder is recognised with its version; another folder is a problem; none is fine."""
+    assert _examine(port, tmp_path)["ComfyUI"].level == "ok"
+    assert _examine(port, tmp_path, comfyui_path=tmp_path)["ComfyUI"].level == "problem"
+    root = _comfyui(tmp_path)
+    assert _examine(port, tmp_path, {"COMFYUI_PATH": str(root)})["ComfyUI"].found == f"0.3.64 in {root}"
+
+
+def test_doctor_needs_comfyui_for_its_backend(port, tmp_path):
+    """backend = comfy without a ComfyUI, and an interpreter that cannot be run, are problems."""
+    checks = _examine(port, tmp_path, backend="comfy", comfyui_python=tmp_path / "python")
+    assert checks["ComfyUI"].level == "problem"
+    assert checks["ComfyUI's Python"].level == "problem"
+
+
+def test_doctor_on_models(port, tmp_path):
+    """The untouched defaults are only a warning, a configured file that is missing a problem with what was tried."""
+    assert _examine(port, tmp_path)["model sdxl (vae)"].level == "warning"
+    missing = _examine(port, tmp_path, vae_path="my/own.safetensors", model_dirs=[tmp_path])["model sdxl (vae)"]
+    assert missing.level == "problem"
+    assert str(tmp_path / "vae" / "my" / "own.safetensors") in missing.found
+    (tmp_path / "own.safetensors").write_bytes(b"x")
+    found = _examine(port, tmp_path, models={"mine": {"vae": ["own.safetensors"]}}, model_dirs=[tmp_path])
+    assert found["model mine (vae)"] == ("model mine (vae)", "ok", str(tmp_path / "own.safetensors"), "")
+
+
+def test_doctor_on_ports(port, tmp_path):
+    """Another's port is a problem that names the process; the status page's only a warning; else they are free."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        checks = _examine(taken, tmp_path, ws_port=taken)
+        assert checks[f"port {taken}"].level == "problem"
+        assert f"(pid {os.getpid()})" in checks[f"port {taken}"].found
+        assert checks[f"ws_port {taken}"].level == "warning"
+    assert _examine(port, tmp_path)[f"port {port}"].found == "free"
+
+
+def test_doctor_on_a_host_that_is_not_ours(port, tmp_path):
+    """An address that no network card has is a problem of the setting host."""
+    check = _examine(port, tmp_path, host="203.0.113.9")[f"port {port}"]
+    assert check.level == "problem"
+    assert "203.0.113.9" in check.found
+
+
+@pytest.mark.skipif(os.name != "posix", reason="owners and modes are POSIX")
+def test_doctor_on_the_runtime_folder(port, tmp_path):
+    """Absent is fine and stays absent; open to others, or a link, is a problem."""
+    folder = tmp_path / "run" / str(port)
+    assert _examine(port, tmp_path)["runtime folder"].level == "ok"
+    assert not folder.parent.exists()
+    folder.mkdir(parents=True)
+    folder.chmod(0o755)
+    assert "755" in _examine(port, tmp_path)["runtime folder"].found
+    folder.chmod(0o700)
+    assert _examine(port, tmp_path)["runtime folder"].level == "ok"
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+    assert _examine(port, tmp_path)["runtime folder"].level == "problem"
+
+
+def test_doctor_on_shared_memory(port, tmp_path):
+    """It is tried for real, nothing is left behind, and why there is none is said."""
+    place = tmp_path / "not" / "there"
+    assert _examine(port, tmp_path, arena_dir=place)["shared memory"].level == "ok"
+    assert not (tmp_path / "not").exists()
+    small = _examine(port, tmp_path, arena_dir=tmp_path, arena_mb=1)["shared memory"]
+    assert small.level == "warning"
+    assert "go by TCP" in small.found
+    assert not list(tmp_path.glob("luna-daemon*"))
+    assert "switched off" in _examine(port, tmp_path, arena=False)["shared memory"].found
+
+
+def test_doctor_leaves_the_arena_of_a_running_daemon_alone(port, tmp_path):
+    """The folder that a daemon on this port would use is not touched."""
+    theirs = tmp_path / f"luna-daemon-{port}"
+    theirs.mkdir()
+    (theirs / "nonce").write_text("x")
+    _examine(port, tmp_path, arena_dir=tmp_path)
+    assert (theirs / "nonce").read_text() == "x"
+
+
+def test_doctor_as_a_command(run, port, tmp_path):
+    """JSON and text say the same; the exit code is 1 exactly if there is a problem."""
+    argv = ["doctor", "--port", str(port), "--runtime-dir", str(tmp_path / "run")]
+    code, out, _ = run(*argv, "--json")
+    document = json.loads(out)
+    assert code == min(1, document["problems"])
+    assert {check["level"] for check in document["checks"]} <= {"ok", "warning", "problem"}
+    assert {"Python", "torch", "daemon", "shared memory"} <= {check["name"] for check in document["checks"]}
+    code, out, _ = run(*argv, "--host", "203.0.113.9")
+    assert code == 1
+    assert "Choose another host or port" in " ".join(out.split())
+    assert "\x1b" not in out
+
+
+@pytest.mark.parametrize("module", ["cli", "client", "config", "daemon_server", "doctor"])
+def test_torch_is_not_imported(module):
+    """Importing what the control process and the command need does not import torch."""
+    code = f"import sys, luna_daemon.{module}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
