@@ -1,0 +1,57 @@
+"""Device masks: a worker sees the one GPU it is for, whatever order its libraries would count in.
+
+Set in the worker's environment before torch is imported; inside, the device is then number 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..core import ConfigError
+
+__all__ = ["device_mask", "inner_device"]
+
+_MASKS = {
+    "cuda": ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"),
+    "xpu": ("ZE_AFFINITY_MASK",),
+}
+"""Per torch device type the variables that vendors read. ROCm's torch calls its devices ``cuda`` too."""
+
+
+def device_mask(device: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """Variables that leave only ``device`` visible; empty for devices that need no mask.
+
+    A number counts among the devices that the daemon itself may see.
+
+    Args:
+        device: ``auto``, ``cpu``, ``mps``, ``cuda:1``, ``xpu:0`` or a GPU's UUID.
+        environ: the daemon's environment.
+
+    Raises:
+        ConfigError: the daemon's own mask has no such device.
+    """
+    if device.startswith("GPU-"):
+        return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", **{name: device for name in _MASKS["cuda"]}}
+    kind, _, number = device.partition(":")
+    if kind not in _MASKS or not number:
+        return {}
+    mask = {name: _pick(device, int(number), environ.get(name, "")) for name in _MASKS[kind]}
+    # The driver's own count, as nvidia-smi and people use it, instead of "fastest first".
+    return {"CUDA_DEVICE_ORDER": environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID"), **mask} if kind == "cuda" else mask
+
+
+def inner_device(device: str) -> str:
+    """What a masked worker calls its device."""
+    if device.startswith("GPU-"):
+        return "cuda:0"
+    kind, _, number = device.partition(":")
+    return f"{kind}:0" if kind in _MASKS and number else device
+
+
+def _pick(device: str, number: int, outer: str) -> str:
+    visible = [part for part in outer.split(",") if part]
+    if not visible:
+        return str(number)
+    if number >= len(visible):
+        raise ConfigError(f"device {device!r} does not exist: the daemon may see only {', '.join(visible)}")
+    return visible[number]
