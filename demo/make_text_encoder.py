@@ -93,7 +93,7 @@ def _save_clip(path: Path, seed: int, size: dict[str, int], activation: str, pro
 
 
 def _ldm_key(key: str) -> str:
-    """LDM's key for a diffusers key; LDM counts the decoder's levels from the outside."""
+    """LDM's key for a diffusers key; LDM numbers the decoder's levels in the opposite order."""
     key = re.sub(r"\.up_blocks\.(\d)", lambda m: f".up_blocks.{3 - int(m.group(1))}", key)
     for pattern, new in _TO_LDM:
         key = re.sub(pattern, new, key)

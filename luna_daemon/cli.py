@@ -314,6 +314,8 @@ def _has_ended(pid: int, folder: Path) -> bool:
         return dead or (folder.exists() and process.create_time() > folder.stat().st_mtime + 1)
     except (psutil.NoSuchProcess, OSError):
         return True
+    except psutil.AccessDenied:
+        return False
 
 
 def _end_of(client: DaemonClient, pid: int) -> Callable[[], bool]:
@@ -350,14 +352,19 @@ def _kinds(client: DaemonClient, name: str, kind: str) -> list[str]:
     """Which kinds of a named model are meant. An unknown name passes: the daemon's own refusal is better."""
     if kind not in ("vae", "clip", "all"):
         raise typer.BadParameter(f"{kind!r} is not one of vae, clip, all", param_hint="--kind")
-    model = client.models()["named"].get(name, {"vae": ["?"]})
+    named = client.models()["named"]
+    model = named.get(name) or named.get(name.lower()) or {"vae": ["?"]}
     return [kind] if kind != "all" else [one for one in ("vae", "clip") if model.get(one)]
 
 
 # --- the bench ---
 
 _WARM_UP = 3
-_WAYS = {"memory_copy": "copy of 12.6 MB", "shared_memory": "12.6 MB by memory", "tcp": "12.6 MB by TCP"}
+_WAYS = {
+    "memory_copy": "copy of 12.6 MB",
+    "shared_memory": "12.6 MB by shared memory",
+    "tcp": "12.6 MB by TCP",
+}
 
 
 def _temporary_daemon(stack: ExitStack, config: Path | None) -> DaemonClient:
@@ -578,7 +585,8 @@ class _Bar:
 
     def progress(self, message: Progress) -> None:
         """What the daemon says while a call runs."""
-        self.show(message.step, message.total, message.stage)
+        if message.stage != "running":  # a mere sign of life: what was said before still holds
+            self.show(message.step, message.total, message.stage)
 
     def __enter__(self) -> _Bar:
         self._progress.start()

@@ -53,14 +53,15 @@ class DaemonClient:
         use_arena: bool = True,
         name: str = "",
     ) -> None:
-        if host is None or port is None or runtime_dir is None:
+        if host is None or port is None:
             from .config import load_settings
 
             settings = load_settings()
             host = host or settings.host
             port = port or settings.port
             runtime_dir = runtime_dir or settings.runtime_dir
-        self.host = host
+        # A daemon that listens on every address is dialled on this machine's own.
+        self.host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         self.port = port
         self.runtime_dir = Path(runtime_dir) if runtime_dir else None
         self.use_arena = use_arena

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -29,6 +29,8 @@ from .core import ConfigError, ServiceType, logger
 
 __all__ = ["NamedModel", "Settings", "load_settings"]
 
+Precision = Literal["auto", "fp32", "fp16", "bf16"]
+
 # Model files of the model named after MODEL_TYPE. Absolute, below ComfyUI's folder, or as its loaders list them.
 VAE_PATH = "models/vae/sdxl_vae.safetensors"
 CLIP_L_PATH = "models/clip/clip_l.safetensors"
@@ -41,8 +43,8 @@ DAEMON_WS_PORT = 19284
 
 VAE_DEVICE = "auto"
 CLIP_DEVICE = "auto"
-VAE_PRECISION = "auto"
-CLIP_PRECISION = "auto"
+VAE_PRECISION: Precision = "auto"
+CLIP_PRECISION: Precision = "auto"
 
 MAX_VAE_WORKERS = 2
 MAX_CLIP_WORKERS = 2
@@ -54,9 +56,9 @@ IDLE_TIMEOUT_SEC = 30
 WORKER_KEEP_SEC = 600
 VRAM_SAFETY_MARGIN_GB = 1.0
 
-Precision = Literal["auto", "fp32", "fp16", "bf16"]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?|GPU-[0-9a-fA-F-]+)$")]
 Port = Annotated[int, Field(ge=0, le=65535)]
+_DEVICES = "must be auto, cpu, cuda, cuda:1 (any number), mps, xpu, xpu:1 or a GPU's UUID (GPU-...)"
 _PATHS_OF_ENV = os.pathsep
 _NOT_SETTINGS = {"LUNA_CONFIG", "LUNA_TOKEN", "LUNA_TOKEN_FILE"}
 
@@ -135,13 +137,27 @@ class Settings(BaseSettings):
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         sources: list[PydanticBaseSettingsSource] = [init_settings]
         sources.append(InitSettingsSource(settings_cls, _from_environ(settings_cls, cls.environ or {})))
         if cls.toml_path is not None:
             sources.append(TomlConfigSettingsSource(settings_cls, cls.toml_path))
         return tuple(sources)
+
+    @field_validator("comfyui_path", "comfyui_python", "arena_dir", "runtime_dir", "model_dirs")
+    @classmethod
+    def _absolute(cls, value: Path | list[Path] | None) -> Path | list[Path] | None:
+        """``~`` is the home folder; a relative path belongs to the folder of ``luna.toml``, or to the current one."""
+        base = cls.toml_path.parent if cls.toml_path else Path.cwd()
+        if isinstance(value, list):
+            return [base / path.expanduser() for path in value]
+        return None if value is None else base / value.expanduser()
 
     def named_models(self) -> dict[str, NamedModel]:
         """All models that have a name; the one of VAE_PATH and CLIP_*_PATH is named after ``model_type``."""
@@ -195,8 +211,10 @@ def _from_environ(cls: type[BaseSettings], environ: Mapping[str, str]) -> dict[s
     fields = cls.model_fields
     for variable, text in environ.items():
         name = variable[5:].lower()
-        if not variable.startswith("LUNA_") or variable in _NOT_SETTINGS or not text:
+        if not variable.startswith("LUNA_") or variable in _NOT_SETTINGS:
             continue
+        if not text and (name not in fields or fields[name].annotation is not str):
+            continue  # set to nothing; only a text may mean that
         if name not in fields:
             close = difflib.get_close_matches(name, fields, n=1)
             meant = f"; did you mean LUNA_{close[0].upper()}?" if close else ""
@@ -227,7 +245,10 @@ def _explain(error: ValidationError) -> str:
         if item["type"] == "extra_forbidden":
             close = difflib.get_close_matches(name, Settings.model_fields, n=1)
             parts.append(f"unknown setting {name!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
+        elif item["type"] == "string_pattern_mismatch":  # only devices have a pattern
+            parts.append(f"setting {name!r} is {item['input']!r}: {_DEVICES}")
         else:
             what = re.sub(r"^Input should be", "must be", item["msg"])
+            what = re.sub(r", unable to (parse|interpret).*", "", what)
             parts.append(f"setting {name!r} is {item['input']!r}: {what}")
     return "; ".join(parts)

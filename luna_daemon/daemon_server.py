@@ -105,13 +105,14 @@ class LunaDaemon:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                creationflags=subprocess.CREATE_NO_WINDOW if sys.platform == "win32" else 0,
+                creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
             )
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
             if self._process.poll() is not None:
-                last = (log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"])[-1]
-                raise PortInUse(last) if "port" in last else ConfigError(last)
+                lines = log.read_text(errors="replace").strip().splitlines() or ["the daemon ended without a word"]
+                last = lines[-1].removeprefix("luna-daemon: ")
+                raise PortInUse(last) if _taken(last) else ConfigError(last)
             with suppress(DaemonConnectionError, LunaError), self._client(DaemonClient) as client:
                 client.ping()
                 return self
@@ -170,6 +171,9 @@ class LunaDaemon:
         asyncio.run(self._serve())
 
     async def _serve(self) -> None:
+        # First of all: a signal from here on ends in order, whatever has been made by then.
+        self._stopping, self._loop = asyncio.Event(), asyncio.get_running_loop()
+        self._catch_signals()
         listener = _bind(self.settings)
         self.port = listener.getsockname()[1]
         runtime = Runtime(self.port, self.settings.runtime_dir)
@@ -179,12 +183,10 @@ class LunaDaemon:
         except BaseException:
             listener.close()
             raise
-        self._stopping, self._loop = asyncio.Event(), asyncio.get_running_loop()
         pool = WorkerPool(self.settings, runtime.folder)
         service = self._service(pool, arena, why, runtime)
         server = await asyncio.get_running_loop().create_server(service.connect, sock=listener, backlog=1024)
         pool.open(*_dial_address(self.settings.host, self.port))
-        self._catch_signals()
         logger.info("Luna Daemon listens on %s:%d", self.settings.host, self.port)
         tidier = asyncio.create_task(_tidy(service))
         monitor = asyncio.create_task(_start_monitor(service, self.settings))
@@ -250,6 +252,10 @@ def _as_text(value: Any) -> str:
     return str(getattr(value, "value", value))
 
 
+def _taken(text: str) -> bool:
+    return "is in use by" in text or "already uses port" in text
+
+
 def _bind(settings: Settings) -> socket.socket:
     """Take the port, or say who has it.
 
@@ -266,7 +272,9 @@ def _bind(settings: Settings) -> socket.socket:
     except OSError as error:
         listener.close()
         if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-            raise ConfigError(f"setting 'host' is {settings.host!r}: {error.strerror or error}") from error
+            raise ConfigError(
+                f"setting 'host' is {settings.host!r}: {error.strerror or error}", "Use an address of this machine"
+            ) from error
         raise PortInUse(
             f"port {settings.port} on {settings.host} is in use by {_who_listens(settings)}",
             "Stop it, or choose another --port",
@@ -312,7 +320,8 @@ async def _start_monitor(service: Service, settings: Settings) -> Any:
     except OSError as error:
         logger.warning("no status page: port %d: %s", settings.ws_port, error.strerror or error)
         return None
-    logger.info("status on http://%s:%d/api/info", settings.host, settings.ws_port)
+    service.ws_port = monitor.port
+    logger.info("status on http://%s:%d/api/info", settings.host, monitor.port)
     return monitor
 
 

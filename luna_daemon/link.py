@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 from . import __version__
 from .core import (
     PROTOCOL_VERSION,
+    BadRequest,
     DaemonConnectionError,
+    LimitExceeded,
     LunaError,
     Priority,
     ProtocolError,
@@ -84,7 +86,11 @@ class Link:
         self.waiting: dict[int, _Waiting] = {}
         self.released: deque[int] = deque()
         self._leased: dict[int, int] = {}
-        self.broken: DaemonConnectionError | None = None
+        self._broken: DaemonConnectionError | None = None
+        self._closed = False
+        self._open = True
+        self._calls = 0
+        self._pid = os.getpid()
         self._reading = threading.Lock()
         self._next_id = 1
         self._id_lock = threading.Lock()
@@ -92,9 +98,20 @@ class Link:
         self.channel, self.welcome = _shake_hands(host, port, runtime_dir, name)
         self.transport, self.transport_why = "tcp", self.welcome.arena_why
         if use_arena:
-            self._try_arena()
+            try:
+                self._try_arena()
+            except BaseException:
+                self.channel.close()
+                raise
         else:
             self.transport_why = "shared memory is switched off in the client"
+
+    @property
+    def broken(self) -> DaemonConnectionError | None:
+        """Why it is of no use any more. An idle one is looked at: the daemon may have been restarted meanwhile."""
+        if self._broken is None and not self.waiting and self.channel.ended():
+            self._break(DaemonConnectionError("the daemon closed the connection"))
+        return self._broken
 
     def _try_arena(self) -> None:
         info = self.welcome.arena
@@ -106,7 +123,11 @@ class Link:
         except (ArenaUnavailable, UnicodeDecodeError) as error:
             self.transport_why = f"the daemon's shared memory is not visible here: {error}"
             return
-        self.call(m.ArenaProof(nonce), [], None, Priority.NORMAL, None, None)
+        try:
+            self.call(m.ArenaProof(nonce), [], None, Priority.NORMAL, None, None)
+        except BadRequest:
+            self.transport_why = f"{view.folder} here is not the daemon's: another container or machine"
+            return
         self.arena = view
         self.transport, self.transport_why = "shared memory", "client and daemon see the same memory"
 
@@ -121,14 +142,22 @@ class Link:
         on_progress: OnProgress | None,
         is_cancelled: IsCancelled | None,
     ) -> Answer:
-        refs, payload, slots = self._place(tensors)
+        slots: list[int] = []
+        with self._id_lock:
+            self._calls += 1
         try:
-            waiting = self._ask(call, refs, payload, deadline_s, priority, on_progress, is_cancelled)
+            try:
+                refs, payload = self._place(tensors, slots)
+                waiting = self._ask(call, refs, payload, deadline_s, priority, on_progress, is_cancelled)
+            finally:
+                if slots:
+                    self.released.extend(slots)
+                    self._flush_releases()
+            return self._unpack(waiting)
         finally:
-            if slots:
-                self.released.extend(slots)
-                self._flush_releases()
-        return self._unpack(waiting)
+            with self._id_lock:
+                self._calls -= 1
+            self._hang_up_if_done()
 
     def _ask(
         self,
@@ -147,15 +176,23 @@ class Link:
         try:
             self._send(m.Request(number, encode_call(call), refs, deadline_s, int(priority)), payload)
             self._wait(number, waiting, on_progress, is_cancelled)
+        except BaseException:
+            # The caller left, by an interrupt in its own code perhaps: nobody wants the answer.
+            if waiting.outcome is None and self._open:
+                with contextlib.suppress(DaemonConnectionError):
+                    self.channel.send(m.Cancel(number))
+            raise
         finally:
             self.waiting.pop(number, None)
+            self._wake_next_reader()
         return waiting
 
-    def _place(self, tensors: Sequence[torch.Tensor]) -> tuple[list[m.TensorRef], list[memoryview], list[int]]:
-        """Write large tensors into arena slots; the rest travels with the request."""
+    def _place(
+        self, tensors: Sequence[torch.Tensor], slots: list[int]
+    ) -> tuple[list[m.TensorRef], list[memoryview]]:
+        """Write large tensors into arena slots, noted in ``slots``; the rest travels with the request."""
         refs: list[m.TensorRef] = []
         payload: list[memoryview] = []
-        slots: list[int] = []
         inline = 0
         for tensor in tensors:
             ref, data = describe(tensor), tensor_bytes(tensor)
@@ -163,14 +200,14 @@ class Link:
             if self.arena is not None and ref.nbytes > _INLINE_BYTES:
                 slot = self._reserve(ref.nbytes)
                 if slot is not None:
-                    self.arena.slice(slot.segment, slot.offset, ref.nbytes)[:] = data
-                    refs.append(m.TensorRef(ref.dtype, ref.shape, ref.nbytes, slot.offset, slot.slot, slot.segment))
                     slots.append(slot.slot)
+                    self.arena.slice(slot.segment, slot.offset, ref.nbytes)[:] = data
+                    refs.append(ref.placed(slot.offset, slot.slot, slot.segment))
                     continue
-            refs.append(m.TensorRef(ref.dtype, ref.shape, ref.nbytes, inline))
+            refs.append(ref.placed(inline))
             payload.append(data)
             inline += ref.nbytes
-        return refs, payload, slots
+        return refs, payload
 
     def _reserve(self, nbytes: int) -> m.TensorRef | None:
         """A slot for an input; ``None`` when shared memory is full, and the bytes go by the socket."""
@@ -178,8 +215,8 @@ class Link:
         return waiting.outcome.tensors[0] if isinstance(waiting.outcome, m.Reply) else None
 
     def _send(self, message: m.Message, payload: list[memoryview]) -> None:
-        if self.broken is not None:
-            raise self.broken
+        if self._broken is not None:
+            raise self._broken
         try:
             self.channel.send(message, payload)
         except DaemonConnectionError as error:
@@ -217,7 +254,7 @@ class Link:
                 return
             try:
                 received = self.channel.receive(left)
-            except (DaemonConnectionError, ProtocolError) as error:
+            except LunaError as error:
                 self._break(error)
                 return
             if received is not None:
@@ -232,7 +269,7 @@ class Link:
         waiting = self.waiting.get(message.id)
         if waiting is None:
             if isinstance(message, m.Reply):
-                self.released.extend(ref.slot for ref in message.tensors if ref.slot)
+                self._drop(message.tensors)
             return
         waiting.heard = time.monotonic()
         if isinstance(message, m.Progress):
@@ -249,7 +286,6 @@ class Link:
 
     def _check_alive(self, number: int, waiting: _Waiting, is_cancelled: IsCancelled | None) -> None:
         if is_cancelled is not None and is_cancelled():
-            self._send(m.Cancel(number), [])
             raise RequestCancelled("the caller cancelled the request")
         silent = time.monotonic() - waiting.heard
         if silent > _SILENCE_S:
@@ -262,8 +298,19 @@ class Link:
         if not isinstance(outcome, m.Reply):
             assert outcome is not None
             raise outcome
-        tensors = [self._tensor(ref, waiting.payload) for ref in outcome.tensors]
+        tensors: list[torch.Tensor] = []
+        try:
+            for ref in outcome.tensors:
+                tensors.append(self._tensor(ref, waiting.payload))  # noqa: PERF401 (the part made before an error counts)
+        except BaseException:
+            self._drop(outcome.tensors[len(tensors) :])
+            raise
         return Answer(outcome.result, tensors, outcome.notes)
+
+    def _drop(self, refs: Sequence[m.TensorRef]) -> None:
+        """Give back what arrived and is not wanted."""
+        self.released.extend(ref.slot for ref in refs if ref.slot)
+        self._flush_releases()
 
     def _tensor(self, ref: m.TensorRef, payload: memoryview) -> torch.Tensor:
         """A tensor of the caller's own: over the slot, which it then owns, or over a copy."""
@@ -271,7 +318,12 @@ class Link:
         if ref.slot == 0:
             return tensor_from(ref, payload[ref.offset : ref.offset + ref.nbytes])
         assert self.arena is not None
-        view = self.arena.slice(ref.segment, ref.offset, ref.nbytes)
+        try:
+            view = self.arena.slice(ref.segment, ref.offset, ref.nbytes)
+        except BadRequest as error:
+            # Swept away under us, or no address space left: the next connection takes another way.
+            self._break(DaemonConnectionError(f"a result in shared memory cannot be read: {error.message}"))
+            raise self._broken or error from error
         leased = sum(list(self._leased.values())) + ref.nbytes
         if ref.shared or leased > self.welcome.limits.arena_bytes_per_client * 3 // 4:
             tensor = tensor_from(ref, view).clone()
@@ -288,10 +340,11 @@ class Link:
         self._leased.pop(slot, None)
         self.released.append(slot)
         self._flush_releases()
+        self._hang_up_if_done()
 
     def _flush_releases(self) -> None:
         """Tell the daemon, unless this thread or another is sending just now: whoever sends flushes afterwards."""
-        while self.released and self.broken is None:
+        while self.released and self._open and self._ours:
             slots: list[int] = []
             with contextlib.suppress(IndexError):
                 while True:
@@ -299,24 +352,48 @@ class Link:
             try:
                 if slots and not self.channel.try_send(m.Release(slots)):
                     self.released.extend(slots)
-                    return
+                    if self.channel.sending:
+                        return
             except DaemonConnectionError:
                 return
 
     # --- the end ---
 
+    @property
+    def _ours(self) -> bool:
+        """False in a forked child: the socket, and every slot behind it, are its parent's."""
+        return os.getpid() == self._pid
+
     def _break(self, error: LunaError) -> None:
         """Everybody who waits gets ``error``; the next call connects anew."""
+        self._fail_all(error)
+        self._open = False
+        if self._ours:
+            self.channel.close()
+        else:
+            self.channel.abandon()
+
+    def _fail_all(self, error: LunaError) -> None:
         lost = error if isinstance(error, DaemonConnectionError) else DaemonConnectionError(error.message, error.hint)
-        if self.broken is None:
-            self.broken = lost
-        self.channel.close()
+        if self._broken is None:
+            self._broken = lost
         for waiting in list(self.waiting.values()):
             if waiting.outcome is None:
-                waiting.outcome = self.broken
+                waiting.outcome = self._broken
                 waiting.event.set()
 
     def close(self) -> None:
+        """No more calls. The socket closes with the last result in shared memory: its place must not go to others."""
+        self._fail_all(DaemonConnectionError("the client was closed"))
+        self._closed = True
+        self._hang_up_if_done()
+
+    def _hang_up_if_done(self) -> None:
+        if not self._closed or not self._open or (self._ours and (self._calls or self._leased)):
+            return
+        if self._ours:
+            with contextlib.suppress(DaemonConnectionError):
+                self.channel.try_send(m.Bye())
         self._break(DaemonConnectionError("the client was closed"))
 
 
@@ -327,6 +404,7 @@ def _shake_hands(host: str, port: int, runtime_dir: Path | None, name: str) -> t
         DaemonConnectionError: nobody listens, or something that is not Luna Daemon.
         AuthenticationError, VersionMismatch: the daemon refused; says why.
     """
+    token = find_token(port, runtime_dir)
     try:
         sock = socket.create_connection((host, port), timeout=_CONNECT_S)
     except OSError as error:
@@ -334,13 +412,13 @@ def _shake_hands(host: str, port: int, runtime_dir: Path | None, name: str) -> t
             f"no Luna Daemon answers on {host}:{port} ({error.strerror or error})", "Start it with 'luna-daemon serve'"
         ) from error
     channel = Channel(sock)
-    hello = m.Hello(PROTOCOL_VERSION, find_token(port, runtime_dir), "client", name, os.getpid(), __version__)
+    hello = m.Hello(PROTOCOL_VERSION, token, "client", name, os.getpid(), __version__)
     try:
         channel.send(hello)
         received = channel.receive(_CONNECT_S)
-    except ProtocolError as error:
+    except (ProtocolError, LimitExceeded) as error:
         channel.close()
-        if error.code != ProtocolError.code:
+        if isinstance(error, ProtocolError) and error.code != ProtocolError.code:
             raise
         raise DaemonConnectionError(
             f"something else than Luna Daemon listens on {host}:{port}: {error.message}", "Choose another port"

@@ -1,4 +1,4 @@
-"""From what a client names to files on disk: names, folders, identity. A path from the wire never leaves the folders."""
+"""From what a client names to files on disk: names, folders, identity. A path from the wire stays in the folders."""
 
 from __future__ import annotations
 
@@ -130,6 +130,8 @@ class ModelResolver:
                 f"model file {file.path!r} is outside the model folders",
                 "Add its folder to model_dirs (LUNA_MODEL_DIRS) or give comfyui_path",
             )
+        if not (real.is_file() or real.is_dir()):
+            raise ModelNotFound(f"model file {file.path!r} is neither a file nor a folder")
         mine = file_id(real)
         for field in ("size", "mtime_ns"):
             theirs = getattr(file, field)
@@ -163,5 +165,5 @@ def load_bytes(spec: LoadSpec) -> int:
     for name in spec.files:
         path = Path(name)
         found = path.rglob("*.safetensors") if path.is_dir() else [path]
-        total += sum(file.stat().st_size for file in found)
+        total += sum(file.stat().st_size for file in found if file.is_file())
     return total

@@ -32,6 +32,7 @@ def collect_info(service: Service) -> dict[str, Any]:
         "version": __version__,
         "pid": os.getpid(),
         "uptime_s": round(time.time() - service.born, 3),
+        "ws_port": service.ws_port,
         "rss": psutil.Process().memory_info().rss,
         "service_type": settings.service_type.value,
         "backend": pool.backend,
@@ -118,6 +119,7 @@ class Monitor:
         await self._runner.setup()
         site = web.TCPSite(self._runner, self.host, self.port)
         await site.start()
+        self.port = self._runner.addresses[0][1]
 
     async def stop(self) -> None:
         if self._runner is not None:

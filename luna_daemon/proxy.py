@@ -102,6 +102,12 @@ class _Proxy:
         self.client.tell_fallbacks()
         return result
 
+    def _compute(
+        self, call: m.Call, tensor: torch.Tensor, local: Callable[[Any], torch.Tensor]
+    ) -> torch.Tensor:
+        """``_either`` of a call with one tensor in and one out."""
+        return self._either(lambda: self._send(call, [tensor]).tensors[0], local)
+
     def _step_in(self, error: LunaError, local: Callable[[Any], T]) -> T:
         if not self._away:
             self._away = True
@@ -166,15 +172,11 @@ class DaemonVAE(_Proxy):
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels ``[B,H,W,C]`` float32 in 0..1 to latents ``[B,C,h,w]`` float32."""
-        return self._either(
-            lambda: self._send(m.VaeEncode(self.model), [pixels]).tensors[0], lambda vae: vae.encode(pixels)
-        )
+        return self._compute(m.VaeEncode(self.model), pixels, lambda vae: vae.encode(pixels))
 
     def decode(self, samples: torch.Tensor, vae_options: dict[str, Any] | None = None) -> torch.Tensor:
         """Latents ``[B,C,h,w]`` to pixels ``[B,H,W,C]`` float32 in 0..1, writable and the caller's own."""
-        return self._either(
-            lambda: self._send(m.VaeDecode(self.model), [samples]).tensors[0], lambda vae: vae.decode(samples)
-        )
+        return self._compute(m.VaeDecode(self.model), samples, lambda vae: vae.decode(samples))
 
     def encode_tiled(
         self,
@@ -187,9 +189,8 @@ class DaemonVAE(_Proxy):
     ) -> torch.Tensor:
         """``encode`` in tiles; sizes in pixels, ``None`` is ComfyUI's default (512, 512, 64)."""
         tiling = m.Tiling(tile_x, tile_y, overlap, tile_t, overlap_t)
-        return self._either(
-            lambda: self._send(m.VaeEncode(self.model, tiling), [pixels]).tensors[0],
-            lambda vae: vae.encode_tiled(pixels, **_given(tiling)),
+        return self._compute(
+            m.VaeEncode(self.model, tiling), pixels, lambda vae: vae.encode_tiled(pixels, **_given(tiling))
         )
 
     def decode_tiled(
@@ -203,9 +204,8 @@ class DaemonVAE(_Proxy):
     ) -> torch.Tensor:
         """``decode`` in tiles; sizes in latent units, ``None`` is ComfyUI's default (64, 64, 16)."""
         tiling = m.Tiling(tile_x, tile_y, overlap, tile_t, overlap_t)
-        return self._either(
-            lambda: self._send(m.VaeDecode(self.model, tiling), [samples]).tensors[0],
-            lambda vae: vae.decode_tiled(samples, **_given(tiling)),
+        return self._compute(
+            m.VaeDecode(self.model, tiling), samples, lambda vae: vae.decode_tiled(samples, **_given(tiling))
         )
 
 

@@ -21,7 +21,7 @@ from .core import AuthenticationError, PortInUse
 
 __all__ = ["Runtime", "find_token", "read_facts", "runtime_folder"]
 
-_TOKEN = "token"
+_TOKEN = "token"  # noqa: S105 (a file's name)
 _FACTS = "daemon.json"
 
 
@@ -71,6 +71,8 @@ def find_token(port: int, folder: Path | None = None, environ: Mapping[str, str]
     if environ.get("LUNA_TOKEN"):
         return environ["LUNA_TOKEN"]
     named = environ.get("LUNA_TOKEN_FILE")
+    if not named and folder is None and (place := runtime_folder(port).parent).exists():
+        _check_owner(place)
     path = Path(named) if named else runtime_folder(port, folder) / _TOKEN
     try:
         return path.read_text().strip()
@@ -102,6 +104,7 @@ class Runtime:
     def __init__(self, port: int, override: Path | None = None) -> None:
         self.folder = runtime_folder(port, override)
         self.port = port
+        self._by_rule = override is None
         self.token = secrets.token_urlsafe(32)
 
     def open(self, facts: dict[str, Any]) -> None:
@@ -110,6 +113,8 @@ class Runtime:
 
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         _check_owner(self.folder)
+        if self._by_rule:  # below /tmp somebody else may have made the parent, and could swap what is in it
+            _check_owner(self.folder.parent)
         self.folder.chmod(0o700)
         self._lock = FileLock(str(self.folder.with_suffix(".lock")), thread_local=False)
         try:
@@ -120,7 +125,7 @@ class Runtime:
                 "See 'luna-daemon status', or choose another --port",
             ) from error
         for stale in self.folder.iterdir():
-            stale.unlink() if not stale.is_dir() else shutil.rmtree(stale)
+            shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
         self._write(_TOKEN, self.token)
         self._write(_FACTS, json.dumps(facts))
 

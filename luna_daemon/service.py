@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import math
 import os
 import time
 from collections import Counter
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
+import psutil
 
 from . import __version__
 from .conditioning_cache import ConditioningCache
@@ -29,6 +31,7 @@ from .core import (
     LimitExceeded,
     LunaError,
     ModelKind,
+    Priority,
     ProtocolError,
     ServiceType,
     VersionMismatch,
@@ -43,14 +46,21 @@ from .wire import messages as m
 from .wire.arena import Arena, Slot
 from .wire.codec import check_ref
 from .wire.connection import Connection
-from .wire.frame import decode_call, encode_call
+from .wire.frame import MAX_HEADER, decode_call, encode_call
 from .workers import WorkerPool
 
 __all__ = ["Service"]
 
 _GREET_S = 5.0
 _TRIM_S = 60.0
+_STALL_S = 60.0
+"""A peer that reads nothing for so long is cut off: what waits for it costs memory."""
+_FULL_S = 1.0
 _COMPARE = 1 << 20
+_HELLO_BYTES = 64 << 10
+"""Largest message before the greeting: strangers make nobody allocate."""
+_MOST_TEXT = 1_000_000
+"""Characters of a prompt; its tokens must fit a message."""
 
 
 class Service:
@@ -96,6 +106,8 @@ class Service:
         self.fallbacks = 0
         self.materialised = 0
         self.coalesced = 0
+        self.ws_port: int | None = None
+        """The status page's port, once it is there."""
         self.born = time.time()
         self.limits = m.Limits(
             settings.max_header_mb << 20, settings.max_tensor_mb << 20, settings.arena_client_mb << 20,
@@ -104,13 +116,14 @@ class Service:
         self._connections: set[Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._growing = asyncio.Lock()
+        self._full_until = 0.0
         self._numbers = 0
 
     # --- connections ---
 
     def connect(self) -> Connection:
         """A connection for a socket that was just accepted."""
-        connection = Connection(self, self.limits.header_bytes, self.limits.tensor_bytes)
+        connection = Connection(self, _HELLO_BYTES, self.limits.tensor_bytes)
         self._connections.add(connection)
         asyncio.get_running_loop().call_later(_GREET_S, self._expect_hello, connection)
         return connection
@@ -132,6 +145,8 @@ class Service:
         """A frame of anybody."""
         worker, session = self.workers.get(connection), self.sessions.get(connection)
         if worker is not None and isinstance(message, m.Request):
+            if payload is not None:
+                payload.release()
             self._spawn(self._grant(worker, message))
         elif worker is not None:
             self.pool.received(worker, message, payload)
@@ -152,7 +167,22 @@ class Service:
             for request in list(session.requests.values()):
                 if request.work is not None:
                     self.pool.cancel(request.work, request)
-            session.leases.release_all()
+            if session.said_bye or not session.leases:
+                session.leases.release_all()
+            else:
+                self._spawn(self._bury(session))
+
+    async def _bury(self, session: Session) -> None:
+        """Keep what a client without a connection holds until its process has ended: tensors of it may lie there."""
+        pause = 0.05
+        while _is_alive(session.pid, session.since):
+            await asyncio.sleep(pause)
+            pause = min(5.0, pause * 1.5)
+        session.leases.release_all()
+
+    def is_connected(self, session: Session) -> bool:
+        """Whether answers still reach this client."""
+        return self.sessions.get(session.connection) is session
 
     def _greet(self, connection: Connection, hello: m.Hello) -> None:
         if hello.protocol != PROTOCOL_VERSION:
@@ -166,12 +196,14 @@ class Service:
             if worker is None:
                 raise AuthenticationError("this worker's token is not known")
             self.workers[connection] = worker
+            connection.max_header = MAX_HEADER
         else:
             self._check_token(hello.token)
             if len(self.sessions) >= self.settings.max_clients:
                 raise Busy(f"{len(self.sessions)} clients are connected, the most allowed", "Raise max_clients", 5.0)
             self._numbers += 1
             self.sessions[connection] = Session(self._numbers, connection, hello)
+            connection.max_header = self.limits.header_bytes
         info = m.ArenaInfo(str(self.arena.folder), "nonce") if self.arena is not None else None
         connection.send(m.Welcome(self._numbers, __version__, self.limits, info, self.arena_why))
 
@@ -187,7 +219,12 @@ class Service:
     def _spawn(self, coroutine: Any) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a background task failed", exc_info=error)
 
     # --- requests ---
 
@@ -198,6 +235,8 @@ class Service:
             elif isinstance(message, m.Release):
                 for number in message.slots:
                     session.leases.release(number)
+            elif isinstance(message, m.Bye):
+                session.said_bye = True
             elif isinstance(message, m.Cancel):
                 request = session.requests.get(message.id)
                 if request is not None and request.work is not None:
@@ -210,6 +249,8 @@ class Service:
                 payload.release()
 
     def _request(self, session: Session, message: m.Request, payload: Slot | None) -> None:
+        if message.id < 1 or message.id in session.requests:
+            raise ProtocolError(f"request id {message.id} is {'in use' if message.id > 0 else 'not positive'}")
         request = ClientRequest(session, message.id, self)
         try:
             call = _decode(message.call)
@@ -223,6 +264,8 @@ class Service:
             request.fail(error)
         except Exception as error:
             logger.exception("request %s failed", request.op)
+            if request.work is not None:
+                self.pool.cancel(request.work, request)
             request.fail(InternalError(f"{type(error).__name__}: {error}", "The daemon's log has the traceback"))
 
     def _pieces(self, session: Session, refs: list[m.TensorRef], payload: Slot | None) -> list[Piece]:
@@ -254,21 +297,24 @@ class Service:
     def _compute(self, request: ClientRequest, call: m.Call, message: m.Request, payload: Slot | None) -> None:
         spec = self.resolver.resolve(_model_of(call))
         self._check_served(spec.kind)
+        self._check_call(call)
         key = self._cache_key(spec, call)
         if key is not None and (kept := self.cache.get(key)) is not None:
             request.finish(kept, shared=True)
             return
+        deadline = None if message.deadline_s is None else time.monotonic() + message.deadline_s
+        priority = max(Priority.INTERACTIVE.value, message.priority)
         pieces = self._pieces(request.session, message.tensors, payload)
         same = self.pool.find_same(lambda work: _is_same(work, spec, message.call, pieces))
         if same is not None:
             for piece in pieces:
                 piece.slot.release()
             self.coalesced += 1
+            same.widen(priority, deadline)
             request.join(same)
             return
-        deadline = None if message.deadline_s is None else time.monotonic() + message.deadline_s
         work = Work(
-            request.op, message.call, spec, pieces, message.priority, deadline, [], load_bytes(spec),
+            request.op, message.call, spec, pieces, priority, deadline, [], load_bytes(spec),
             pin=isinstance(call, m.ModelLoad) and call.pin,
             keep=None if key is None else lambda outcome: self.cache.put(key, outcome),
         )  # fmt: skip
@@ -284,6 +330,16 @@ class Service:
             only is ServiceType.CLIP_ONLY and kind == ModelKind.VAE
         ):
             raise BadRequest(f"this daemon serves {only.value} only", "Ask the daemon that serves the other kind")
+
+    def _check_call(self, call: m.Call) -> None:
+        if isinstance(call, m.Echo):
+            if call.nbytes > self.limits.tensor_bytes:
+                raise LimitExceeded(f"an echo of {call.nbytes} bytes; the limit is {self.limits.tensor_bytes}")
+            if call.nbytes < 0 or call.nbytes % 4 or not 0 <= call.seconds < math.inf:
+                raise BadRequest(f"echo of {call.nbytes} bytes in {call.seconds} s: must be whole float32, and a time")
+        text = getattr(call, "text", None) or ""
+        if len(text) > _MOST_TEXT:
+            raise LimitExceeded(f"a prompt of {len(text)} characters; the limit is {_MOST_TEXT}")
 
     def _cache_key(self, spec: m.LoadSpec, call: m.Call) -> bytes | None:
         """Everything that determines a conditioning, or ``None`` if it is not kept."""
@@ -311,19 +367,23 @@ class Service:
             raise BadRequest("shared memory was not proved to be visible to this client", "Send tensors inline")
         if not 0 < call.nbytes <= self.limits.tensor_bytes:
             raise LimitExceeded(f"a slot of {call.nbytes} bytes; the limit is {self.limits.tensor_bytes}")
-        if request.session.leases.nbytes + call.nbytes > self.limits.arena_bytes_per_client:
+        held = request.session.leases.nbytes + request.session.reserving
+        if held + call.nbytes > self.limits.arena_bytes_per_client:
             raise LimitExceeded(
-                f"this client holds {request.session.leases.nbytes} bytes of shared memory; "
-                f"the limit is {self.limits.arena_bytes_per_client}",
+                f"this client holds {held} bytes of shared memory; the limit is {self.limits.arena_bytes_per_client}",
                 "Release tensors, or raise arena_client_mb",
             )
+        request.session.reserving += call.nbytes
         self._spawn(self._alloc_later(request, call.nbytes))
 
     async def _alloc_later(self, request: ClientRequest, nbytes: int) -> None:
-        slot = await self._allocate(nbytes)
+        try:
+            slot = await self._allocate(nbytes)
+        finally:
+            request.session.reserving -= nbytes
         if slot is None:
             request.fail(LimitExceeded("shared memory is full", "Send tensors inline"))
-        elif request.session.connection not in self.sessions:
+        elif not self.is_connected(request.session):
             slot.release()
         else:
             request.answer(None, [self._lease(request.session.leases, slot)])
@@ -399,7 +459,7 @@ class Service:
 
     async def _grow(self, nbytes: int) -> None:
         async with self._growing:
-            if self.arena is None:
+            if self.arena is None or time.monotonic() < self._full_until:
                 return
             probe = self.arena.try_allocate(nbytes)
             if probe is not None:
@@ -408,15 +468,24 @@ class Service:
             try:
                 made = await asyncio.get_running_loop().run_in_executor(None, self.arena.grow, nbytes)
             except LimitExceeded as error:
-                logger.warning("%s: tensors go by the socket", error.message)
+                if self._full_until == 0.0:
+                    logger.warning("%s: tensors go by the socket", error.message)
+                # Not asked again at once: to find out costs as much as to fill what is left.
+                self._full_until = time.monotonic() + _FULL_S
                 return
+            self._full_until = 0.0
             self.arena.add(*made)
 
     async def _grant(self, worker: WorkerProcess, message: m.Request) -> None:
-        """A worker asks for a slot for its result."""
-        call = decode_call(message.call)
+        """A worker asks for a slot for its result; it waits for the answer, so it gets one."""
         assert worker.connection is not None
-        slot = await self._allocate(call.nbytes) if isinstance(call, m.Alloc) else None
+        slot = None
+        try:
+            call = decode_call(message.call)
+            if isinstance(call, m.Alloc):
+                slot = await self._allocate(call.nbytes)
+        except Exception:
+            logger.exception("no slot for worker %d", worker.number)
         if slot is None:
             worker.connection.send(m.Failure(message.id, LimitExceeded.code, "shared memory is full"))
         elif worker.connection not in self.workers:
@@ -429,9 +498,13 @@ class Service:
         return m.TensorRef("uint8", (slot.nbytes,), slot.nbytes, slot.offset, leases.add(slot), slot.segment)
 
     def tidy(self) -> None:
-        """Give unused shared memory back; called every few seconds."""
+        """Give unused shared memory back, cut off who does not read; called every few seconds."""
         if self.arena is not None:
             self.arena.trim(_TRIM_S)
+        for connection in list(self._connections):
+            if connection.stalled_s > _STALL_S:
+                logger.warning("%s has read nothing for %.0f s and is cut off", connection.remote, connection.stalled_s)
+                connection.abort()
 
     def close(self) -> None:
         """Close every connection and forget every cache."""
@@ -448,8 +521,19 @@ def _decode(raw: msgspec.Raw) -> m.Call:
         raise BadRequest(error.message, "See docs/protocol.md for the ops and their fields") from error
 
 
+def _is_alive(pid: int, since: float) -> bool:
+    """Whether the process that said hello at ``since`` still runs, and is not another with its number."""
+    try:
+        process = psutil.Process(pid)
+        # Start times are known to a second or so.
+        return bool(process.create_time() <= since + 2 and process.status() != psutil.STATUS_ZOMBIE)
+    except (psutil.Error, ValueError, OverflowError):
+        return False
+
+
 def _model_of(call: m.Call) -> m.ModelRef:
-    return call.model if hasattr(call, "model") else m.ModelRef(ModelKind.ECHO)
+    model = getattr(call, "model", None)
+    return model if isinstance(model, m.ModelRef) else m.ModelRef(ModelKind.ECHO)
 
 
 def _is_same(work: Work, spec: m.LoadSpec, call: msgspec.Raw, pieces: list[Piece]) -> bool:

@@ -30,6 +30,9 @@ class Session:
         self.pid = hello.pid
         self.since = time.time()
         self.sees_arena = False
+        self.said_bye = False
+        self.reserving = 0
+        """Bytes of shared memory asked for and not yet granted."""
         self.leases = Leases()
         self.requests: dict[int, ClientRequest] = {}
 
@@ -52,7 +55,8 @@ class ClientRequest:
         self.session.requests[self.number] = self
 
     def progress(self, stage: str, step: int, total: int) -> None:
-        self.session.connection.send(m.Progress(self.number, stage, step, total))
+        if not self.session.connection.crowded:
+            self.session.connection.send(m.Progress(self.number, stage, step, total))
 
     def answer(self, result: Any, tensors: list[m.TensorRef] | None = None) -> None:
         """Answer without a worker."""
@@ -67,20 +71,29 @@ class ClientRequest:
                 outcome's uses pass to this client.
         """
         self._leave()
+        if not self.service.is_connected(self.session):
+            if not shared:
+                outcome.release()
+            return
         refs: list[m.TensorRef] = []
         inline: list[Slot] = []
         at = 0
         for piece in outcome.pieces:
             ref, slot = piece.ref, piece.slot.retain() if shared else piece.slot
-            if self.session.sees_arena and slot.number and ref.nbytes > _INLINE_BYTES:
+            if slot.number and ref.nbytes > _INLINE_BYTES and self._may_lease(slot):
                 number = self.session.leases.add(slot)
-                refs.append(m.TensorRef(ref.dtype, ref.shape, ref.nbytes, slot.offset, number, slot.segment, shared))
+                refs.append(ref.placed(slot.offset, number, slot.segment, shared))
             else:
                 inline.append(slot)
-                refs.append(m.TensorRef(ref.dtype, ref.shape, ref.nbytes, at))
+                refs.append(ref.placed(at))
                 at += ref.nbytes
         self.service.requests[self.op] += 1
         self.session.connection.send(m.Reply(self.number, outcome.result, refs, outcome.notes), inline)
+
+    def _may_lease(self, slot: Slot) -> bool:
+        """Whether this client may hold more shared memory; what it may not comes inline."""
+        limit = self.service.limits.arena_bytes_per_client
+        return self.session.sees_arena and self.session.leases.nbytes + slot.nbytes <= limit
 
     def fail(self, error: LunaError) -> None:
         self._leave()

@@ -13,6 +13,7 @@ from typing import Any
 from .config import Settings
 from .core import (
     Busy,
+    ConfigError,
     DeadlineExceeded,
     LunaError,
     ModelKind,
@@ -26,6 +27,7 @@ from .core import (
 )
 from .gpu import free_vram
 from .pool import policy
+from .pool.devices import device_mask
 from .pool.process import WorkerProcess
 from .pool.supervisor import Backoff
 from .pool.work import Outcome, Piece, Waiter, Work
@@ -39,6 +41,7 @@ _TICK_S = 0.1
 _SIGN_OF_LIFE_S = 5.0
 _SILENT_S = 60.0
 """A worker whose reader thread has not answered for so long is stuck; one that is stopped for seconds is not."""
+_END_S = 2.0
 _RECENT = 256
 
 OnEvent = Callable[[str, dict[str, Any]], None]
@@ -66,6 +69,7 @@ class WorkerPool:
         self.accepting = True
         self._backoffs: dict[str, Backoff] = {}
         self._by_token: dict[str, WorkerProcess] = {}
+        self._ending: list[WorkerProcess] = []
         self._address = ("", 0)
         self._numbers = 0
         self._jobs = 0
@@ -85,8 +89,11 @@ class WorkerPool:
         for work in self._drop_all():
             work.fail(ShuttingDown("the daemon is shutting down", "The local model can step in"))
         end = time.monotonic() + drain_s
-        while any(worker.work for worker in self.workers) and time.monotonic() < end:
+        # The queue too: a request whose worker crashes meanwhile is there again.
+        while (self.queue or any(worker.work for worker in self.workers)) and time.monotonic() < end:
             await asyncio.sleep(0.02)
+        for work in self._drop_all():
+            work.fail(ShuttingDown("the daemon had to stop before this request was done"))
         if self._ticker is not None:
             self._ticker.cancel()
         for worker in list(self.workers):
@@ -95,12 +102,18 @@ class WorkerPool:
                 worker.work = None
                 worker.kill()
             worker.stop()
-        end = time.monotonic() + 2.0
-        while not all(worker.exited() for worker in self.workers) and time.monotonic() < end:
-            await asyncio.sleep(0.01)
-        for worker in self.workers:
+        everybody = [*self.workers, *self._ending]
+        await self._until_ended(everybody)
+        for worker in everybody:
             worker.kill()
+        await self._until_ended(everybody)
         self.workers.clear()
+
+    @staticmethod
+    async def _until_ended(workers: list[WorkerProcess]) -> None:
+        end = time.monotonic() + _END_S
+        while not all(worker.exited() for worker in workers) and time.monotonic() < end:
+            await asyncio.sleep(0.01)
 
     # --- work ---
 
@@ -180,25 +193,34 @@ class WorkerPool:
         now = time.monotonic()
         running = Counter(worker.work.client for worker in self.workers if worker.work is not None)
         pending = [policy.Pending(work.priority, work.client, now - work.born) for work in self.queue]
+        queued = Counter(work.spec.key for work in self.queue)
+        oldest: dict[str, float] = {}
+        for work in self.queue:
+            oldest[work.spec.key] = min(work.born, oldest.get(work.spec.key, now))
+        waiting: set[str] = set()
         for work in [self.queue[index] for index in policy.fair_order(pending, running)]:
+            model = work.spec.key
             if work.deadline is not None and now > work.deadline:
-                self.queue.remove(work)
-                work.fail(DeadlineExceeded(f"the request waited {now - work.born:.1f} s, past its deadline"))
-            else:
-                self._place(work, now)
+                if work in self.queue:  # else it has failed meanwhile: no worker could be started
+                    self.queue.remove(work)
+                    work.fail(DeadlineExceeded(f"the request waited {now - work.born:.1f} s, past its deadline"))
+            # One of a model must wait: so must the rest, since nothing becomes free in this loop.
+            elif model not in waiting and not self._place(work, now - oldest[model], queued[model]):
+                waiting.add(model)
 
-    def _place(self, work: Work, now: float) -> None:
+    def _place(self, work: Work, waited_s: float, queued: int) -> bool:
+        """Give it to a worker, or start one; whether it has one now."""
         key, spec = self.key_of(work), work.spec
         facts = [self._facts(worker) for worker in self.workers]
-        queued = sum(other.spec.key == spec.key for other in self.queue)
-        where = policy.route(
-            key, spec.key, spec.kind, now - work.born, queued, facts, self._limits(spec.kind), lambda: self._has_room(work)
-        )
+        limits = self._limits(spec.kind)
+        where = policy.route(key, spec.key, spec.kind, waited_s, queued, facts, limits, lambda: self._has_room(work))
         if isinstance(where, int):
             self.queue.remove(work)
             self._give(self.workers[where], work)
-        elif where == "spawn" and not self._backoff(key).wait_s:
+            return True
+        if where == "spawn" and not self._backoff(key).wait_s:
             self._spawn(key, work)
+        return False
 
     def _facts(self, worker: WorkerProcess) -> policy.Facts:
         ready = worker.state is WorkerState.IDLE and worker.work is None
@@ -230,12 +252,14 @@ class WorkerPool:
     def _spawn(self, key: str, work: Work) -> None:
         self._numbers += 1
         backend, device = key.split("@")
-        config = {"backend": backend, "threads": self.settings.cpu_threads, "visible_devices": {}}
         log = self.logs / f"worker-{self._numbers}.log"
-        worker = WorkerProcess(self._numbers, key, device, self._threads(key, device), config, log)
         try:
+            mask = device_mask(device, os.environ)
+            config = {"backend": backend, "threads": self.settings.cpu_threads, "visible_devices": mask}
+            worker = WorkerProcess(self._numbers, key, device, self._threads(key, device), config, log)
             worker.start(*self._address)
-        except OSError as error:
+        except (OSError, ConfigError) as error:
+            worker.kill()
             self._start_failed(key, str(error))
             return
         self.workers.append(worker)
@@ -288,7 +312,8 @@ class WorkerPool:
             self._failed(worker, error_from_code(message.code, message.message, message.hint))
         if payload is not None:
             payload.release()
-        self.schedule()
+        if not isinstance(message, m.Progress):
+            self.schedule()
 
     def _finished(self, worker: WorkerProcess, message: m.Reply, payload: Slot | None) -> None:
         pieces = []
@@ -301,12 +326,14 @@ class WorkerPool:
                 pieces.append(Piece(ref, Slot.on_heap(0)))
         if payload is not None:
             payload.release()
+        outcome = Outcome(message.result, pieces, message.notes)
         work = worker.done()
         if work is None:
+            outcome.release()
             return
         if work.pin:
             self.pinned.add(work.spec.key)
-        work.finish(Outcome(message.result, pieces, message.notes))
+        work.finish(outcome)
 
     def _failed(self, worker: WorkerProcess, error: LunaError) -> None:
         others = [key for key in worker.models if worker.work is not None and key != worker.work.spec.key]
@@ -331,12 +358,16 @@ class WorkerPool:
             return
         self.workers.remove(worker)
         self._by_token.pop(worker.token, None)
-        worker.leases.release_all()
+        self._ending.append(worker)
         wanted = worker.state is WorkerState.STOPPING
         started = worker.state is not WorkerState.STARTING
         worker.state, work = WorkerState.DEAD, worker.work
+        worker.work, worker.job = None, 0
         tail = worker.tail()
         worker.kill()
+        if worker.connection is not None:
+            worker.connection.close()
+        self._reap()
         if not wanted:
             self.crashes += 1
             logger.error("worker %d (pid %d) died: %s; last words: %s", worker.number, worker.pid, why, tail or "none")
@@ -349,6 +380,9 @@ class WorkerPool:
 
     def _retry(self, work: Work, worker: WorkerProcess, why: str) -> None:
         work.crashes += 1
+        if not work.waiters:
+            work.release_inputs()
+            return
         if work.crashes < 2:
             self.restarts += 1
             self.queue.insert(0, work)
@@ -368,6 +402,12 @@ class WorkerPool:
                 self.queue.remove(work)
                 work.fail(backoff.error())
 
+    def _reap(self) -> None:
+        """Give back what ended workers held: not before they have, since until then they may write there."""
+        for worker in [worker for worker in self._ending if worker.exited()]:
+            self._ending.remove(worker)
+            worker.leases.release_all()
+
     # --- time ---
 
     async def _tick(self) -> None:
@@ -386,6 +426,7 @@ class WorkerPool:
             self._next_sign = now + _SIGN_OF_LIFE_S
             for work in self.queue:
                 work.progress("queued")
+        self._reap()
         for worker in list(self.workers):
             if worker.state is WorkerState.STARTING:
                 if worker.exited() or now - worker.born > self.settings.worker_start_sec:

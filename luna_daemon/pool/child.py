@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from .. import __version__
 from ..backends import make_backend
 from ..backends.base import Backend
@@ -33,6 +35,7 @@ from ..core import (
     DaemonConnectionError,
     InternalError,
     LunaError,
+    OutOfMemory,
     RequestCancelled,
     logger,
 )
@@ -41,6 +44,7 @@ from ..wire.arena import ArenaUnavailable, ArenaView
 from ..wire.channel import Channel
 from ..wire.frame import decode_call, encode_call
 from . import compute
+from .devices import inner_device
 
 __all__ = ["Worker", "WorkerConfig", "main"]
 
@@ -154,6 +158,8 @@ class Worker:
             self._reply(job.id, result)
         except LunaError as error:
             self._fail(job.id, error)
+        except MemoryError as error:
+            self._fail(job.id, OutOfMemory(f"no memory for the call: {error or 'allocation failed'}"))
         except Exception as error:
             logger.exception("job %d failed", job.id)
             self._fail(job.id, InternalError(f"{type(error).__name__}: {error}", "The daemon's log has the traceback"))
@@ -164,13 +170,15 @@ class Worker:
         model = self.models.get(job.model.key)
         if model is None:
             self.channel.send(m.Progress(job.id, "loading"))
-            model = self.models[job.model.key] = backend.load(job.model)
+            spec = msgspec.structs.replace(job.model, device=inner_device(job.model.device))
+            model = self.models[job.model.key] = backend.load(spec)
             self._tell_status()
             self.channel.send(m.Progress(job.id, "running"))
         return model
 
     def _unload(self, keys: list[str]) -> None:
-        if any([self.models.pop(key, None) is not None for key in keys]):
+        gone = [key for key in keys if self.models.pop(key, None) is not None]
+        if gone:
             compute.free_memory()
 
     def _input(self, ref: m.TensorRef, payload: memoryview) -> memoryview:
@@ -196,9 +204,9 @@ class Worker:
             slot = self._reserve(ref.nbytes) if ref.nbytes > _INLINE_BYTES else None
             if slot is not None and self.arena is not None:
                 self.arena.slice(slot.segment, slot.offset, ref.nbytes)[:] = data
-                refs.append(m.TensorRef(ref.dtype, ref.shape, ref.nbytes, slot.offset, slot.slot, slot.segment))
+                refs.append(ref.placed(slot.offset, slot.slot, slot.segment))
             else:
-                refs.append(m.TensorRef(ref.dtype, ref.shape, ref.nbytes, inline))
+                refs.append(ref.placed(inline))
                 payload.append(data)
                 inline += ref.nbytes
         self.channel.send(m.Reply(job, result.value, refs, result.notes), payload)

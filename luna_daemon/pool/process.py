@@ -83,7 +83,7 @@ class WorkerProcess:
                 env=environment,
                 # Of its own, so that Ctrl-C in the daemon's terminal drains instead of killing what computes.
                 start_new_session=True,
-                creationflags=subprocess.CREATE_NO_WINDOW if sys.platform == "win32" else 0,
+                creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
             )
         self.pid = self._process.pid
         assert self._process.stdin is not None
@@ -109,11 +109,9 @@ class WorkerProcess:
         return self._process is None or self._process.poll() is not None
 
     def kill(self) -> None:
-        """End it now."""
+        """End it now; ``exited`` tells when it has (one that hangs in a driver takes its time)."""
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
-        if self._process is not None:
-            self._process.wait()
 
     def stop(self) -> None:
         """Let it end: it exits when its connection closes."""
@@ -151,9 +149,9 @@ class WorkerProcess:
         for piece in work.pieces:
             ref, slot = piece.ref, piece.slot
             if slot.number and self.sees_arena:
-                refs.append(m.TensorRef(ref.dtype, ref.shape, ref.nbytes, slot.offset, slot.number, slot.segment))
+                refs.append(ref.placed(slot.offset, slot.number, slot.segment))
             else:
-                refs.append(m.TensorRef(ref.dtype, ref.shape, ref.nbytes, at))
+                refs.append(ref.placed(at))
                 inline.append(slot.retain())
                 at += ref.nbytes
         self.connection.send(m.Job(job, work.call, work.spec, refs, unload), inline)

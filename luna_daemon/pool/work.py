@@ -78,6 +78,11 @@ class Work:
         """The session that asked first."""
         return self.waiters[0].client if self.waiters else 0
 
+    def widen(self, priority: int, deadline: float | None) -> None:
+        """Another waiter joins: the more urgent of both counts, and the later deadline."""
+        self.priority = min(self.priority, priority)
+        self.deadline = None if self.deadline is None or deadline is None else max(self.deadline, deadline)
+
     def progress(self, stage: str, step: int = 0, total: int = 0) -> None:
         for waiter in self.waiters:
             waiter.progress(stage, step, total)

@@ -188,7 +188,8 @@ class Arena:
     @property
     def bytes_reserved(self) -> int:
         """Bytes of all segments."""
-        return sum(segment.size for segment in self._segments.values())
+        # Copied first: ``grow`` asks from another thread.
+        return sum(segment.size for segment in list(self._segments.values()))
 
     @property
     def bytes_used(self) -> int:
@@ -210,7 +211,9 @@ class Arena:
 
     def _give(self, slot: Slot) -> None:
         del self._slots[slot.number]
-        self._segments[slot.segment].give(slot.offset, self._sizes.pop(slot.number))
+        segment, size = self._segments.get(slot.segment), self._sizes.pop(slot.number)
+        if segment is not None:  # None: the arena was closed meanwhile
+            segment.give(slot.offset, size)
 
     def grow(self, nbytes: int) -> tuple[str, int, mmap.mmap]:
         """Reserve a segment that holds ``nbytes``; slow (the pages are made), so call it off the event loop.
@@ -288,8 +291,8 @@ class ArenaView:
             raise BadRequest(f"{segment!r} is no arena segment")
         try:
             return _open_segment(self.folder, segment)
-        except OSError as error:
-            raise BadRequest(f"arena segment {segment!r}: {error.strerror or error}") from error
+        except (OSError, ValueError) as error:  # ValueError: an empty file, or a NUL in the name
+            raise BadRequest(f"arena segment {segment!r}: {getattr(error, 'strerror', None) or error}") from error
 
     def _forget_gone(self) -> None:
         """Drop maps of segments that the daemon has given back, so that their address space is not kept."""
@@ -368,7 +371,7 @@ def open_arena(folder: Path | None, port: int, max_bytes: int) -> Arena:
         ArenaUnavailable: says why.
     """
     place = (folder / f"luna-daemon-{port}") if folder else default_folder(port)
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         if not WINDOWS and (place.is_symlink() or place.stat().st_uid != os.getuid()):
             raise ArenaUnavailable(f"{place} belongs to another user")
     try:

@@ -1,4 +1,4 @@
-"""One blocking connection that speaks LDP/1: what clients and workers hold. Sending is thread-safe, receiving is not."""
+"""One blocking connection that speaks LDP/1: what clients and workers hold. Sending is thread-safe, receiving not."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ class Channel:
         self._sock = sock
         self._max_payload = max_payload
         self._send_lock = threading.Lock()
+        self._receive_lock = threading.Lock()
+        self._closed = False
         self._selector = selectors.DefaultSelector()
         self._selector.register(sock, selectors.EVENT_READ)
         self._buffer = bytearray(_READ)
@@ -69,6 +71,10 @@ class Channel:
                     self._sock.sendall(part[start : start + _CHUNK])
         except (OSError, ValueError) as error:
             raise DaemonConnectionError(f"connection lost while sending: {error}") from error
+        except BaseException:
+            # Ctrl-C in the middle of a frame: whatever followed would be read as the rest of it.
+            self.close()
+            raise
 
     def receive(self, timeout_s: float | None = None) -> tuple[Message, memoryview] | None:
         """The next frame and its inline payload, or ``None`` if it is not complete within ``timeout_s``.
@@ -79,24 +85,51 @@ class Channel:
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         try:
-            while not self._complete():
-                left = None if deadline is None else max(0.0, deadline - time.monotonic())
-                if not self._selector.select(left):
-                    return None
-                self._read_some()
+            with self._receive_lock:
+                while not self._complete():
+                    if self._closed:
+                        raise ConnectionResetError("it was closed here")
+                    left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                    if not self._selector.select(left):
+                        return None
+                    self._read_some()
         except (OSError, ValueError) as error:
             raise DaemonConnectionError(f"connection lost while receiving: {error}") from error
+        finally:
+            if self._closed:
+                self._sock.close()
         message, payload = self._message, self._payload
         assert message is not None
         self._message, self._payload, self._filled = None, bytearray(), 0
         return message, memoryview(payload)
 
+    @property
+    def sending(self) -> bool:
+        """Whether a thread is sending just now."""
+        return self._send_lock.locked()
+
+    def ended(self) -> bool:
+        """Whether the other side has closed, and nothing is left to read; looks without waiting."""
+        try:
+            return bool(self._selector.select(0)) and self._sock.recv(1, socket.MSG_PEEK) == b""
+        except (OSError, ValueError):
+            return True
+
     def close(self) -> None:
         """Close; a thread that receives gets ``DaemonConnectionError``."""
+        self._closed = True
         try:
             self._sock.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass
+        # A selector forgets a socket that is closed under it, and its reader would sleep on: the reader closes it.
+        if self._receive_lock.acquire(blocking=False):
+            self._receive_lock.release()
+            self._sock.close()
+
+    def abandon(self) -> None:
+        """Let go of the socket without a word: after a fork it is the parent's."""
+        self._closed = True
         self._sock.close()
 
     def _complete(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..core import BadRequest, LimitExceeded
 from .messages import TensorRef
@@ -18,6 +18,8 @@ ITEM_SIZES = {
     "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
 }  # fmt: skip
 """Bytes per element of every dtype that may travel."""
+_MOST_ELEMENTS = 1 << 40
+"""A shape like [0, 2**63] has no bytes, but strides that overflow."""
 
 
 def check_ref(ref: TensorRef, max_bytes: int) -> None:
@@ -34,6 +36,10 @@ def check_ref(ref: TensorRef, max_bytes: int) -> None:
     expected = math.prod(ref.shape) * ITEM_SIZES[ref.dtype]
     if expected > max_bytes:
         raise LimitExceeded(f"tensor of {expected} bytes; the limit is {max_bytes}", "Raise max_tensor_mb")
+    if not expected and math.prod(size or 1 for size in ref.shape) > _MOST_ELEMENTS:
+        raise BadRequest(f"tensor shape {list(ref.shape)} is empty, yet too large to be made")
+    if ref.order and sorted(ref.order) != list(range(len(ref.shape))):
+        raise BadRequest(f"tensor order {list(ref.order)} is no order of {len(ref.shape)} dimensions")
     if ref.nbytes != expected or ref.offset < 0:
         raise BadRequest(f"tensor of shape {list(ref.shape)} {ref.dtype} has {expected} bytes, not {ref.nbytes}")
 
@@ -47,17 +53,29 @@ def describe(tensor: torch.Tensor) -> TensorRef:
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in ITEM_SIZES:
         raise BadRequest(f"tensor dtype {dtype!r} cannot be sent", f"Convert to one of {', '.join(ITEM_SIZES)}")
-    return TensorRef(dtype, tuple(tensor.shape), tensor.numel() * ITEM_SIZES[dtype], 0)
+    return TensorRef(dtype, tuple(tensor.shape), tensor.numel() * ITEM_SIZES[dtype], 0, order=_order(tensor))
+
+
+def _order(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Dimensions from the slowest to the fastest in memory; empty if that is their own order."""
+    if tensor.is_contiguous():
+        return ()
+    # An expanded dimension (stride 0) has no place in memory; among copies it is best the slowest.
+    strides = tensor.stride()
+    order = tuple(sorted(range(tensor.dim()), key=lambda dim: -(strides[dim] or 1 << 62)))
+    return () if order == tuple(range(tensor.dim())) else order
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor: a view where it is contiguous on the CPU, else of a copy."""
+    """The bytes of a tensor in the order of its memory: a view where it fills its memory on the CPU, else a copy."""
     import torch
 
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    order = _order(tensor)
+    flat = (tensor.permute(order) if order else tensor).detach().to("cpu").contiguous().reshape(-1)
     if flat.numel() == 0:
         return memoryview(b"")
-    return memoryview(flat.view(torch.uint8).numpy())
+    array: Any = flat.view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def tensor_from(ref: TensorRef, data: memoryview) -> torch.Tensor:
@@ -67,4 +85,8 @@ def tensor_from(ref: TensorRef, data: memoryview) -> torch.Tensor:
     dtype: torch.dtype = getattr(torch, ref.dtype)
     if ref.nbytes == 0:
         return torch.empty(ref.shape, dtype=dtype)
-    return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(ref.shape)
+    flat = torch.frombuffer(data, dtype=torch.uint8).view(dtype)
+    if not ref.order:
+        return flat.reshape(ref.shape)
+    stored = flat.reshape([ref.shape[dim] for dim in ref.order])
+    return stored.permute([ref.order.index(dim) for dim in range(len(ref.order))])

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections import deque
 from typing import Protocol
 
-from ..core import LunaError, ProtocolError
+from ..core import InternalError, LunaError, ProtocolError, logger
 from .arena import Slot
 from .frame import PREFIX_SIZE, decode_message, encode_frame, parse_prefix
 from .messages import Failure, Message
@@ -19,6 +20,9 @@ __all__ = ["Connection", "Peer"]
 
 _READ = 64 << 10
 _CHUNK = 512 << 10
+_HTTP = (b"GET ", b"POST", b"HEAD", b"PUT ", b"OPTI")
+_LINGER_S = 1.0
+"""How long a refused peer may take to read why."""
 _MOST_QUEUED = 64
 """Frames waiting for a slow reader before we stop reading its requests."""
 
@@ -63,7 +67,9 @@ class Connection(asyncio.BufferedProtocol):
         self._sending: deque[memoryview] = deque()
         self._sent_slots: list[Slot] = []
         self._paused = False
+        self._paused_at = 0.0
         self._closing = False
+        self._refused = False
 
     # --- asyncio's side ---
 
@@ -76,11 +82,15 @@ class Connection(asyncio.BufferedProtocol):
         transport.set_write_buffer_limits(high=0)
 
     def get_buffer(self, sizehint: int) -> memoryview:
+        if self._refused:
+            return memoryview(self._buffer)
         if self._payload is not None:
             return self._payload.view[self._filled :]
         return memoryview(self._buffer)[self._have :]
 
     def buffer_updated(self, nbytes: int) -> None:
+        if self._refused:
+            return
         try:
             if self._payload is not None:
                 self._filled += nbytes
@@ -90,6 +100,9 @@ class Connection(asyncio.BufferedProtocol):
                 self._take_frames()
         except LunaError as error:
             self._refuse(error)
+        except Exception as error:
+            logger.exception("a message of %s could not be handled", self.remote)
+            self._refuse(InternalError(f"{type(error).__name__}: {error}", "The daemon's log has the traceback"))
 
     def eof_received(self) -> bool:
         return False
@@ -109,6 +122,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def pause_writing(self) -> None:
         self._paused = True
+        self._paused_at = time.monotonic()
 
     def resume_writing(self) -> None:
         self._paused = False
@@ -117,6 +131,16 @@ class Connection(asyncio.BufferedProtocol):
             self.transport.resume_reading()
 
     # --- the owner's side ---
+
+    @property
+    def crowded(self) -> bool:
+        """Whether the other side reads too slowly for messages that it can do without."""
+        return len(self._outbox) >= _MOST_QUEUED
+
+    @property
+    def stalled_s(self) -> float:
+        """How long the other side has read nothing of what waits for it."""
+        return time.monotonic() - self._paused_at if self._paused else 0.0
 
     def send(self, message: Message, slots: list[Slot] | None = None) -> None:
         """Queue a frame; ``slots`` travel inline and are released once they have left."""
@@ -135,6 +159,12 @@ class Connection(asyncio.BufferedProtocol):
         self._closing = True
         if self.transport is not None:
             self.transport.close()
+
+    def abort(self) -> None:
+        """Close now; what is queued is lost."""
+        self._closing = True
+        if self.transport is not None:
+            self.transport.abort()
 
     # --- receiving ---
 
@@ -165,6 +195,8 @@ class Connection(asyncio.BufferedProtocol):
             left = self._have - start
             view[:left] = view[start : self._have]
             self._have = left
+        if self._have == 0 and len(self._buffer) > _READ:
+            self._buffer = bytearray(_READ)
 
     def _enlarge(self, start: int, size: int) -> memoryview:
         larger = bytearray(size)
@@ -180,12 +212,15 @@ class Connection(asyncio.BufferedProtocol):
             self.peer.received(self, message, payload)
 
     def _refuse(self, error: LunaError) -> None:
-        if isinstance(error, ProtocolError) and bytes(self._buffer[:4]) in (b"GET ", b"POST", b"HEAD", b"PUT ", b"OPTI"):
+        if isinstance(error, ProtocolError) and bytes(self._buffer[:4]) in _HTTP:
             if self.transport is not None:
                 self.transport.write(b"HTTP/1.0 400 Luna Daemon's socket speaks LDP/1, not HTTP\r\n\r\n")
         else:
-            self.send(Failure(0, error.code, error.message, error.hint))
-        self.close()
+            self.send(Failure(0, error.code, error.message, error.hint, getattr(error, "retry_after_s", 0.0)))
+        # What still arrives is read and dropped: closing on unread bytes resets the connection, and the answer is lost.
+        self._closing = self._refused = True
+        asyncio.get_running_loop().call_later(_LINGER_S, self.close)
+        self._pump()
 
     # --- sending ---
 
@@ -201,6 +236,8 @@ class Connection(asyncio.BufferedProtocol):
                 slot.release()
             self._sent_slots = []
             if not self._outbox:
+                if self._refused and transport.can_write_eof():
+                    transport.write_eof()
                 return
             head, slots = self._outbox.popleft()
             self._sent_slots = slots

@@ -64,9 +64,10 @@ def decode_message(header: bytes | bytearray | memoryview) -> Message:
         ProtocolError: not msgpack, or not one of our messages.
     """
     try:
-        return _messages.decode(header)
+        message: Message = _messages.decode(header)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"malformed message: {error}") from error
+    return message
 
 
 def encode_call(call: Call) -> msgspec.Raw:
@@ -81,6 +82,7 @@ def decode_call(raw: msgspec.Raw) -> Call:
         ProtocolError: unknown op, or a field of the wrong type; the message says which.
     """
     try:
-        return _calls.decode(raw)
+        call: Call = _calls.decode(raw)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"malformed call: {error}") from error
+    return call

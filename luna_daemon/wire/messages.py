@@ -14,6 +14,7 @@ __all__ = [
     "Alloc",
     "ArenaInfo",
     "ArenaProof",
+    "Bye",
     "Call",
     "Cancel",
     "ClipEncode",
@@ -56,11 +57,11 @@ __all__ = [
 ]
 
 Tokens = dict[str, list[list[tuple[int, float]]]]
-"""Per text encoder (``l``, ``g``, ``t5xxl``) its chunks of ``(token id, weight)``, as ComfyUI's tokenizers make them."""
+"""Per text encoder (``l``, ``g``, ``t5xxl``) its chunks of ``(token id, weight)``, as ComfyUI's tokenizers make."""
 
 
 class TensorRef(msgspec.Struct, array_like=True, frozen=True):
-    """Where a tensor's bytes lie: C-contiguous, little-endian."""
+    """Where a tensor's bytes lie: without gaps, little-endian."""
 
     dtype: str
     """torch's name without the prefix: ``float32``, ``bfloat16``, ``uint8`` ..."""
@@ -74,6 +75,13 @@ class TensorRef(msgspec.Struct, array_like=True, frozen=True):
     """Name of the arena segment that holds the slot."""
     shared: bool = False
     """Others read the same slot: copy before use, then release."""
+    order: tuple[int, ...] = ()
+    """Dimensions from the slowest to the fastest in memory, where that is not their own order. Kernels are chosen by
+    layout, so the same bits need the same layout."""
+
+    def placed(self, offset: int, slot: int = 0, segment: str = "", shared: bool = False) -> TensorRef:
+        """The same tensor at another place: in a slot, or inline."""
+        return msgspec.structs.replace(self, offset=offset, slot=slot, segment=segment, shared=shared)
 
 
 class Tiling(msgspec.Struct, frozen=True):
@@ -276,6 +284,10 @@ class Release(msgspec.Struct, tag="release", frozen=True):
     slots: list[int]
 
 
+class Bye(msgspec.Struct, tag="bye", frozen=True):
+    """Last message of a client that closes in order: no tensor of it lies in shared memory any more."""
+
+
 class WorkerReady(msgspec.Struct, tag="ready", frozen=True):
     """A worker has imported its backend and waits for jobs."""
 
@@ -381,5 +393,5 @@ class Unload(msgspec.Struct, tag="unload", frozen=True):
 
 
 Message = Union[
-    Hello, Request, Cancel, Release, WorkerReady, WorkerStatus, Welcome, Reply, Failure, Progress, Job, Unload,
+    Hello, Request, Cancel, Release, Bye, WorkerReady, WorkerStatus, Welcome, Reply, Failure, Progress, Job, Unload,
 ]  # fmt: skip

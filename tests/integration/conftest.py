@@ -93,15 +93,40 @@ class RunningDaemon:
 @pytest.fixture
 def start_daemon(tmp_path: Path) -> Iterator[Callable[..., RunningDaemon]]:
     """Start daemons with settings as keywords; each is ended and checked after the test."""
+    with daemons_below(tmp_path) as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def start_module_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., RunningDaemon]]:
+    """The same for a daemon that all tests of a module share."""
+    with daemons_below(tmp_path_factory.mktemp("module")) as start:
+        yield start
+
+
+@pytest.fixture(scope="session")
+def clip_l() -> Path:
+    """A text encoder with CLIP-L's real architecture and seeded random weights, made once per checkout."""
+    sys.path.insert(0, str(ROOT / "demo"))
+    from make_text_encoder import make_clip_l
+
+    path = ROOT / "build" / "models" / "clip_l.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return make_clip_l(path)
+
+
+@contextlib.contextmanager
+def daemons_below(folder: Path) -> Iterator[Callable[..., RunningDaemon]]:
+    """A function that starts daemons whose files lie below ``folder``."""
     running: list[RunningDaemon] = []
     with contextlib.ExitStack() as folders:
 
         def start(*, toml: str = "", wait: bool = True, port: int | None = None, **settings: Any) -> RunningDaemon:
             number = len(running)
             arena = Path(settings.pop("arena_dir", "") or folders.enter_context(_arena_folder()))
-            runtime = tmp_path / "run"
+            runtime = folder / "run"
             runtime.mkdir(exist_ok=True)
-            config = tmp_path / f"luna-{number}.toml"
+            config = folder / f"luna-{number}.toml"
             config.write_text(toml)
             port_, ws_port = port or free_port(), free_port()
             environ = {key: value for key, value in os.environ.items() if not key.startswith(("LUNA_", "COMFYUI_"))}
@@ -110,7 +135,7 @@ def start_daemon(tmp_path: Path) -> Iterator[Callable[..., RunningDaemon]]:
                 "LUNA_ARENA_DIR": str(arena), "LUNA_CONFIG": str(config), "LUNA_MODEL_DIRS": str(DEMO_VAE.parent),
             }  # fmt: skip
             environ |= {f"LUNA_{name.upper()}": str(value) for name, value in settings.items()}
-            log = tmp_path / f"daemon-{number}.log"
+            log = folder / f"daemon-{number}.log"
             with log.open("wb") as output:
                 process = subprocess.Popen(
                     [sys.executable, str(SERVER)], env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=output

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from luna_daemon import __version__, cli, doctor
-from luna_daemon.config import load_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ["serve", "status", "models", "warm", "unload", "stop", "doctor", "bench"]
@@ -65,11 +64,11 @@ def test_version(run):
 def test_help_lists_every_command_in_one_line_each(run):
     """The overview shows each command with a sentence that is not cut off."""
     code, out, _ = run("--help")
-    listed = dict(re.findall(r"^  (\w+) +(\S.*)$", out.partition("Commands:")[2], re.MULTILINE))
+    block = out.partition("Commands:\n")[2].partition("\n\n")[0]
+    listed = dict(re.findall(r"^  (\w+) +(\S.*)$", block, re.MULTILINE))
     assert code == 0
-    assert list(listed) == [*COMMANDS, "docs"][: len(listed)]
-    assert set(listed) >= set(COMMANDS)
-    assert all(listed[name].endswith(".") and not listed[name].endswith("..") for name in COMMANDS)
+    assert list(listed) == COMMANDS
+    assert all(re.search(r"[\w']\.$", sentence) for sentence in listed.values())
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -96,7 +95,9 @@ def test_without_a_daemon_one_line_says_how_to_start_it(run, port, tmp_path, arg
     """Exit code 1, nothing on stdout, one line on stderr."""
     code, out, err = run(*argv, "--port", str(port), "--runtime-dir", str(tmp_path))
     assert (code, out) == (1, "")
-    assert re.fullmatch(rf"luna-daemon: no Luna Daemon answers on 127\.0\.0\.1:{port} .*luna-daemon serve'\n", err)
+    assert err.startswith(f"luna-daemon: no Luna Daemon answers on 127.0.0.1:{port} ")
+    assert err.endswith("Start it with 'luna-daemon serve'\n")
+    assert len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("argv", [["status"], ["models"], ["warm", "sdxl"], ["unload"], ["stop"]])
@@ -115,7 +116,8 @@ def test_bad_setting_ends_with_2(run, command):
     """Every command refuses a wrong setting with its name, its value and what is allowed."""
     code, out, err = run(command, "--port", "70000")
     assert (code, out) == (2, "")
-    assert re.fullmatch(r"luna-daemon: setting 'port' is 70000: must be less than or equal to 65535\. .*\n", err)
+    assert err.startswith("luna-daemon: setting 'port' is 70000: must be less than or equal to 65535. ")
+    assert len(err.splitlines()) == 1
 
 
 def test_options_of_serve_reach_the_settings(monkeypatch, tmp_path, run):
@@ -124,9 +126,10 @@ def test_options_of_serve_reach_the_settings(monkeypatch, tmp_path, run):
     monkeypatch.setattr("luna_daemon.daemon_server.LunaDaemon.run", lambda self: seen.append(self.settings))
     monkeypatch.setenv("LUNA_QUEUE_LIMIT", "7")
     code, _, _ = run(
-        "serve", "--host", "127.0.0.2", "--port", "1", "--ws-port", "2", "--comfyui", "/c", "--model-dir", "/a",
-        "--model-dir", "/b", "--vae-device", "cpu", "--clip-device", "cuda:1", "--backend", "diffusers",
-        "--service-type", "vae_only", "--log-level", "debug", "--runtime-dir", str(tmp_path),
+        "serve", "--host", "127.0.0.2", "--port", "1", "--ws-port", "2", "--comfyui", "/c",
+        "--model-dir", "/a", "--model-dir", "/b", "--vae-device", "cpu", "--clip-device", "cuda:1",
+        "--backend", "diffusers", "--service-type", "vae_only", "--log-level", "debug",
+        "--runtime-dir", str(tmp_path),
     )  # fmt: skip
     assert code == 0
     (settings,) = seen
@@ -146,12 +149,29 @@ def test_sizes(nbytes, text):
     assert cli._size(nbytes) == text
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(4.2, "4 s"), (61, "1 min"), (7260, "2 h 1 min"), (200000, "2 days")]
-)
+@pytest.mark.parametrize(("seconds", "text"), [(4.2, "4 s"), (61, "1 min"), (7260, "2 h 1 min")])
 def test_times(seconds, text):
     """Times have the unit that fits them."""
     assert cli._span(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "kinds"),
+    [
+        ("sdxl", "all", ["vae", "clip"]),
+        ("SDXL", "all", ["vae", "clip"]),
+        ("tiny", "all", ["vae"]),
+        ("tiny", "clip", ["clip"]),
+    ],
+)
+def test_kinds_of_a_name(name, kind, kinds):
+    """all means what the name has, in any case of letters; a kind that is asked for is asked for."""
+
+    class Client:
+        def models(self) -> dict:
+            return {"named": {"sdxl": {"vae": ["v"], "clip": ["c"]}, "tiny": {"vae": ["v"], "clip": []}}}
+
+    assert cli._kinds(Client(), name, kind) == kinds
 
 
 def test_a_taken_number_is_not_mistaken_for_the_daemon(tmp_path):
@@ -212,14 +232,15 @@ def _examine(port, tmp_path, environ=None, **overrides):
 
 def test_doctor_asks_for_what_pyproject_asks_for():
     """The dependencies that doctor checks are those of pyproject.toml, versions included."""
-    block = re.search(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
+    text = (ROOT / "pyproject.toml").read_text()
+    block = re.search(r"^dependencies = \[(.*?)^\]", text, re.DOTALL | re.MULTILINE)
     assert block is not None
     wanted = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', block[1]))
-    assert doctor.DEPENDENCIES == wanted
+    assert wanted == doctor.DEPENDENCIES
 
 
 def test_doctor_names_missing_and_old_dependencies_and_stops_there(monkeypatch):
-    """Without its dependencies nothing more can be looked at; each comes with the command that installs it."""
+    """Without its dependencies nothing more is looked at; each comes with what installs it."""
     versions = {"msgspec": None, "rich": "12.9"}
     monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name, "999"))
     checks = _by_name(doctor.examine({}))
@@ -295,9 +316,10 @@ def test_doctor_needs_comfyui_for_its_backend(port, tmp_path):
 
 
 def test_doctor_on_models(port, tmp_path):
-    """The untouched defaults are only a warning, a configured file that is missing a problem with what was tried."""
+    """A missing file is a warning for the defaults, a problem if configured; what was tried is said."""
     assert _examine(port, tmp_path)["model sdxl (vae)"].level == "warning"
-    missing = _examine(port, tmp_path, vae_path="my/own.safetensors", model_dirs=[tmp_path])["model sdxl (vae)"]
+    checks = _examine(port, tmp_path, vae_path="my/own.safetensors", model_dirs=[tmp_path])
+    missing = checks["model sdxl (vae)"]
     assert missing.level == "problem"
     assert str(tmp_path / "vae" / "my" / "own.safetensors") in missing.found
     (tmp_path / "own.safetensors").write_bytes(b"x")
@@ -306,7 +328,7 @@ def test_doctor_on_models(port, tmp_path):
 
 
 def test_doctor_on_ports(port, tmp_path):
-    """Another's port is a problem that names the process; the status page's only a warning; else they are free."""
+    """Another's port is a problem that names the process; for the status page only a warning."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()

@@ -106,8 +106,8 @@ def test_named_models_have_the_default_one_named_after_its_type():
 
 def test_named_models_of_toml_and_environment(tmp_path):
     """[models.NAME] adds a model; LUNA_MODELS is the same in JSON; one named like the default replaces it."""
-    toml = _toml(tmp_path, '[models.flux]\nvae = ["ae.safetensors"]\ntype = "flux"\n[models.sdxl]\nvae = ["x"]')
-    models = load_settings({}, {}, toml).named_models()
+    text = '[models.flux]\nvae = ["ae.safetensors"]\ntype = "flux"\n[models.sdxl]\nvae = ["x"]'
+    models = load_settings({}, {}, _toml(tmp_path, text)).named_models()
     assert models["flux"] == NamedModel(vae=["ae.safetensors"], type="flux")
     assert models["sdxl"].vae == ["x"]
     environ = {"LUNA_MODELS": json.dumps({"mine": {"clip": ["t5"]}})}
@@ -223,10 +223,8 @@ def _written(default: object) -> str:
 
 def test_the_page_has_every_setting_with_its_default():
     """docs/configuration.md lists exactly the settings there are, their variables and defaults."""
-    expected = {
-        name: (f"LUNA_{name.upper()}", _written(field.default)) for name, field in Settings.model_fields.items()
-    }
-    assert _rows() == expected
+    fields = Settings.model_fields.items()
+    assert _rows() == {name: (f"LUNA_{name.upper()}", _written(field.default)) for name, field in fields}
 
 
 def test_the_page_s_example_is_valid(tmp_path):

@@ -1,8 +1,9 @@
-"""Tiny model files in every layout, with seeded random weights."""
+"""Tiny model files in every layout, with seeded random weights. What is cached must not be changed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from luna_daemon.backends.diffusers import DiffusersBackend  # noqa: E402
 from luna_daemon.wire.messages import LoadSpec  # noqa: E402
 
 Load = Callable[..., Any]
+
+# On tensors this small, threads only wait for each other.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +42,7 @@ def load() -> Load:
     return _load
 
 
+@cache
 def kl_weights(channels: int = 4) -> dict[str, torch.Tensor]:
     """State dict of a four-level ``AutoencoderKL`` of 32 channels, in diffusers' names."""
     from diffusers import AutoencoderKL
@@ -56,6 +61,7 @@ def kl_weights(channels: int = 4) -> dict[str, torch.Tensor]:
     return dict(model.state_dict())
 
 
+@cache
 def tiny_halves(channels: int = 4) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """TAESD's encoder and decoder in their authors' numbering."""
     from diffusers import AutoencoderTiny
@@ -70,6 +76,7 @@ def tiny_halves(channels: int = 4) -> tuple[dict[str, torch.Tensor], dict[str, t
     return encoder, decoder
 
 
+@cache
 def clip_model(name: str) -> Any:
     """A CLIP of width 32 that counts as ``l`` (3 layers) or ``g`` (31 layers), float16 values in float32."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
@@ -89,6 +96,7 @@ def clip_model(name: str) -> Any:
     return CLIPTextModelWithProjection(config).half().float().eval()
 
 
+@cache
 def t5_model() -> Any:
     """A T5 1.1 encoder of width 64, float16 values in float32."""
     from transformers import T5Config, T5EncoderModel

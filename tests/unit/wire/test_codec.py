@@ -93,10 +93,10 @@ def test_a_received_tensor_is_the_memory_itself():
         (TensorRef("float32", (3,), 8, 0), BadRequest, "has 12 bytes, not 8"),
         (TensorRef("float32", (3,), -12, 0), BadRequest, "not -12"),
         (TensorRef("float32", (0,), 4, 0), BadRequest, "has 0 bytes"),
-        (TensorRef("float32", (3,), 12, -1), BadRequest, ""),
+        (TensorRef("float32", (3,), 12, -1), BadRequest, "float32"),
         (TensorRef("float32", (1 << 20, 1 << 20), 1 << 42, 0), LimitExceeded, "the limit is 1048576"),
-        (TensorRef("float32", (2**62, 4), 0, 0), LimitExceeded, "limit"),
-        (TensorRef("int64", (2**64 - 1,) * 16, 8, 0), LimitExceeded, "limit"),
+        (TensorRef("float32", (2**62, 4), 0, 0), BadRequest, "limit|not a shape"),
+        (TensorRef("int64", (2**64 - 1,) * 16, 8, 0), BadRequest, "limit|not a shape"),
     ],
 )
 def test_contradictions_are_refused(ref, error, says):
@@ -112,10 +112,17 @@ def test_the_limit_itself_is_allowed():
         check_ref(TensorRef("uint8", (101,), 101, 0), 100)
 
 
-@pytest.mark.xfail(reason="an empty tensor may still name a size that torch cannot hold", raises=(TypeError, RuntimeError))
-@pytest.mark.parametrize("shape", [(0, 2**63), (0, 2**40, 2**40)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (0, 2**63),
+        pytest.param(
+            (0, 2**40, 2**40), marks=pytest.mark.xfail(reason="the strides overflow", raises=RuntimeError)
+        ),
+    ],
+)
 def test_an_empty_tensor_of_gigantic_sides_is_refused(shape):
-    """A checked descriptor can always be made into a tensor."""
+    """What passes the check can always be made into a tensor."""
     ref = TensorRef("float32", shape, 0, 0)
     try:
         check_ref(ref, 1 << 20)

@@ -1,0 +1,192 @@
+"""The package as a whole: documented, importable without torch, layered as designed, nothing in it executes input."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "luna_daemon"
+FILES = sorted(PACKAGE.rglob("*.py"))
+def module_name(path: Path) -> str:
+    """A file's dotted name."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+LIGHT_BACKENDS = {"luna_daemon.backends", "luna_daemon.backends.base", "luna_daemon.backends.echo"}
+CONTROL = sorted(
+    {name for name in map(module_name, FILES) if ".backends" not in name and not name.endswith("__main__")} | LIGHT_BACKENDS
+)
+"""Modules of the control process, of clients without tensors, and of workers before their backend: every new one too."""
+
+
+def top_level(tree: ast.Module) -> set[str]:
+    """Names that a module defines or imports at its top level, conditional blocks included."""
+    found: set[str] = set()
+    blocks: list[ast.stmt] = list(tree.body)
+    while blocks:
+        node = blocks.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign):
+            found |= {name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found.add(node.target.id)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            found |= {alias.asname or alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, (ast.If, ast.Try)):
+            blocks += [*node.body, *node.orelse]
+    return found
+
+
+def exported(tree: ast.Module) -> list[str] | None:
+    """A module's ``__all__``."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets):
+            return list(ast.literal_eval(node.value))
+    return None
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_every_module_says_what_it_is_and_what_it_offers(path):
+    """A docstring, and an ``__all__`` whose names exist, once each; only modules without content need none."""
+    tree = ast.parse(path.read_text("utf-8"))
+    assert ast.get_docstring(tree), "no docstring"
+    names = exported(tree)
+    if names is None:
+        assert path.name == "__main__.py" or len(tree.body) == 1, "no __all__"
+        return
+    assert set(names) <= top_level(tree), "__all__ names what is not there"
+    assert len(set(names)) == len(names), "__all__ names something twice"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_public_classes_and_functions_are_exported(path):
+    """A class or function without underscore is in ``__all__``, or it is not public."""
+    tree = ast.parse(path.read_text("utf-8"))
+    public = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    public = {name for name in public if not name.startswith("_")} - {"main"}
+    commands = path.name == "cli.py"
+    assert commands or public <= set(exported(tree) or [])
+
+
+def test_the_control_process_needs_no_torch():
+    """With torch, ComfyUI, diffusers and transformers impossible to import, everything outside the backends imports."""
+    script = f"""
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "comfy", "diffusers", "transformers", "folder_paths", "nodes", "server"):
+            raise ImportError(name + " is blocked")
+sys.meta_path.insert(0, Blocked())
+import importlib
+for name in {CONTROL!r}:
+    importlib.import_module(name)
+assert "torch" not in sys.modules
+try:
+    import torch
+except ImportError:
+    print("done")
+"""
+    ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0 and ran.stdout == "done\n", ran.stderr
+
+
+def test_the_modules_that_users_import_are_among_them():
+    """The list above holds what the promise is about."""
+    promised = "client proxy link config daemon_server service workers monitoring cli lora_cache wire.codec pool.child"
+    assert {f"luna_daemon.{name}" for name in promised.split()} <= set(CONTROL)
+
+
+def test_imports_flow_one_way():
+    """The contracts in ``.importlinter`` hold: layers, client side, backends."""
+    pytest.importorskip("importlinter")
+    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as run; run()", "--no-cache"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert " kept, 0 broken" in ran.stdout
+
+
+# --- nothing executable ------------------------------------------------------------------------------------------
+
+FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "marshal", "shelve", "cloudpickle", "joblib", "multiprocessing"}
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
+
+
+def called(node: ast.Call) -> str:
+    """Dotted name of what is called."""
+    return ast.unparse(node.func)
+
+
+def findings(tree: ast.AST) -> list[str]:
+    """What must not be in the package."""
+    found = []
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        found += [f"import of {name}" for name in names if name.partition(".")[0] in FORBIDDEN_MODULES]
+        if isinstance(node, ast.Call):
+            if called(node) in FORBIDDEN_CALLS:
+                found.append(f"{called(node)}()")
+            weights_only = any(
+                key.arg == "weights_only" and isinstance(key.value, ast.Constant) and key.value.value is True
+                for key in node.keywords
+            )
+            if called(node).endswith("torch.load") and not weights_only:
+                found.append("torch.load() without weights_only=True")
+            if any(key.arg == "allow_pickle" for key in node.keywords):
+                found.append(f"pickle in {called(node)}")
+            if any(key.arg == "shell" for key in node.keywords) or called(node) in ("os.system", "os.popen", "os.fork"):
+                found.append(f"shell or fork: {called(node)}")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_nothing_that_comes_in_is_executed(path):
+    """No pickle, no marshal, no eval, no unsafe ``torch.load``, no shell, no fork, anywhere in the package."""
+    assert findings(ast.parse(path.read_text("utf-8"))) == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle", "from multiprocessing import shared_memory", "eval('1')", "torch.load(f)",
+        "torch.load(f, weights_only=False)", "subprocess.run('x', shell=True)", "numpy.load(f, allow_pickle=True)",
+    ],
+)  # fmt: skip
+def test_the_search_finds_what_it_looks_for(code):
+    """The test above would see each of these."""
+    assert findings(ast.parse(code))
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_only_the_command_line_prints(path):
+    """Everything else logs: a host process' output is not ours."""
+    if path.stem in ("cli", "doctor"):
+        return
+    calls = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)]
+    assert [node.lineno for node in calls if called(node) == "print"] == []
+
+
+def test_one_version():
+    """The package has a version of the usual form, and ``pyproject.toml`` takes it from there."""
+    package = importlib.import_module("luna_daemon")
+    assert [part.isdigit() for part in package.__version__.split(".")] == [True, True, True]
+    assert 'path = "luna_daemon/__init__.py"' in (ROOT / "pyproject.toml").read_text("utf-8")
+
+
+def test_old_imports_work():
+    """``luna_daemon.server`` offers what the predecessor's users import."""
+    from luna_daemon.daemon_server import LunaDaemon
+    from luna_daemon.server import LunaDaemon as Old
+
+    assert Old is LunaDaemon
