@@ -6,33 +6,25 @@ stdout, everything else to stderr.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import __version__
 from .core import AuthenticationError, ConfigError, DaemonConnectionError, LunaError, PortInUse, logger
+from .terminal import LOADED, Bar, count, loaded_rows, print_json, show_checks, show_status, tables
 
 if TYPE_CHECKING:
-    from contextlib import ExitStack
-
-    from rich.console import Console
-
     from .client import DaemonClient
-    from .doctor import Check
-    from .wire.messages import Progress
 
 __all__ = ["main"]
 
 _REFUSED = (ConfigError, PortInUse, AuthenticationError)
-_PICTURE_BYTES = 1024 * 1024 * 3 * 4
 _LOG_FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
 
 app = typer.Typer(
@@ -77,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     except LunaError as error:
         if "--json" in arguments:
             status = "stopped" if isinstance(error, DaemonConnectionError) else "error"
-            _print_json({"status": status, "error": error.code, "message": error.message, "hint": error.hint})
+            print_json({"status": status, "error": error.code, "message": error.message, "hint": error.hint})
         typer.echo(f"luna-daemon: {error}", err=True)
         raise SystemExit(2 if isinstance(error, _REFUSED) else 1) from None
 
@@ -134,9 +126,9 @@ def status(
     with _dial(host, port, config, runtime_dir) as client:
         info = client.get_daemon_info()
         if as_json:
-            _print_json(info)
+            print_json(info)
         else:
-            _show_status(info, f"{client.host}:{client.port}", _status_page(client, ws_port, config))
+            show_status(info, f"{client.host}:{client.port}", _status_page(client, ws_port, config))
 
 
 @app.command()
@@ -148,7 +140,7 @@ def models(
     with _dial(host, port, config, runtime_dir) as client:
         listing = client.models()
     if as_json:
-        _print_json(listing)
+        print_json(listing)
         return
     named = [
         (name, model["type"], kind, "\n".join(model[kind]))
@@ -156,7 +148,7 @@ def models(
         for kind in ("vae", "clip")
         if model[kind]
     ]
-    _tables(("Named", "name type kind files", named), ("Loaded", _LOADED, _loaded_rows(listing)))
+    tables(("Named", "name type kind files", named), ("Loaded", LOADED, loaded_rows(listing)))
 
 
 @app.command()
@@ -173,14 +165,14 @@ def warm(
     loaded = {}
     with _dial(host, port, config, runtime_dir) as client:
         for one in _kinds(client, name, kind):
-            with _Bar(f"{name} ({one})") as bar:
+            with Bar(f"{name} ({one})") as bar:
                 loaded[one] = client.warm(ModelRef(one, name), pin, bar.progress)
     if as_json:
-        _print_json({"model": name, "pinned": pin, "loaded": loaded})
+        print_json({"model": name, "pinned": pin, "loaded": loaded})
         return
     for one, properties in loaded.items():
         typer.echo(f"{name} ({one}) is loaded{' and pinned' if pin else ''}")
-        _tables(("", "property value", [(key, str(value)) for key, value in properties.items()]))
+        tables(("", "property value", [(key, str(value)) for key, value in properties.items()]))
 
 
 @app.command()
@@ -194,11 +186,11 @@ def unload(
 
     with _dial(host, port, config, runtime_dir) as client:
         refs = [ModelRef(kind, name) for kind in _kinds(client, name, "all")] if name else [None]
-        count = sum(client.call(ModelUnload(ref)).result["unloaded"] for ref in refs)
+        gone = sum(client.call(ModelUnload(ref)).result["unloaded"] for ref in refs)
     if as_json:
-        _print_json({"unloaded": count})
+        print_json({"unloaded": gone})
     else:
-        typer.echo(f"unloaded {_count(count, 'model')}")
+        typer.echo(f"unloaded {count(gone, 'model')}")
 
 
 @app.command()
@@ -218,7 +210,7 @@ def stop(
     ended, waited = gone(), time.monotonic() - began
     facts = {"status": "stopped" if ended else "draining", "pid": info["pid"], "waited_s": round(waited, 3)}
     if as_json:
-        _print_json(facts)
+        print_json(facts)
     elif ended:
         typer.echo(f"Luna Daemon (pid {info['pid']}) has stopped after {waited:.1f} s")
     if not ended:
@@ -243,9 +235,9 @@ def doctor(
     problems = sum(check.level == "problem" for check in checks)
     if as_json:
         listing = [{"name": c.name, "level": c.level, "found": c.found, "advice": c.advice} for c in checks]
-        _print_json({"problems": problems, "checks": listing})
+        print_json({"problems": problems, "checks": listing})
     else:
-        _show_checks(checks)
+        show_checks(checks)
     raise typer.Exit(1 if problems else 0)
 
 
@@ -261,16 +253,18 @@ def bench(
     """
     from contextlib import ExitStack
 
+    from .bench import measure, own_daemon, show_numbers
+
     with ExitStack() as stack:
         try:
             client, own = _dial(host, port, config, runtime_dir), False
         except DaemonConnectionError:
-            client, own = _temporary_daemon(stack, config), True
-        numbers = _measure(stack.enter_context(client), rounds)
+            client, own = own_daemon(stack, config), True
+        numbers = measure(stack.enter_context(client), rounds)
     if as_json:
-        _print_json({"own_daemon": own, **numbers})
+        print_json({"own_daemon": own, **numbers})
         return
-    _show_numbers(numbers)
+    show_numbers(numbers)
 
 
 # --- reaching the daemon ---
@@ -355,242 +349,3 @@ def _kinds(client: DaemonClient, name: str, kind: str) -> list[str]:
     named = client.models()["named"]
     model = named.get(name) or named.get(name.lower()) or {"vae": ["?"]}
     return [kind] if kind != "all" else [one for one in ("vae", "clip") if model.get(one)]
-
-
-# --- the bench ---
-
-_WARM_UP = 3
-_WAYS = {
-    "memory_copy": "copy of 12.6 MB",
-    "shared_memory": "12.6 MB by shared memory",
-    "tcp": "12.6 MB by TCP",
-}
-
-
-def _temporary_daemon(stack: ExitStack, config: Path | None) -> DaemonClient:
-    from tempfile import TemporaryDirectory
-
-    from .daemon_server import LunaDaemon
-
-    folder = Path(stack.enter_context(TemporaryDirectory(prefix="luna-daemon-bench-")))
-    port, ws_port = _free_ports(2)
-    stack.enter_context(LunaDaemon("127.0.0.1", port, ws_port, runtime_dir=folder, config_file=config))
-    return _dial("127.0.0.1", port, config, folder)
-
-
-def _free_ports(count: int) -> list[int]:
-    import socket
-    from contextlib import ExitStack
-
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-
-
-def _measure(client: DaemonClient, rounds: int) -> dict[str, Any]:
-    """Medians in milliseconds; the ways take turns, so that whatever slows the machine slows all of them."""
-    import numpy as np
-
-    from .client import DaemonClient
-    from .wire.messages import Echo
-
-    info, call = client.get_daemon_info(), Echo(_PICTURE_BYTES)
-    source = np.ones(_PICTURE_BYTES, np.uint8)
-    target = np.ones_like(source)
-    ways: dict[str, Callable[[], object]] = {"memory_copy": lambda: np.copyto(target, source)}
-    if info["transport"] == "shared memory":
-        ways["shared_memory"] = lambda: client.call(call)
-    with DaemonClient(client.host, client.port, runtime_dir=client.runtime_dir, use_arena=False) as other:
-        ways["tcp"] = lambda: other.call(call)
-        times: dict[str, list[float]] = {name: [] for name in ways}
-        with _Bar("timing") as bar:
-            for turn in range(rounds + _WARM_UP):
-                bar.show(turn, rounds + _WARM_UP)
-                for name, way in ways.items():
-                    times[name].append(_ms(way))
-    pings = sorted(_ms(client.ping) for _ in range(300))
-    return _numbers({name: all_of[_WARM_UP:] for name, all_of in times.items()}, pings, info)
-
-
-def _numbers(times: dict[str, list[float]], pings: list[float], info: dict[str, Any]) -> dict[str, Any]:
-    from statistics import median
-
-    numbers: dict[str, Any] = {"ping_p50_ms": median(pings), "ping_p99_ms": pings[len(pings) * 99 // 100]}
-    copy_ms = median(times["memory_copy"])
-    for name in _WAYS:
-        ms = median(times[name]) if name in times else None
-        numbers[f"{name}_ms"] = ms
-        if name != "memory_copy":
-            numbers[f"{name}_over_copy"] = None if ms is None else ms / copy_ms
-    facts = {name: info[name] for name in ("version", "transport", "transport_why")}
-    return {"bytes": _PICTURE_BYTES, **numbers, **facts}
-
-
-def _ms(way: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    way()
-    return (time.perf_counter() - start) * 1000
-
-
-# --- what it looks like ---
-
-_LOADED = "model >memory pinned"
-
-
-def _print_json(document: Any) -> None:
-    typer.echo(json.dumps(document, indent=2))
-
-
-def _console(stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    return Console(markup=False, highlight=False, stderr=stderr)
-
-
-def _tables(*tables: tuple[str, str, Sequence[tuple[str, ...]]]) -> None:
-    """Print tables of (title, column names, rows); ``>`` before a name sets a column to the right."""
-    from rich import box
-    from rich.table import Table
-
-    console = _console()
-    for title, columns, rows in tables:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, show_header=bool(title))
-        for column in columns.split():
-            side: Any = "right" if column[0] == ">" else "left"
-            table.add_column(column.lstrip(">").replace("_", " "), justify=side, overflow="fold")
-        for row in rows:
-            table.add_row(*row)
-        if title:
-            console.print(f"\n{title}" if rows else f"\n{title}: none")
-        if rows:
-            console.print(table)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("B", "KB", "MB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.1f} GB"
-
-
-def _span(seconds: float) -> str:
-    minutes, hours = int(seconds) // 60, int(seconds) // 3600
-    if hours >= 48:
-        return f"{hours // 24} days"
-    return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"
-
-
-def _loaded_rows(listing: dict[str, Any]) -> list[tuple[str, ...]]:
-    pinned = listing["pinned"]
-    return [(key, _size(size), "yes" if key in pinned else "") for key, size in listing["loaded"].items()]
-
-
-def _show_status(info: dict[str, Any], address: str, page: str) -> None:
-    typer.echo(
-        f"Luna Daemon {info['version']} is {info['status']} on {address} "
-        f"(pid {info['pid']}, {_size(info['rss'])}) for {_span(info['uptime_s'])}"
-    )
-    _tables(("", "what value", _status_rows(info, page)))
-    workers = [
-        (str(w["number"]), str(w["pid"]), w["state"], w["device"], "\n".join(w["models"]), _size(w["rss"]),
-         str(w["requests"])) for w in info["workers"]
-    ]  # fmt: skip
-    loaded = {key: size for worker in info["workers"] for key, size in worker["models"].items()}
-    clients = [
-        (c["name"], str(c["pid"]), "shared memory" if c["shared_memory"] else "tcp", _size(c["leased_bytes"]),
-         str(c["in_flight"])) for c in info["clients"] if c["pid"] != os.getpid()
-    ]  # fmt: skip
-    gpus = [(str(g["index"]), g["name"], _size(g["used"]), _size(g["total"])) for g in info["gpus"]]
-    _tables(
-        ("Workers", "># >pid state device models >memory >requests", workers),
-        ("Loaded models", _LOADED, _loaded_rows({"loaded": loaded, "pinned": info["models"]["pinned"]})),
-        ("Clients", "name >pid transport >holds >in_flight", clients),
-        ("GPUs", "># name >used >total", gpus),
-    )
-
-
-def _status_rows(info: dict[str, Any], page: str) -> list[tuple[str, str]]:
-    queue, arena = info["queue"], info["arena"]
-    kinds = ", ".join(f"{op} {count}" for op, count in sorted(info["requests"].items())) or "none"
-    errors = ", ".join(f"{code} {count}" for code, count in sorted(info["errors"].items())) or "none"
-    caches = [
-        (f"{name} cache", f"{c['entries']} entries, {_size(c['bytes'])} of {_size(c['max_bytes'])}; "
-         f"hits {c['hits']}, misses {c['misses']}") for name, c in info["caches"].items()
-    ]  # fmt: skip
-    shared = f"{_size(arena['used'])} used, at most {_size(arena['max_bytes'])}, in {arena['folder']}"
-    return [
-        ("serves", f"{info['service_type']}, backend {info['backend']}"),
-        ("models", ", ".join(info["models"]["named"])),
-        ("transport", f"{info['transport']}: {info['transport_why']}"),
-        ("shared memory", shared if arena["folder"] else f"none: {arena['why']}"),
-        ("requests", f"{kinds}; in flight {info['in_flight']}"),
-        ("errors", f"{errors}; worker crashes {info['crashes']}"),
-        ("fallbacks", f"{info['fallbacks']}; weights loaded by clients {info['materialised']}"),
-        ("queue", f"{queue['waiting']} of {queue['limit']}, average wait {queue['average_wait_s']:.3f} s"),
-        *caches,
-        ("status page", page),
-    ]  # fmt: skip
-
-
-def _show_numbers(numbers: dict[str, Any]) -> None:
-    rows = [
-        ("small call", f"{numbers['ping_p50_ms']:.3f} ms", ""),
-        ("small call, 99th of 100", f"{numbers['ping_p99_ms']:.3f} ms", ""),
-    ]
-    for key, title in _WAYS.items():
-        ms, ratio = numbers[f"{key}_ms"], numbers.get(f"{key}_over_copy")
-        rows.append((title, "-" if ms is None else f"{ms:.2f} ms", "" if ratio is None else f"{ratio:.2f}"))
-    _tables(("Medians", "call >time >in_copies", rows))
-    typer.echo(f"\nTensors go by {numbers['transport']} ({numbers['transport_why']}).")
-
-
-def _show_checks(checks: list[Check]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    styles = {"ok": "green", "warning": "yellow", "problem": "bold red"}
-    table = Table.grid(padding=(0, 2))
-    for check in checks:
-        text = Text(check.found)
-        if check.advice:
-            text.append(f"\n{check.advice}.", style="bold")
-        table.add_row(Text(check.level, style=styles[check.level]), check.name, text)
-    levels = [check.level for check in checks]
-    sums = [_count(levels.count(level), level) for level in ("problem", "warning")]
-    _console().print(table, f"\n{', '.join(sums)}")
-
-
-class _Bar:
-    """A bar on stderr while something takes long; it leaves no trace."""
-
-    def __init__(self, title: str) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        console = _console(stderr=True)
-        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._title, self._task = title, self._progress.add_task(title, total=None)
-
-    def show(self, step: int, total: int, stage: str = "") -> None:
-        """Say how far it is; a ``total`` of 0 is unknown."""
-        text = f"{self._title}: {stage}" if stage else self._title
-        self._progress.update(self._task, description=text, completed=step, total=total or None)
-
-    def progress(self, message: Progress) -> None:
-        """What the daemon says while a call runs."""
-        if message.stage != "running":  # a mere sign of life: what was said before still holds
-            self.show(message.step, message.total, message.stage)
-
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._progress.stop()

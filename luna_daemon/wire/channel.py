@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from ..core import DaemonConnectionError
+from ..core import DaemonConnectionError, LunaError
 from .frame import MAX_HEADER, PREFIX_SIZE, decode_message, encode_frame, parse_prefix
 from .messages import Message
 
@@ -93,6 +93,8 @@ class Channel:
                     if not self._selector.select(left):
                         return None
                     self._read_some()
+        except LunaError:
+            raise  # some are ValueErrors too
         except (OSError, ValueError) as error:
             raise DaemonConnectionError(f"connection lost while receiving: {error}") from error
         finally:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from luna_daemon import __version__, cli, doctor
+from luna_daemon import __version__, cli, doctor, terminal
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ["serve", "status", "models", "warm", "unload", "stop", "doctor", "bench"]
@@ -146,13 +146,13 @@ def test_options_of_serve_reach_the_settings(monkeypatch, tmp_path, run):
 )
 def test_sizes(nbytes, text):
     """Sizes are read at a glance: at most four characters and a unit."""
-    assert cli._size(nbytes) == text
+    assert terminal._size(nbytes) == text
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(4.2, "4 s"), (61, "1 min"), (7260, "2 h 1 min")])
 def test_times(seconds, text):
     """Times have the unit that fits them."""
-    assert cli._span(seconds) == text
+    assert terminal._span(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_taken_number_is_not_mistaken_for_the_daemon(tmp_path):
 def test_status_fits_80_columns_without_colour_codes(capsys):
     """A full status is plain text when piped, no line is wider than 80, and nothing is cut off."""
     long_key = "clip:a-model-with-a-very-long-name-indeed:0123456789abcdef"
-    cli._show_status(_info(long_key), "127.0.0.1:19283", "http://127.0.0.1:19284/")
+    terminal.show_status(_info(long_key), "127.0.0.1:19283", "http://127.0.0.1:19284/")
     out = capsys.readouterr().out
     assert "\x1b" not in out
     assert max(map(len, out.splitlines())) <= 80

@@ -12,6 +12,7 @@ from luna_daemon.wire import messages as m
 from tests.unit.fakes import answer
 
 COND, POOLED = torch.zeros(1, 77, 8), torch.zeros(1, 8)
+SDXL = m.ModelRef("vae", name="sdxl")
 ENCODED = answer(COND, POOLED, result={"names": ["cond", "pooled_output"]})
 
 
@@ -35,9 +36,10 @@ class Recording(DaemonClient):
 @pytest.mark.parametrize(
     "method, arguments, sent",
     [
-        ("vae_encode", (COND,), m.VaeEncode(m.ModelRef("vae", name="sdxl"))),
-        ("vae_encode", (COND, "flux", True, 256, 32), m.VaeEncode(m.ModelRef("vae", name="flux"), m.Tiling(256, 256, 32))),
-        ("vae_decode", (COND, "sdxl", True), m.VaeDecode(m.ModelRef("vae", name="sdxl"), m.Tiling(64, 64, 16))),
+        ("vae_encode", (COND,), m.VaeEncode(SDXL)),
+        ("vae_encode", (COND, "sdxl", True, 256, 32), m.VaeEncode(SDXL, m.Tiling(256, 256, 32))),
+        ("vae_decode", (COND, "flux"), m.VaeDecode(m.ModelRef("vae", name="flux"))),
+        ("vae_decode", (COND, "sdxl", True), m.VaeDecode(SDXL, m.Tiling(64, 64, 16))),
     ],
 )
 def test_vae_calls(method, arguments, sent):
@@ -129,7 +131,8 @@ def test_fallbacks_that_could_not_be_told_are_told_later():
 
 def test_nothing_is_connected_before_the_first_call():
     """Making a client needs no daemon; the first call says that there is none."""
-    with DaemonClient("127.0.0.1", 1, runtime_dir="/nowhere") as client, pytest.raises(DaemonConnectionError, match="luna-daemon serve"):
+    client = DaemonClient("127.0.0.1", 1, runtime_dir="/nowhere")
+    with client, pytest.raises(DaemonConnectionError, match="luna-daemon serve"):
         client.ping()
 
 

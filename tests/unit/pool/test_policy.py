@@ -42,7 +42,10 @@ def test_turns_are_counted_within_a_priority():
     assert order((2, 1), (0, 1), (0, 2)) == [1, 2, 0]
 
 
-@given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 4)), max_size=20), st.dictionaries(st.integers(1, 4), st.integers(0, 3)))
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(1, 4)), max_size=20),
+    st.dictionaries(st.integers(1, 4), st.integers(0, 3)),
+)
 def test_nothing_is_lost_and_priorities_hold(pending, running):
     """The order names every request once, and never puts a lower priority before a higher one."""
     result = order(*pending, running=running)
