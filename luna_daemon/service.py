@@ -164,6 +164,7 @@ class Service:
         if worker is not None:
             self.pool.lost(worker, why)
         if session is not None:
+            self.pool.forget(session.number)
             for request in list(session.requests.values()):
                 if request.work is not None:
                     self.pool.cancel(request.work, request)

@@ -67,9 +67,11 @@ class WorkerPool:
         self.restarts = 0
         self.crashes = 0
         self.accepting = True
+        self._closing = False
         self._backoffs: dict[str, Backoff] = {}
         self._by_token: dict[str, WorkerProcess] = {}
         self._ending: list[WorkerProcess] = []
+        self._served: dict[int, float] = {}
         self._address = ("", 0)
         self._numbers = 0
         self._jobs = 0
@@ -85,11 +87,11 @@ class WorkerPool:
 
     async def close(self, drain_s: float) -> None:
         """Refuse what waits, let what runs finish within ``drain_s``, end every worker."""
-        self.accepting = False
+        self.accepting, self._closing = False, True
         for work in self._drop_all():
             work.fail(ShuttingDown("the daemon is shutting down", "The local model can step in"))
         end = time.monotonic() + drain_s
-        # The queue too: a request whose worker crashes meanwhile is there again.
+        # The queue too: a request that is tried again, after its worker ran out of memory, is there for a moment.
         while (self.queue or any(worker.work for worker in self.workers)) and time.monotonic() < end:
             await asyncio.sleep(0.02)
         for work in self._drop_all():
@@ -184,6 +186,10 @@ class WorkerPool:
         self.pinned -= {key} if key else set(self.pinned)
         return count
 
+    def forget(self, client: int) -> None:
+        """A client has gone."""
+        self._served.pop(client, None)
+
     # --- scheduling ---
 
     def schedule(self) -> None:
@@ -198,7 +204,7 @@ class WorkerPool:
         for work in self.queue:
             oldest[work.spec.key] = min(work.born, oldest.get(work.spec.key, now))
         waiting: set[str] = set()
-        for work in [self.queue[index] for index in policy.fair_order(pending, running)]:
+        for work in [self.queue[index] for index in policy.fair_order(pending, running, self._served)]:
             model = work.spec.key
             if work.deadline is not None and now > work.deadline:
                 if work in self.queue:  # else it has failed meanwhile: no worker could be started
@@ -283,6 +289,7 @@ class WorkerPool:
             )
             return
         self._jobs += 1
+        self._served[work.client] = time.monotonic()
         self.waits.append(time.monotonic() - work.born)
         worker.give(work, self._jobs, going)
 
@@ -382,6 +389,10 @@ class WorkerPool:
         work.crashes += 1
         if not work.waiters:
             work.release_inputs()
+            return
+        if self._closing:
+            # Another worker could not dial in: nobody listens any more.
+            work.fail(ShuttingDown("a worker died while the daemon shuts down", "The local model can step in"))
             return
         if work.crashes < 2:
             self.restarts += 1

@@ -134,14 +134,21 @@ def _blend(
         mask = _ramp(part.shape[-2], feather)[:, None] * _ramp(part.shape[-1], feather)
         y, x = round(scale * top), round(scale * left)
         area = (..., slice(y, y + part.shape[-2]), slice(x, x + part.shape[-1]))
+        if total[area].shape[-2:] != mask.shape:
+            raise _misfit(shape, scale)
         total[area] += part * mask
         weight[area] += mask
     if not bool((weight > 0).all()):
-        raise BadRequest(
-            f"tiles of {shape.x}x{shape.y} with overlap {shape.overlap} leave a gap",
-            f"Take multiples of {round(2 / scale)}",
-        )
+        raise _misfit(shape, scale)
     return total / weight
+
+
+def _misfit(shape: TileShape, scale: float) -> BadRequest:
+    """An encoder rounds its tiles' sizes, which leaves gaps or runs over the edge."""
+    return BadRequest(
+        f"tiles of {shape.x}x{shape.y} with overlap {shape.overlap} do not meet",
+        f"Take tile sizes that are multiples of {round(2 / scale)}",
+    )
 
 
 def _ramp(size: int, feather: int) -> torch.Tensor:

@@ -44,22 +44,25 @@ class Limits:
     delay_s: float
 
 
-def fair_order(pending: Sequence[Pending], running: Mapping[int, int]) -> list[int]:
+def fair_order(
+    pending: Sequence[Pending], running: Mapping[int, int], served: Mapping[int, float] | None = None
+) -> list[int]:
     """Indices of ``pending`` in the order to serve them.
 
     By priority; within it clients take turns (a client's second request comes after everybody's first, and what it
-    has running counts); then by arrival.
+    has running counts); among those in the same turn first whoever was served longest ago; then by arrival.
 
     Args:
         running: requests per client that are being computed.
+        served: when each client was last given a worker.
     """
     turns: Counter[tuple[int, int]] = Counter()
     keys = []
     for index, item in enumerate(pending):
         turn = turns[item.priority, item.client] + running.get(item.client, 0)
         turns[item.priority, item.client] += 1
-        keys.append((item.priority, turn, index))
-    return [index for _, _, index in sorted(keys)]
+        keys.append((item.priority, turn, (served or {}).get(item.client, 0.0), index))
+    return [index for *_, index in sorted(keys)]
 
 
 def route(

@@ -54,7 +54,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def daemon(start_module_daemon, folder):
     """A daemon with one worker that everything below must leave alive."""
-    daemon = start_module_daemon(toml=TOML, model_dirs=folder, cpu_threads=1, max_vae_workers=1)
+    daemon = start_module_daemon(toml=TOML, model_dirs=folder, cpu_threads=1, conditioning_cache_mb=0)
     daemon.client().vae_decode(torch.zeros(1, 16, 4, 4), "demo")
     return daemon
 
@@ -110,7 +110,7 @@ def test_a_model_of_the_other_kind(daemon, folder, kind, name, words):
 def test_names_that_lead_nowhere(daemon):
     """An unknown name lists the known ones; a known one whose file is missing lists the places tried."""
     client = daemon.client()
-    with pytest.raises(ModelNotFound, match="no model is named 'sdlx'.*demo, gone"):
+    with pytest.raises(ModelNotFound, match=r"no model is named 'sdlx'.*demo, gone"):
         client.vae_decode(torch.zeros(1, 4, 4, 4), "sdlx")
     with pytest.raises(ModelNotFound, match=r"gone\.safetensors' does not exist; tried .*nowhere"):
         client.vae_decode(torch.zeros(1, 4, 4, 4), "gone")

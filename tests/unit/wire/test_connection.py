@@ -13,6 +13,7 @@ import pytest
 
 from luna_daemon.core import AuthenticationError, Busy, ProtocolError
 from luna_daemon.wire import messages as m
+from luna_daemon.wire.arena import Slot
 from luna_daemon.wire.connection import Connection
 from luna_daemon.wire.frame import PREFIX_SIZE, decode_message, encode_frame, parse_prefix
 from tests.unit.fakes import Peer
@@ -295,6 +296,31 @@ def test_a_slot_is_held_until_it_has_left():
             _, payload = await read_frame(reader)
             assert len(payload) == 32 << 20
             await until(lambda: peer.memory.live == 0)
+
+    asyncio.run(work())
+
+
+def test_no_slot_is_free_while_the_transport_holds_its_bytes():
+    """Small tensors too: a slot comes back only when nothing waits in the event loop's own buffer any more."""
+
+    async def work() -> None:
+        peer, waiting = Peer(), []
+        async with served(peer) as (reader, _):
+            transport = peer.connections[0].transport
+
+            def freed(slot: Slot) -> None:
+                waiting.append(transport.get_write_buffer_size())
+
+            reader._transport.pause_reading()
+            for number in range(1000):
+                slot = Slot(1, "seg-fake", 0, memoryview(bytearray(10_000)), freed)
+                peer.connections[0].send(m.Reply(number), [slot])
+            assert len(waiting) < 1000, "the kernel took everything: nothing was tried"
+            reader._transport.resume_reading()
+            for _ in range(1000):
+                await read_frame(reader)
+            await until(lambda: len(waiting) == 1000)
+        assert set(waiting) == {0}
 
     asyncio.run(work())
 
