@@ -151,7 +151,10 @@ class DaemonClient:
         """Tell the daemon, now that it answers, how often a local model had to step in."""
         if self.fallbacks:
             count, self.fallbacks = self.fallbacks, 0
-            self.report(fallbacks=count)
+            try:
+                self.report(fallbacks=count)
+            except LunaError:  # told with a later answer; the one that is here must not be lost
+                self.fallbacks += count
 
     def _plain(self, call: m.Call) -> dict[str, Any]:
         result: dict[str, Any] = self.call(call).result

@@ -11,7 +11,7 @@ from .config import NamedModel, Settings
 from .core import BadRequest, ModelKind, ModelMismatchError, ModelNotFound
 from .wire.messages import FileId, LoadSpec, ModelRef
 
-__all__ = ["ModelResolver", "file_id", "load_bytes"]
+__all__ = ["DigestUnknown", "ModelResolver", "file_id", "load_bytes"]
 
 _FOLDERS = {
     ModelKind.VAE: ("vae", "vae_approx", "checkpoints"),
@@ -33,6 +33,14 @@ def file_id(path: Path) -> FileId:
     return FileId(str(path), facts.st_size, facts.st_mtime_ns, facts.st_ino)
 
 
+class DigestUnknown(Exception):
+    """A client names a file by its content, which has not been hashed yet: slow, so not done on the event loop."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self.path = path
+
+
 class ModelResolver:
     """Turns a ``ModelRef`` into a ``LoadSpec``, with every path checked.
 
@@ -46,6 +54,7 @@ class ModelResolver:
         self.base = base
         self.named = settings.named_models()
         self.roots = [path.resolve() for path in self._roots()]
+        self._digests: dict[FileId, str] = {}
 
     def _roots(self) -> Iterable[Path]:
         if self.settings.comfyui_path is not None:
@@ -59,6 +68,7 @@ class ModelResolver:
             BadRequest: unknown kind, or both or neither of name and files.
             ModelNotFound: no such name or file; lists what was tried.
             ModelMismatchError: the client's file is not this one.
+            DigestUnknown: ``hash`` this file first.
         """
         if ref.kind == ModelKind.ECHO:
             return LoadSpec("echo", "echo", "", (), "cpu", "auto")
@@ -69,32 +79,35 @@ class ModelResolver:
         kind = ModelKind(ref.kind)
         if ref.name:
             model = self._named(ref.name)
-            paths = [self._from_config(name, kind) for name in (model.vae if kind is ModelKind.VAE else model.clip)]
+            names = model.vae if kind is ModelKind.VAE else model.clip
+            paths = [self._from_config(name, kind).resolve() for name in names]
             if not paths:
                 raise ModelNotFound(f"model {ref.name!r} has no {kind.value}", "Add its files to the configuration")
-            return self._spec(kind, ref.name, ref.type or model.type, paths)
+            return self._spec(kind, ref.type or model.type, paths)
         if self.settings.config_only:
             raise ModelNotFound("models by file are switched off (config_only)", f"Names: {', '.join(self.named)}")
         paths = [self._from_client(file, kind) for file in ref.files]
-        return self._spec(kind, paths[0].stem, ref.type or self.settings.model_type, paths)
+        return self._spec(kind, ref.type or self.settings.model_type, paths)
 
     def _named(self, name: str) -> NamedModel:
-        name = name if name in self.named else name.lower()
-        if name not in self.named:
+        known = {own.lower(): model for own, model in self.named.items()} | self.named
+        model = known.get(name) or known.get(name.lower())
+        if model is None:
             raise ModelNotFound(f"no model is named {name!r}", f"Names: {', '.join(self.named)}")
-        return self.named[name]
+        return model
 
-    def _spec(self, kind: ModelKind, name: str, family: str, paths: list[Path]) -> LoadSpec:
+    def _spec(self, kind: ModelKind, family: str, paths: list[Path]) -> LoadSpec:
         s = self.settings
         device, precision = (
             (s.vae_device, s.vae_precision) if kind is ModelKind.VAE else (s.clip_device, s.clip_precision)
         )
-        digest = hashlib.blake2b(digest_size=4)
+        digest = hashlib.blake2b(digest_size=8)
         for path in paths:
             facts = file_id(path)
             digest.update(f"{facts.path}|{facts.size}|{facts.mtime_ns}|{facts.inode};".encode())
         digest.update(f"{family}|{device}|{precision}".encode())
-        key = f"{kind.value}:{name}:{digest.hexdigest()}"
+        # By content, not by the name that was asked for: one file is loaded once, whatever a client calls it.
+        key = f"{kind.value}:{paths[0].stem}:{digest.hexdigest()}"
         return LoadSpec(key, kind.value, family, tuple(str(path) for path in paths), device, precision)
 
     # --- paths ---
@@ -132,15 +145,32 @@ class ModelResolver:
             )
         if not (real.is_file() or real.is_dir()):
             raise ModelNotFound(f"model file {file.path!r} is neither a file nor a folder")
+        self._check_identity(file, real)
+        return real
+
+    def _check_identity(self, file: FileId, real: Path) -> None:
+        """Whether the client's file is the daemon's: by content if it says so, else by what one disk tells."""
         mine = file_id(real)
-        for field in ("size", "mtime_ns"):
-            theirs = getattr(file, field)
-            if theirs and theirs != getattr(mine, field):
+        if file.digest and mine not in self._digests:
+            raise DigestUnknown(real)
+        names = ("digest",) if file.digest else ("size", "mtime_ns", "inode")
+        facts = {"digest": self._digests.get(mine), "size": mine.size, "mtime_ns": mine.mtime_ns, "inode": mine.inode}
+        for name in names:
+            theirs = getattr(file, name)
+            if theirs and theirs != facts[name]:
                 raise ModelMismatchError(
-                    f"model file {file.path!r}: the client's {field} is {theirs}, the daemon's {getattr(mine, field)}",
+                    f"model file {file.path!r}: the client's {name} is {theirs}, the daemon's {facts[name]}",
                     "Both must read the same file",
                 )
-        return real
+
+    def hash(self, path: Path) -> None:
+        """Compute a file's digest and keep it as long as the file does not change; takes seconds for gigabytes."""
+        mine = file_id(path)
+        with path.open("rb") as file:
+            digest = hashlib.sha256()
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+        self._digests[mine] = f"sha256:{digest.hexdigest()}"
 
     def _configured(self) -> Iterable[Path]:
         """Absolute files named in the configuration: their folders are trusted too."""

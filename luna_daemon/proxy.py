@@ -6,13 +6,14 @@ What would crash or fail locally as well is raised instead (``LunaError.local_ok
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .client import Answer, DaemonClient, get_client
-from .core import BadRequest, Busy, LunaError, ModelKind, logger
+from .core import BadRequest, Busy, LunaError, ModelKind, RequestCancelled, logger
 from .link import IsCancelled, OnProgress
 from .models import file_id
 from .wire import messages as m
@@ -24,6 +25,22 @@ __all__ = ["DaemonCLIP", "DaemonVAE"]
 
 T = TypeVar("T")
 _MOST_BUSY_S = 5.0
+
+
+class _Source:
+    """The local model, loaded when it is first needed; all clones of a proxy share it."""
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+        self._lock = threading.Lock()
+        self.away = False
+        """Whether the daemon was away at the last call."""
+
+    def get(self) -> Any:
+        with self._lock:
+            if callable(self._source) and not hasattr(self._source, "encode"):
+                self._source = self._source()
+            return self._source
 
 
 class _Proxy:
@@ -40,9 +57,8 @@ class _Proxy:
     def __init__(
         self, source: Any, kind: ModelKind, type: str, files: Sequence[Path | str], client: DaemonClient | None
     ) -> None:
-        self._source = source
+        self._source = None if source is None else _Source(source)
         self._client = client
-        self._away = False
         self._properties: dict[str, Any] | None = None
         self.on_progress: OnProgress | None = None
         """Told of loading and tiles while a call runs."""
@@ -85,7 +101,7 @@ class _Proxy:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if self.is_cancelled is not None and self.is_cancelled():
-                return
+                raise RequestCancelled("the caller cancelled the request")
             time.sleep(0.05)
 
     def _either(self, remote: Callable[[], T], local: Callable[[Any], T]) -> T:
@@ -95,9 +111,9 @@ class _Proxy:
         except LunaError as error:
             if not error.local_ok or self._source is None:
                 raise
-            return self._step_in(error, local)
-        if self._away:
-            self._away = False
+            return self._step_in(self._source, error, local)
+        if self._source is not None and self._source.away:
+            self._source.away = False
             logger.warning("%s: the daemon is back and is used again", type(self).__name__)
         self.client.tell_fallbacks()
         return result
@@ -108,14 +124,12 @@ class _Proxy:
         """``_either`` of a call with one tensor in and one out."""
         return self._either(lambda: self._send(call, [tensor]).tensors[0], local)
 
-    def _step_in(self, error: LunaError, local: Callable[[Any], T]) -> T:
-        if not self._away:
-            self._away = True
+    def _step_in(self, source: _Source, error: LunaError, local: Callable[[Any], T]) -> T:
+        if not source.away:
+            source.away = True
             logger.warning("%s: the local model steps in: %s", type(self).__name__, error)
         self.client.fallbacks += 1
-        if callable(self._source) and not hasattr(self._source, "encode"):
-            self._source = self._source()
-        return local(self._source)
+        return local(source.get())
 
 
 class DaemonVAE(_Proxy):
@@ -258,10 +272,7 @@ class DaemonCLIP(_Proxy):
             asked = ["return_word_ids"] * return_word_ids + list(options)
             if self._source is None:
                 raise BadRequest(f"tokenize({', '.join(asked)}) is not served by the daemon", "Give source_clip")
-            return self._step_in(
-                BadRequest(f"tokenize({', '.join(asked)}) is not served by the daemon"),
-                lambda clip: dict(clip.tokenize(text, return_word_ids=return_word_ids, **options)),
-            )
+            return dict(self._source.get().tokenize(text, return_word_ids=return_word_ids, **options))
 
         def remote() -> dict[str, Any]:
             tokens = self._send(m.ClipTokenize(self.model, text)).result["tokens"]

@@ -14,6 +14,7 @@ import shutil
 import stat
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,11 @@ def find_token(port: int, folder: Path | None = None, environ: Mapping[str, str]
     path = Path(named) if named else runtime_folder(port, folder) / _TOKEN
     try:
         return path.read_text().strip()
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         if named:
+            why = getattr(error, "strerror", None) or "not text"
             raise AuthenticationError(
-                f"LUNA_TOKEN_FILE {named!r} cannot be read: {error.strerror}", "Name a readable file"
+                f"LUNA_TOKEN_FILE {named!r} cannot be read: {why}", "Name a readable file"
             ) from error
         return ""
 
@@ -111,7 +113,8 @@ class Runtime:
         """Take the folder; sweep what a dead daemon left in it."""
         from filelock import FileLock, Timeout
 
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # a file or a link in its place: said below
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         _check_owner(self.folder)
         if self._by_rule:  # below /tmp somebody else may have made the parent, and could swap what is in it
             _check_owner(self.folder.parent)

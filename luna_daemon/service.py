@@ -14,6 +14,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -31,6 +32,7 @@ from .core import (
     LimitExceeded,
     LunaError,
     ModelKind,
+    ModelLoadError,
     Priority,
     ProtocolError,
     ServiceType,
@@ -38,7 +40,7 @@ from .core import (
     logger,
 )
 from .lora_cache import LoRACache, LoRAEntry
-from .models import ModelResolver, load_bytes
+from .models import DigestUnknown, ModelResolver, load_bytes
 from .pool.process import WorkerProcess
 from .pool.work import Outcome, Piece, Work
 from .session import ClientRequest, Session
@@ -261,6 +263,8 @@ class Service:
                 handler(self, request, call, message, payload)
             else:
                 self._compute(request, call, message, payload)
+        except DigestUnknown as missing:
+            self._spawn(self._hash_first(missing.path, session, message, payload.retain() if payload else None))
         except LunaError as error:
             request.fail(error)
         except Exception as error:
@@ -268,6 +272,18 @@ class Service:
             if request.work is not None:
                 self.pool.cancel(request.work, request)
             request.fail(InternalError(f"{type(error).__name__}: {error}", "The daemon's log has the traceback"))
+
+    async def _hash_first(self, path: Path, session: Session, message: m.Request, payload: Slot | None) -> None:
+        """A file was named by its content: hash it off the event loop, then take the request up again."""
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, self.resolver.hash, path)
+            if session.connection in self.sessions:
+                self._request(session, message, payload)
+        except OSError as error:
+            ClientRequest(session, message.id, self).fail(ModelLoadError(f"{path}: {error.strerror or error}"))
+        finally:
+            if payload is not None:
+                payload.release()
 
     def _pieces(self, session: Session, refs: list[m.TensorRef], payload: Slot | None) -> list[Piece]:
         """Check descriptors and take a use of the memory behind each.
@@ -544,7 +560,8 @@ def _is_same(work: Work, spec: m.LoadSpec, call: msgspec.Raw, pieces: list[Piece
     if len(work.pieces) != len(pieces) or work.pin:
         return False
     return all(
-        a.ref.shape == b.ref.shape and a.ref.dtype == b.ref.dtype and _equal(a.slot.view, b.slot.view)
+        (a.ref.shape, a.ref.dtype, a.ref.order) == (b.ref.shape, b.ref.dtype, b.ref.order)
+        and _equal(a.slot.view, b.slot.view)
         for a, b in zip(work.pieces, pieces)
     )
 

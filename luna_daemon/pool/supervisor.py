@@ -25,7 +25,7 @@ class Backoff:
 
     def failed(self, why: str) -> None:
         """A start failed."""
-        delay = min(self.most_s, self.first_s * 2**self.failures)
+        delay = min(self.most_s, self.first_s * 2 ** min(self.failures, 30))
         self.failures += 1
         self.why = why
         self._until = self._clock() + delay

@@ -120,7 +120,6 @@ def test_fallbacks_are_told_once():
     assert client.calls == [m.Report(fallbacks=3)] and client.fallbacks == 0
 
 
-@pytest.mark.xfail(reason="the number is forgotten first, and the error takes the result with it")
 def test_fallbacks_that_could_not_be_told_are_told_later():
     """A report that fails neither raises nor loses the number."""
     client = Recording(DaemonConnectionError("away"))

@@ -91,10 +91,22 @@ def test_a_vae_that_lacks_weights(tmp_path: Path, load: Load) -> None:
     fails(load, "vae", save(tmp_path / "x.safetensors", weights), "lacks 1 of .* decoder.conv_out.bias")
 
 
-def test_a_video_vae(tmp_path: Path, load: Load) -> None:
-    weights = to_ldm(kl_weights())
-    weights["decoder.conv_in.weight"] = torch.zeros(8, 16, 3, 3, 3)
-    fails(load, "vae", save(tmp_path / "x.safetensors", weights), r"a VAE with a \[8, 16, 3, 3, 3\] input")
+@pytest.mark.parametrize(
+    ("key", "weight"),
+    [
+        ("decoder.conv_in.weight", torch.zeros(8, 16, 3, 3, 3)),
+        ("decoder.conv_in.weight", torch.zeros(8, 32, 3, 3)),
+        ("decoder.mid.block_1.mix_factor", torch.zeros(1)),
+    ],
+)
+def test_a_vae_of_another_family(key: str, weight: torch.Tensor, tmp_path: Path, load: Load) -> None:
+    path = save(tmp_path / "x.safetensors", to_ldm(kl_weights()) | {key: weight})
+    fails(load, "vae", path, "a VAE of another family")
+
+
+def test_half_a_vae(tmp_path: Path, load: Load) -> None:
+    weights = {key: weight for key, weight in to_ldm(kl_weights()).items() if not key.startswith("encoder")}
+    fails(load, "vae", save(tmp_path / "x.safetensors", weights), "a VAE without its encoder")
 
 
 @pytest.mark.parametrize(

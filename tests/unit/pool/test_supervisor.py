@@ -68,7 +68,6 @@ def test_the_error_says_why_and_when():
     )
 
 
-@pytest.mark.xfail(reason="the delay is doubled without end before it is capped", raises=OverflowError)
 def test_a_machine_may_fail_for_days():
     """Thousands of failures wait the most, like the tenth."""
     backoff = Backoff(0.5, 30.0, Clock())
