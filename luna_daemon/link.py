@@ -31,7 +31,7 @@ from .core import (
 )
 from .runtime import find_token
 from .wire import messages as m
-from .wire.arena import ArenaUnavailable, ArenaView
+from .wire.arena import ArenaUnavailable, ArenaView, process_space
 from .wire.channel import Channel
 from .wire.codec import check_ref, describe, tensor_bytes, tensor_from
 from .wire.frame import encode_call
@@ -124,7 +124,7 @@ class Link:
             self.transport_why = f"the daemon's shared memory is not visible here: {error}"
             return
         try:
-            self.call(m.ArenaProof(nonce), [], None, Priority.NORMAL, None, None)
+            self.call(m.ArenaProof(nonce, process_space()), [], None, Priority.NORMAL, None, None)
         except BadRequest:
             self.transport_why = f"{view.folder} here is not the daemon's: another container or machine"
             return

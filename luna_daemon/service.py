@@ -45,7 +45,7 @@ from .pool.process import WorkerProcess
 from .pool.work import Outcome, Piece, Work
 from .session import ClientRequest, Session
 from .wire import messages as m
-from .wire.arena import Arena, Slot
+from .wire.arena import Arena, Slot, process_space
 from .wire.codec import check_ref
 from .wire.connection import Connection
 from .wire.frame import MAX_HEADER, decode_call, encode_call
@@ -376,6 +376,8 @@ class Service:
     def _prove(self, request: ClientRequest, call: m.ArenaProof, message: m.Request, payload: Slot | None) -> None:
         if self.arena is None or not hmac.compare_digest(call.nonce.encode(), self.arena.nonce.encode()):
             raise BadRequest("that is not the nonce of this daemon's shared memory", "Use TCP")
+        if call.space != process_space():
+            raise BadRequest("the client's processes cannot be seen from here: another container", "Use TCP")
         request.session.sees_arena = True
         request.answer(None)
 

@@ -129,6 +129,8 @@ class ArenaProof(msgspec.Struct, tag_field="op", tag="arena", frozen=True):
     """The nonce that the client read from the arena folder: proof that both see the same memory."""
 
     nonce: str
+    space: str = ""
+    """The client's process number space: memory of a client that dies is taken back only if we can see it die."""
 
 
 class Alloc(msgspec.Struct, tag_field="op", tag="alloc", frozen=True):

@@ -15,6 +15,7 @@ import msgspec
 from luna_daemon.core import PROTOCOL_VERSION
 from luna_daemon.runtime import find_token
 from luna_daemon.wire import messages as m
+from luna_daemon.wire.arena import process_space
 from luna_daemon.wire.channel import Channel
 from luna_daemon.wire.frame import encode_call
 
@@ -51,7 +52,7 @@ class RawPeer:
     def prove(self, number: int = 1000) -> None:
         """Show that shared memory is visible here, so that slots may be asked for."""
         folder = self.welcome.arena.folder
-        self.ask(m.ArenaProof((Path(folder) / "nonce").read_text()), number)
+        self.ask(m.ArenaProof((Path(folder) / "nonce").read_text(), process_space()), number)
 
     @property
     def welcome(self) -> m.Welcome:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from luna_daemon.backends.segmenters import find_segmenter
-from luna_daemon.core import BadRequest, ModelLoadError
+from luna_daemon.core import BadRequest, ModelLoadError, OutOfMemory
 
 from .conftest import Load, clip_model, save, t5_model
 
@@ -228,6 +228,16 @@ def test_bad_tokens_are_named(tokens: Any, named: str, files: dict[str, Path], l
         model.encode(tokens, None, False)
 
 
+def test_no_memory(files: dict[str, Path], load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**arguments: Any) -> Any:
+        return torch.empty(10**15)
+
+    model = load("clip", files["l"], type="sd15")
+    monkeypatch.setattr(model._encoders["l"], "_model", full)
+    with pytest.raises(OutOfMemory, match="encoding 1 chunks with l on cpu"):
+        model.encode(model.tokenize("a cat"), None, False)
+
+
 def test_no_chunks_encode_the_empty_prompt(files: dict[str, Path], load: Load) -> None:
     model = load("clip", files["l"], type="sd15")
     assert model.encode({"l": []}, None, False)["cond"].shape == (1, 2, 32)
@@ -239,6 +249,16 @@ def test_precision_decides_what_is_kept_not_what_is_computed_with(files: dict[st
     assert full.nbytes == 2 * half.nbytes
     tokens = half.tokenize(PROMPT)
     close(full.encode(tokens, None, False)["cond"], half.encode(tokens, None, False)["cond"])
+
+
+def test_umt5_is_not_taken_for_t5(files: dict[str, Path], tmp_path: Path, load: Load, t5_ids: None) -> None:
+    from safetensors.torch import load_file
+
+    weights = load_file(files["t5xxl"])
+    bias = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
+    path = save(tmp_path / "umt5.safetensors", weights | {bias.format(1): weights[bias.format(0)]})
+    with pytest.raises(ModelLoadError, match="a umT5 text encoder"):
+        load("clip", path, type="sd3")
 
 
 def test_float8_t5(files: dict[str, Path], tmp_path: Path, load: Load, t5_ids: None) -> None:
