@@ -1,6 +1,6 @@
 """Every benchmark: a table on the terminal and ``build/bench.json``.
 
-    python benchmarks/run.py [startup|wire|sharing|cold ...]
+python benchmarks/run.py [startup|wire|sharing|cold ...]
 """
 
 from __future__ import annotations

@@ -53,10 +53,10 @@ def make_sdxl_vae(path: Path, seed: int = 0) -> Path:
     """Write a VAE of SDXL's size in the LDM layout (float16, 167 MB) unless ``path`` exists."""
     if path.exists():
         return path
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     torch.manual_seed(seed)
-    model = AutoencoderKL(
+    model: nn.Module = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(128, 256, 512, 512),

@@ -71,15 +71,17 @@ def with_daemon() -> tuple[list[dict[str, Any]], dict[str, int], dict[str, Any]]
     port, ws_port = free_port(), free_port()
     runtime = BUILD / "run"
     models = {"demo": {"vae": [str(VAE)], "clip": [str(CLIP)], "type": "sd15"}}
-    with LunaDaemon(port=port, ws_port=ws_port, runtime_dir=runtime, models=models) as daemon:
-        with clients(["--port", str(port), "--runtime-dir", str(runtime)]) as processes:
-            results = [result_of(process) for process in processes]
-            memory = {f"client {number}": pss(process.pid) for number, process in enumerate(processes, 1)}
-            info = daemon_info(port, runtime)
-            memory["daemon"] = pss(daemon.pid)
-            for worker in info["workers"]:
-                memory["worker"] = memory.get("worker", 0) + pss(worker["pid"])
-            return results, memory, info
+    with (
+        LunaDaemon(port=port, ws_port=ws_port, runtime_dir=runtime, models=models) as daemon,
+        clients(["--port", str(port), "--runtime-dir", str(runtime)]) as processes,
+    ):
+        results = [result_of(process) for process in processes]
+        memory = {f"client {number}": pss(process.pid) for number, process in enumerate(processes, 1)}
+        info = daemon_info(port, runtime)
+        memory["daemon"] = pss(daemon.pid)
+        for worker in info["workers"]:
+            memory["worker"] = memory.get("worker", 0) + pss(worker["pid"])
+        return results, memory, info
 
 
 @contextmanager

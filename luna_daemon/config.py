@@ -100,6 +100,9 @@ class Settings(BaseSettings):
     )
     comfyui_path: Path | None = Field(None, description="ComfyUI's folder; COMFYUI_PATH is read too.")
     comfyui_python: Path | None = Field(None, description="The interpreter that runs it; COMFYUI_PYTHON is read too.")
+    comfyui_args: Annotated[list[str], NoDecode] = Field(
+        [], description="ComfyUI's own flags for workers, such as --fp32-vae."
+    )
     backend: Literal["auto", "comfy", "diffusers"] = Field("auto", description="What runs the models.")
 
     vae_device: Device = Field(VAE_DEVICE, description="auto, cpu, cuda:1, or a GPU's UUID.")
@@ -191,7 +194,8 @@ def load_settings(
     except ValidationError as error:
         raise ConfigError(_explain(error), "See docs/configuration.md for every setting") from error
     except ValueError as error:
-        raise ConfigError(f"{path or 'environment'}: {error}", "Mend the file, or name another with --config") from error
+        where = path or "environment"
+        raise ConfigError(f"{where}: {error}", "Mend the file, or name another with --config") from error
     return settings
 
 
@@ -221,6 +225,8 @@ def _from_environ(cls: type[BaseSettings], environ: Mapping[str, str]) -> dict[s
             logger.warning("%s is no setting and is ignored%s", variable, meant)
         elif name == "model_dirs":
             values[name] = [Path(part) for part in text.split(_PATHS_OF_ENV) if part]
+        elif name == "comfyui_args":
+            values[name] = text.split()
         elif name == "models":
             values[name] = _models_from_json(text)
         else:

@@ -13,6 +13,7 @@ The error tree. Each class has a stable wire ``code``; the client raises the cla
     ├── BadRequest              an argument is wrong: names it and its value
     │   └── LimitExceeded       larger than a limit that ``welcome`` announced
     ├── ModelError
+    │   ├── PatchMissing        a patch set is not kept (any more): put it again
     │   ├── ModelNotFound       no such name or file                                (local model may step in)
     │   ├── ModelMismatchError  the client's file is not the daemon's               (local model may step in)
     │   └── ModelLoadError      the file is there and cannot be loaded              (local model may step in)
@@ -48,6 +49,7 @@ __all__ = [
     "ModelMismatchError",
     "ModelNotFound",
     "OutOfMemory",
+    "PatchMissing",
     "PoisonRequest",
     "PortInUse",
     "Priority",
@@ -205,6 +207,12 @@ class ModelLoadError(ModelError):
 
     code = "model_load"
     local_ok = True
+
+
+class PatchMissing(ModelError):
+    """A request names a patch set that is not kept (any more): put it, then ask again."""
+
+    code = "patch_missing"
 
 
 class Busy(LunaError):

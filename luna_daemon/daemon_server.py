@@ -12,7 +12,6 @@ if __name__ == "__main__" and not __package__:
 import asyncio
 import errno
 import json
-import logging
 import os
 import signal
 import socket

@@ -384,6 +384,11 @@ class Link:
 
     def close(self) -> None:
         """No more calls. The socket closes with the last result in shared memory: its place must not go to others."""
+        if self._open and self._ours:
+            for number, waiting in list(self.waiting.items()):
+                if waiting.outcome is None:
+                    with contextlib.suppress(DaemonConnectionError):
+                        self.channel.send(m.Cancel(number))
         self._fail_all(DaemonConnectionError("the client was closed"))
         self._closed = True
         self._hang_up_if_done()

@@ -19,6 +19,8 @@ class LoRAEntry:
 
     keys: list[str]
     pieces: list[Piece]
+    packed: Any = None
+    """Of a patch set: how its tensors belong together."""
     hits: int = 0
     last_used: float = field(default_factory=time.time)
 

@@ -83,11 +83,11 @@ class ModelResolver:
             paths = [self._from_config(name, kind).resolve() for name in names]
             if not paths:
                 raise ModelNotFound(f"model {ref.name!r} has no {kind.value}", "Add its files to the configuration")
-            return self._spec(kind, ref.type or model.type, paths)
+            return self._spec(kind, ref.type or model.type, paths, ref.checkpoint)
         if self.settings.config_only:
             raise ModelNotFound("models by file are switched off (config_only)", f"Names: {', '.join(self.named)}")
         paths = [self._from_client(file, kind) for file in ref.files]
-        return self._spec(kind, ref.type or self.settings.model_type, paths)
+        return self._spec(kind, ref.type or self.settings.model_type, paths, ref.checkpoint)
 
     def _named(self, name: str) -> NamedModel:
         known = {own.lower(): model for own, model in self.named.items()} | self.named
@@ -96,7 +96,7 @@ class ModelResolver:
             raise ModelNotFound(f"no model is named {name!r}", f"Names: {', '.join(self.named)}")
         return model
 
-    def _spec(self, kind: ModelKind, family: str, paths: list[Path]) -> LoadSpec:
+    def _spec(self, kind: ModelKind, family: str, paths: list[Path], checkpoint: bool) -> LoadSpec:
         s = self.settings
         device, precision = (
             (s.vae_device, s.vae_precision) if kind is ModelKind.VAE else (s.clip_device, s.clip_precision)
@@ -105,10 +105,10 @@ class ModelResolver:
         for path in paths:
             facts = file_id(path)
             digest.update(f"{facts.path}|{facts.size}|{facts.mtime_ns}|{facts.inode};".encode())
-        digest.update(f"{family}|{device}|{precision}".encode())
+        digest.update(f"{family}|{device}|{precision}|{checkpoint}".encode())
         # By content, not by the name that was asked for: one file is loaded once, whatever a client calls it.
         key = f"{kind.value}:{paths[0].stem}:{digest.hexdigest()}"
-        return LoadSpec(key, kind.value, family, tuple(str(path) for path in paths), device, precision)
+        return LoadSpec(key, kind.value, family, tuple(str(path) for path in paths), device, precision, checkpoint)
 
     # --- paths ---
 

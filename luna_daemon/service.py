@@ -33,6 +33,7 @@ from .core import (
     LunaError,
     ModelKind,
     ModelLoadError,
+    PatchMissing,
     Priority,
     ProtocolError,
     ServiceType,
@@ -42,7 +43,7 @@ from .core import (
 from .lora_cache import LoRACache, LoRAEntry
 from .models import DigestUnknown, ModelResolver, load_bytes
 from .pool.process import WorkerProcess
-from .pool.work import Outcome, Piece, Work
+from .pool.work import Outcome, PatchSet, Piece, Work
 from .session import ClientRequest, Session
 from .wire import messages as m
 from .wire.arena import Arena, Slot, process_space
@@ -53,6 +54,8 @@ from .workers import WorkerPool
 
 __all__ = ["Service"]
 
+_PATCH_BYTES, _PATCH_SETS = 2 << 30, 256
+"""Patch sets kept for clients: what is dropped is put again when it is needed."""
 _GREET_S = 5.0
 _TRIM_S = 60.0
 _STALL_S = 60.0
@@ -100,6 +103,7 @@ class Service:
         self.collect_info = collect_info
         self.on_shutdown = on_shutdown
         self.cache = ConditioningCache(settings.conditioning_cache_mb << 20)
+        self.patches = LoRACache(_PATCH_BYTES, _PATCH_SETS)
         self.loras = LoRACache(int(settings.lora_cache_gb * (1 << 30)), settings.lora_cache_entries)
         self.sessions: dict[Connection, Session] = {}
         self.workers: dict[Connection, WorkerProcess] = {}
@@ -330,8 +334,14 @@ class Service:
             same.widen(priority, deadline)
             request.join(same)
             return
+        try:
+            patches = self._patch_sets(call)
+        except LunaError:
+            for piece in pieces:
+                piece.slot.release()
+            raise
         work = Work(
-            request.op, message.call, spec, pieces, priority, deadline, [], load_bytes(spec),
+            request.op, message.call, spec, pieces, priority, deadline, [], patches, load_bytes(spec),
             pin=isinstance(call, m.ModelLoad) and call.pin,
             keep=None if key is None else lambda outcome: self.cache.put(key, outcome),
         )  # fmt: skip
@@ -340,6 +350,25 @@ class Service:
             self.pool.submit(work)
         except LunaError as error:
             work.fail(error)
+
+    def _patch_sets(self, call: m.Call) -> list[PatchSet]:
+        """The patch sets that a call names, with a use of their memory each.
+
+        Raises:
+            PatchMissing: one is not kept (any more).
+        """
+        if not isinstance(call, m.ClipEncode):
+            return []
+        names = list(dict.fromkeys(use.name for use in [*call.patches, *call.hooks]))
+        entries = {name: self.patches.get(name) for name in names}
+        missing = [name for name, entry in entries.items() if entry is None]
+        if missing:
+            raise PatchMissing(f"patch sets {', '.join(missing)} are not kept", "Put them again")
+        return [
+            PatchSet(name, entry.packed, [Piece(piece.ref, piece.slot.retain()) for piece in entry.pieces])
+            for name, entry in entries.items()
+            if entry is not None
+        ]
 
     def _check_served(self, kind: str) -> None:
         only = self.settings.service_type
@@ -423,16 +452,25 @@ class Service:
         key = self.resolver.resolve(call.model).key if call.model is not None else None
         request.answer({"unloaded": self.pool.unload(key)})
 
+    def _patch_put(self, request: ClientRequest, call: m.PatchPut, message: m.Request, payload: Slot | None) -> None:
+        pieces = self._pieces(request.session, message.tensors, payload)
+        self._keep(self.patches, call.name, LoRAEntry([], pieces, call.packed))
+        request.answer(None)
+
+    @staticmethod
+    def _keep(cache: LoRACache, name: str, entry: LoRAEntry) -> None:
+        try:
+            cache.put(name, entry)
+        except LunaError:
+            for piece in entry.pieces:
+                piece.slot.release()
+            raise
+
     def _lora_put(self, request: ClientRequest, call: m.LoraPut, message: m.Request, payload: Slot | None) -> None:
         if len(call.keys) != len(message.tensors):
             raise BadRequest(f"{len(call.keys)} keys for {len(message.tensors)} tensors")
         pieces = self._pieces(request.session, message.tensors, payload)
-        try:
-            self.loras.put(call.name, LoRAEntry(call.keys, pieces))
-        except LunaError:
-            for piece in pieces:
-                piece.slot.release()
-            raise
+        self._keep(self.loras, call.name, LoRAEntry(call.keys, pieces))
         request.answer({"success": True, "bytes": sum(piece.slot.nbytes for piece in pieces)})
 
     def _lora_get(self, request: ClientRequest, call: m.LoraGet, message: m.Request, payload: Slot | None) -> None:
@@ -528,6 +566,7 @@ class Service:
     def close(self) -> None:
         """Close every connection and forget every cache."""
         self.cache.clear()
+        self.patches.clear()
         self.loras.clear()
         for connection in list(self._connections):
             connection.close()
@@ -577,8 +616,8 @@ def _equal(a: memoryview, b: memoryview) -> bool:
 
 _HANDLERS: dict[type, Callable[..., None]] = {
     m.Ping: Service._ping, m.Info: Service._info, m.ArenaProof: Service._prove, m.Alloc: Service._alloc,
-    m.ModelsList: Service._models, m.ModelUnload: Service._unload, m.LoraPut: Service._lora_put,
-    m.LoraGet: Service._lora_get, m.LoraCheck: Service._lora_check, m.LoraStats: Service._lora_stats,
+    m.ModelsList: Service._models, m.ModelUnload: Service._unload, m.PatchPut: Service._patch_put,
+    m.LoraPut: Service._lora_put, m.LoraGet: Service._lora_get, m.LoraCheck: Service._lora_check, m.LoraStats: Service._lora_stats,
     m.Register: Service._register, m.Report: Service._report, m.Drain: Service._drain, m.Shutdown: Service._shutdown,
 }  # fmt: skip
 """Ops that the control process answers itself; every other op is computed by a worker."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -163,8 +164,10 @@ class WorkerPool:
 
     @property
     def backend(self) -> str:
-        """The backend in use."""
-        return "diffusers" if self.settings.backend == "auto" else self.settings.backend
+        """The backend in use: ComfyUI's own where there is a ComfyUI."""
+        if self.settings.backend != "auto":
+            return self.settings.backend
+        return "comfy" if self.settings.comfyui_path is not None else "diffusers"
 
     @property
     def in_flight(self) -> int:
@@ -259,19 +262,35 @@ class WorkerPool:
         self._numbers += 1
         backend, device = key.split("@")
         log = self.logs / f"worker-{self._numbers}.log"
+        worker = None
         try:
-            mask = device_mask(device, os.environ)
-            config = {"backend": backend, "threads": self.settings.cpu_threads, "visible_devices": mask}
+            config = {
+                "backend": backend, "threads": self.settings.cpu_threads, "options": self._options(backend, device),
+                "visible_devices": device_mask(device, os.environ),
+            }  # fmt: skip
             worker = WorkerProcess(self._numbers, key, device, self._threads(key, device), config, log)
-            worker.start(*self._address)
+            worker.start(self._interpreter(backend), *self._address)
         except (OSError, ConfigError) as error:
-            worker.kill()
+            if worker is not None:
+                worker.kill()
             self._start_failed(key, str(error))
             return
         self.workers.append(worker)
         self._by_token[worker.token] = worker
         work.progress("starting")
         self.on_event("scale_up", {"worker": worker.number, "key": key, "workers": len(self.workers)})
+
+    def _options(self, backend: str, device: str) -> dict[str, Any]:
+        if backend != "comfy":
+            return {}
+        root = self.settings.comfyui_path
+        if root is None:
+            raise ConfigError("the comfy backend needs ComfyUI's folder", "Set comfyui_path or COMFYUI_PATH")
+        return {"root": str(root), "device": device, "flags": self.settings.comfyui_args}
+
+    def _interpreter(self, backend: str) -> str:
+        """ComfyUI runs under its own interpreter: the daemon may live in another environment."""
+        return str(self.settings.comfyui_python or sys.executable) if backend == "comfy" else sys.executable
 
     def _give(self, worker: WorkerProcess, work: Work) -> None:
         going: list[str] | None = []

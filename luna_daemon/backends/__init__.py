@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 from ..core import ConfigError
 from .base import Backend
@@ -10,28 +12,36 @@ from .base import Backend
 __all__ = ["BACKENDS", "make_backend"]
 
 
-def _echo() -> Backend:
+def _echo(options: Mapping[str, Any]) -> Backend:
     from .echo import EchoBackend
 
     return EchoBackend()
 
 
-def _diffusers() -> Backend:
+def _diffusers(options: Mapping[str, Any]) -> Backend:
     from .diffusers import DiffusersBackend
 
     return DiffusersBackend()
 
 
-BACKENDS: dict[str, Callable[[], Backend]] = {"echo": _echo, "diffusers": _diffusers}
+def _comfy(options: Mapping[str, Any]) -> Backend:
+    from .comfy import ComfyBackend
+
+    return ComfyBackend(Path(options["root"]), options["device"], options["flags"])
+
+
+BACKENDS: dict[str, Callable[[Mapping[str, Any]], Backend]] = {
+    "echo": _echo, "diffusers": _diffusers, "comfy": _comfy,
+}  # fmt: skip
 """Names to makers; the heavy import happens inside the maker."""
 
 
-def make_backend(name: str) -> Backend:
-    """The backend of that name.
+def make_backend(name: str, options: Mapping[str, Any] | None = None) -> Backend:
+    """The backend of that name; ``options`` are its own (ComfyUI's folder and flags).
 
     Raises:
         ConfigError: names those there are.
     """
     if name not in BACKENDS:
         raise ConfigError(f"backend {name!r} does not exist", f"Use one of {', '.join(BACKENDS)}")
-    return BACKENDS[name]()
+    return BACKENDS[name](options or {})

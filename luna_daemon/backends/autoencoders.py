@@ -12,7 +12,8 @@ from torch import nn
 from ..core import BadRequest, ModelLoadError, OutOfMemory
 from ..wire.messages import Tiling
 from .base import Step
-from .layouts import Part, Tensors, kl_config, part_tensors
+from .conversions import Tensors, kl_config, part_tensors
+from .layouts import Part
 from .loading import assign_weights, is_out_of_memory
 from .tiling import DECODE_TILES, ENCODE_TILES, TileShape, run_tiled
 

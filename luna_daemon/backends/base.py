@@ -34,7 +34,7 @@ class VaeModel(Model, Protocol):
     """A loaded VAE. Results are float32 on the CPU, contiguous."""
 
     def properties(self) -> dict[str, Any]:
-        """Plain facts: ``latent_channels``, ``downscale_ratio``, ``upscale_ratio``, ``dtype``, ``device``, ``class``."""
+        """Plain facts: ``latent_channels``, ``downscale_ratio``, ``upscale_ratio``, ``dtype``, ``device`` ..."""
         ...
 
     def encode(self, pixels: torch.Tensor, tiling: Tiling | None, step: Step) -> tuple[torch.Tensor, list[str]]:

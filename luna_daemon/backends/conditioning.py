@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from ..core import BadRequest
 from ..wire.messages import Tokens
+from .loading import memory_errors
 from .prompts import tokenize
 from .textencoders import TextEncoder
 
@@ -137,7 +138,8 @@ class TextEncoders:
         """Encode to ``{"cond": [1,T,D], "pooled_output": [1,P]}``; tokens of encoders not loaded are ignored.
 
         Raises:
-            BadRequest: an encoder got no tokens, or tokens, a layer that it does not have.
+            BadRequest: an encoder got no tokens, or tokens or a layer that it does not have.
+            OutOfMemory: no room on the device.
         """
         encoded: Encoded = {}
         no_clip = self._name == "sd3" and not tokens.get("l") and not tokens.get("g")
@@ -147,11 +149,8 @@ class TextEncoders:
             if name not in tokens:
                 raise BadRequest(f"tokens are for {', '.join(tokens) or 'nothing'}, and {name} needs some")
             use = self._family.uses[name]
-            encoded[name] = encoder.encode(
-                tokens[name],
-                use.layer if layer is None else layer,
-                use.normed,
-                use.projected and not unprojected,
-            )
+            wanted = use.layer if layer is None else layer
+            with memory_errors(f"encoding {len(tokens[name])} chunks with {name} on {encoder.device}"):
+                encoded[name] = encoder.encode(tokens[name], wanted, use.normed, use.projected and not unprojected)
         cond, pooled = self._family.join(encoded)
         return {"cond": cond.contiguous(), "pooled_output": pooled.contiguous()}

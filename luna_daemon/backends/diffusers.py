@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import metadata
 from importlib.util import find_spec
 
-from ..core import ModelKind, ModelLoadError, OutOfMemory
+from ..core import ModelKind, ModelLoadError
 from ..wire.messages import LoadSpec
 from .base import TextModel, VaeModel
 
@@ -42,20 +42,16 @@ class DiffusersBackend:
             OutOfMemory: no room on the device.
         """
         _require_libraries()
-        from .loading import is_out_of_memory
+        from .loading import memory_errors
         from .selection import load_text, load_vae
 
         if not spec.files:
             raise ModelLoadError(f"{spec.key} has no files")
-        try:
+        with memory_errors(f"loading {spec.key} on {spec.device}"):
             if spec.kind == ModelKind.VAE:
                 return load_vae(spec)
             if spec.kind == ModelKind.CLIP:
                 return load_text(spec)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise OutOfMemory(f"no room for {spec.key} on {spec.device}") from error
         raise ModelLoadError(f"{spec.key} is of kind {spec.kind!r}, which the diffusers backend does not load")
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
-from ..core import ConfigError, ModelLoadError
-from .layouts import Part, Tensors
+from ..core import ConfigError, ModelLoadError, OutOfMemory
+from .conversions import Tensors
+from .layouts import Part
 
-__all__ = ["assign_weights", "is_out_of_memory", "pick_device", "pick_dtype", "usable_devices"]
+__all__ = ["assign_weights", "is_out_of_memory", "memory_errors", "pick_device", "pick_dtype", "usable_devices"]
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -67,4 +71,15 @@ def pick_dtype(asked: str, automatic: torch.dtype) -> torch.dtype:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a device or the CPU's allocator had no room."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+@contextmanager
+def memory_errors(doing: str) -> Iterator[None]:
+    """Turn the library's out-of-memory errors into ours, which say what was being done."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(f"no memory for {doing}", "Free memory, or use another device") from error

@@ -11,7 +11,8 @@ from torch import nn
 
 from ..core import BadRequest, ModelLoadError
 from .casting import cast_at_use
-from .layouts import Part, Tensors, clip_config, part_tensors, t5_config, text_projection
+from .conversions import Tensors, clip_config, part_tensors, t5_config, text_projection
+from .layouts import Part
 from .loading import assign_weights
 from .prompts import ChunkRules, empty_chunk
 from .segmenters import Ids
@@ -91,7 +92,10 @@ class TextEncoder:
         rows = [[token for token, _ in chunk] for chunk in chunks]
         lengths = sorted({len(row) for row in rows})
         if len(lengths) > 1 or (lengths and not 1 <= lengths[0] <= self.rules.length):
-            raise BadRequest(f"chunks of {self.name} have {lengths} tokens", "They must be equally long")
+            raise BadRequest(
+                f"chunks of {self.name} have {lengths} tokens",
+                f"They must be equally long, and {self.rules.length} at most",
+            )
         for token in (token for row in rows for token in row):
             if not 0 <= token < self._vocabulary:
                 raise BadRequest(f"token {token} of {self.name} is not in its vocabulary of {self._vocabulary}")

@@ -21,6 +21,7 @@ import socket
 import sys
 import threading
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,8 @@ class WorkerConfig:
     backend: str
     threads: int = 0
     """0 is torch's own choice."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """The backend's own: ComfyUI's folder and flags."""
     visible_devices: dict[str, str] = field(default_factory=dict)
     """Environment variables that mask devices; set before torch is imported."""
 
@@ -113,7 +116,7 @@ class Worker:
 
     def _start_backend(self) -> Backend:
         os.environ.update(self.config.visible_devices)
-        backend = make_backend(self.config.backend)
+        backend = make_backend(self.config.backend, self.config.options)
         versions = backend.versions()
         if "torch" in versions and self.config.threads:
             import torch
@@ -154,7 +157,8 @@ class Worker:
             self._unload(job.unload)
             model = self._model(backend, job)
             inputs = [(ref, self._input(ref, payload)) for ref in job.tensors]
-            result = compute.run(decode_call(job.call), model, inputs, lambda done, of: self._step(job.id, done, of))
+            step = partial(self._step, job.id)
+            result = compute.run(decode_call(job.call), model, inputs, step, job.patches)
             self._reply(job.id, result)
         except LunaError as error:
             self._fail(job.id, error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from ..backends.base import Step
 from ..core import BadRequest
 from ..wire import messages as m
 from ..wire.codec import describe, tensor_bytes, tensor_from
+from ..wire.packing import pack, unpack
 
 if TYPE_CHECKING:
     import torch
@@ -29,8 +31,15 @@ class Result:
     notes: list[str] = field(default_factory=list)
 
 
-def run(call: m.Call, model: Any, inputs: list[Input], step: Step) -> Result:
+def run(call: m.Call, model: Any, inputs: list[Input], step: Step, patches: Sequence[m.Patch] = ()) -> Result:
     """Compute.
+
+    Args:
+        call: what to do.
+        model: loaded by a backend.
+        inputs: the call's tensors, then those of ``patches``.
+        step: told of progress; raises to cancel.
+        patches: the patch sets that the call names.
 
     Raises:
         BadRequest: the inputs do not fit the op, or the model is of another kind.
@@ -45,7 +54,7 @@ def run(call: m.Call, model: Any, inputs: list[Input], step: Step) -> Result:
     if isinstance(call, m.ClipTokenize):
         return Result({"tokens": model.tokenize(call.text)})
     if isinstance(call, m.ClipEncode):
-        return _clip(call, model)
+        return _clip(call, model, inputs, patches)
     raise BadRequest(f"workers do not serve {type(call).__name__}")
 
 
@@ -68,21 +77,48 @@ def _vae(call: m.VaeEncode | m.VaeDecode, model: Any, inputs: list[Input], step:
 
     if not tensor.is_floating_point():
         raise BadRequest(f"a VAE takes float tensors, not {inputs[0][0].dtype}", "Convert to float32")
+    more: dict[str, Any] = {"raw": True} if call.raw else {}
+    if isinstance(call, m.VaeDecode) and call.options:
+        more["options"] = call.options
+    if more and not hasattr(model, "_backend"):
+        raise BadRequest(f"{' and '.join(more)} need the comfy backend", "Leave them out, or set comfyui_path")
     work = model.encode if isinstance(call, m.VaeEncode) else model.decode
     with torch.inference_mode():
-        out, notes = work(tensor, call.tiling, step)
+        out, notes = work(tensor, call.tiling, step, **more)
     return Result(None, [_out(out)], notes)
 
 
-def _clip(call: m.ClipEncode, model: Any) -> Result:
+def _clip(call: m.ClipEncode, model: Any, inputs: list[Input], patches: Sequence[m.Patch]) -> Result:
     import torch
 
-    if (call.text is None) == (call.tokens is None):
-        raise BadRequest("give either text or tokens")
+    if sum(given is not None for given in (call.text, call.tokens, call.packed)) != 1:
+        raise BadRequest("give one of text, tokens and packed")
+    if call.packed is not None:
+        return _clip_packed(call, model, inputs, patches)
     tokens = call.tokens if call.tokens is not None else model.tokenize(call.text)
     with torch.inference_mode():
         found = model.encode(tokens, call.layer, call.unprojected)
     return Result({"names": list(found)}, [_out(tensor) for tensor in found.values()])
+
+
+def _clip_packed(call: m.ClipEncode, model: Any, inputs: list[Input], patches: Sequence[m.Patch]) -> Result:
+    """ComfyUI's own tokens, with embeddings, patches and hooks."""
+    import torch
+
+    if not hasattr(model, "encode_packed"):
+        raise BadRequest("packed tokens need the comfy backend", "Give text or tokens, or set comfyui_path")
+    tensors = _tensors(inputs, len(inputs))
+    sets = {patch.name: patch for patch in patches}
+
+    def patch_of(name: str) -> Any:
+        patch = sets[name]
+        return unpack(patch.packed, tensors[patch.start : patch.start + patch.count])
+
+    out: list[torch.Tensor] = []
+    with torch.inference_mode():
+        found = model.encode_packed(call, unpack(call.packed, tensors), patch_of)
+        packed = pack(found, out)
+    return Result({"packed": packed}, [_out(tensor) for tensor in out])
 
 
 def _tensors(inputs: list[Input], count: int) -> list[torch.Tensor]:

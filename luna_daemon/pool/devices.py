@@ -31,7 +31,7 @@ def device_mask(device: str, environ: Mapping[str, str]) -> dict[str, str]:
         ConfigError: the daemon's own mask has no such device.
     """
     if device.startswith("GPU-"):
-        return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", **{name: device for name in _MASKS["cuda"]}}
+        return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", **dict.fromkeys(_MASKS["cuda"], device)}
     kind, _, number = device.partition(":")
     if kind not in _MASKS or not number:
         return {}

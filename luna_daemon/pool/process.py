@@ -6,17 +6,16 @@ import json
 import os
 import secrets
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from ..core import WorkerState, logger
 from ..wire import messages as m
-from ..wire.arena import Leases
+from ..wire.arena import Leases, Slot
 from ..wire.connection import Connection
 from ..wire.frame import encode_call
-from .work import Work
+from .work import Piece, Work
 
 __all__ = ["WorkerProcess"]
 
@@ -65,7 +64,7 @@ class WorkerProcess:
 
     # --- life ---
 
-    def start(self, host: str, port: int) -> None:
+    def start(self, interpreter: str, host: str, port: int) -> None:
         """Start the process; it dials back with its token.
 
         Raises:
@@ -76,7 +75,7 @@ class WorkerProcess:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, str(script)],
+                [interpreter, str(script)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -143,10 +142,20 @@ class WorkerProcess:
         for gone in unload:
             self._forget(gone)
         self.used[key], self.kinds[key] = work.started, work.spec.kind
+        patches = []
+        pieces = list(work.pieces)
+        for patch in work.patches:
+            patches.append(m.Patch(patch.name, patch.packed, len(pieces), len(patch.pieces)))
+            pieces += patch.pieces
+        refs, inline = self._placed(pieces)
+        self.connection.send(m.Job(job, work.call, work.spec, refs, unload, patches), inline)
+
+    def _placed(self, pieces: list[Piece]) -> tuple[list[m.TensorRef], list[Slot]]:
+        """Descriptors for this worker, and the slots that must travel with the job."""
         refs: list[m.TensorRef] = []
-        inline = []
+        inline: list[Slot] = []
         at = 0
-        for piece in work.pieces:
+        for piece in pieces:
             ref, slot = piece.ref, piece.slot
             if slot.number and self.sees_arena:
                 refs.append(ref.placed(slot.offset, slot.number, slot.segment))
@@ -154,7 +163,7 @@ class WorkerProcess:
                 refs.append(ref.placed(at))
                 inline.append(slot.retain())
                 at += ref.nbytes
-        self.connection.send(m.Job(job, work.call, work.spec, refs, unload), inline)
+        return refs, inline
 
     def done(self) -> Work | None:
         """Its job has ended, one way or the other."""

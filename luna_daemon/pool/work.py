@@ -13,7 +13,7 @@ from ..core import LunaError
 from ..wire.arena import Slot
 from ..wire.messages import LoadSpec, TensorRef
 
-__all__ = ["Outcome", "Piece", "Waiter", "Work"]
+__all__ = ["Outcome", "PatchSet", "Piece", "Waiter", "Work"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,15 @@ class Piece:
 
     ref: TensorRef
     slot: Slot
+
+
+@dataclass(frozen=True)
+class PatchSet:
+    """A patch set and the memory its tensors lie in."""
+
+    name: str
+    packed: Any
+    pieces: list[Piece]
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,8 @@ class Work:
     priority: int
     deadline: float | None
     waiters: list[Waiter]
+    patches: list[PatchSet] = field(default_factory=list)
+    """Patch sets that the call names."""
     load_bytes: int = 0
     """Bytes of the model's files: how much room loading it takes, about."""
     keep: Callable[[Outcome], None] | None = None
@@ -88,9 +99,9 @@ class Work:
             waiter.progress(stage, step, total)
 
     def release_inputs(self) -> None:
-        for piece in self.pieces:
+        for piece in [*self.pieces, *(piece for patch in self.patches for piece in patch.pieces)]:
             piece.slot.release()
-        self.pieces = []
+        self.pieces, self.patches = [], []
 
     def finish(self, outcome: Outcome) -> None:
         """Answer everybody; takes over the outcome's slots."""

@@ -37,6 +37,9 @@ __all__ = [
     "ModelRef",
     "ModelUnload",
     "ModelsList",
+    "Patch",
+    "PatchPut",
+    "PatchUse",
     "Ping",
     "Progress",
     "Register",
@@ -112,6 +115,16 @@ class ModelRef(msgspec.Struct, frozen=True):
     name: str = ""
     files: tuple[FileId, ...] = ()
     type: str = ""
+    checkpoint: bool = False
+    """``files`` is one checkpoint that carries the VAE or the text encoders inside."""
+
+
+class PatchUse(msgspec.Struct, array_like=True, frozen=True):
+    """A patch set that was put under ``name`` (its content's hash), and how strongly it applies."""
+
+    name: str
+    strength_patch: float = 1.0
+    strength_model: float = 1.0
 
 
 # --- calls: what a request may ask for; the tag is the op --------------------------------------------------------
@@ -151,6 +164,8 @@ class VaeEncode(msgspec.Struct, tag_field="op", tag="vae.encode", frozen=True):
 
     model: ModelRef
     tiling: Tiling | None = None
+    raw: bool = False
+    """ComfyUI's ``first_stage_model.encode`` alone: no cropping, scaling or slicing."""
 
 
 class VaeDecode(msgspec.Struct, tag_field="op", tag="vae.decode", frozen=True):
@@ -158,6 +173,10 @@ class VaeDecode(msgspec.Struct, tag_field="op", tag="vae.decode", frozen=True):
 
     model: ModelRef
     tiling: Tiling | None = None
+    raw: bool = False
+    """ComfyUI's ``first_stage_model.decode`` alone."""
+    options: dict[str, Any] = {}
+    """ComfyUI's ``vae_options``: plain values."""
 
 
 class ClipTokenize(msgspec.Struct, tag_field="op", tag="clip.tokenize", frozen=True):
@@ -177,6 +196,24 @@ class ClipEncode(msgspec.Struct, tag_field="op", tag="clip.encode", frozen=True)
     """ComfyUI's ``layer_idx``: -1 last, -2 penultimate; ``None`` is the family's own."""
     unprojected: bool = False
     """Pooled output before the text projection (``return_pooled="unprojected"``)."""
+    packed: Any = None
+    """ComfyUI's own tokens, embeddings included, as ``wire.packing`` packs them; instead of ``text`` and ``tokens``."""
+    part: str = ""
+    """Only this encoder: ``cond_stage_model.<part>.encode_token_weights(packed)``, with ``options``."""
+    options: dict[str, Any] = {}
+    """What ``set_clip_options`` of the whole or the part is given, beyond ``layer`` and ``unprojected``."""
+    patches: list[PatchUse] = []
+    """LoRA and other weight patches in the order of ``add_patches``."""
+    hooks: list[PatchUse] = []
+    """Hook patches on top, in order, with the strength of the current keyframe."""
+
+
+class PatchPut(msgspec.Struct, tag_field="op", tag="clip.patch", frozen=True):
+    """Keep a patch set for ``ClipEncode.patches`` and ``hooks``: ``packed`` maps weight keys to patches."""
+
+    name: str
+    """A hash of its content: the same name is the same set."""
+    packed: Any
 
 
 class ModelsList(msgspec.Struct, tag_field="op", tag="models.list", frozen=True):
@@ -244,7 +281,7 @@ class Shutdown(msgspec.Struct, tag_field="op", tag="shutdown", frozen=True):
 
 Call = Union[
     Ping, Info, ArenaProof, Alloc, Echo, VaeEncode, VaeDecode, ClipTokenize, ClipEncode, ModelsList, ModelLoad,
-    ModelUnload, LoraPut, LoraGet, LoraCheck, LoraStats, Register, Report, Drain, Shutdown,
+    ModelUnload, PatchPut, LoraPut, LoraGet, LoraCheck, LoraStats, Register, Report, Drain, Shutdown,
 ]  # fmt: skip
 
 
@@ -376,6 +413,16 @@ class LoadSpec(msgspec.Struct, frozen=True):
     files: tuple[str, ...]
     device: str
     precision: str
+    checkpoint: bool = False
+
+
+class Patch(msgspec.Struct, array_like=True, frozen=True):
+    """A patch set that a worker has not seen yet; its tensors are ``count`` of the job's, from ``start``."""
+
+    name: str
+    packed: Any
+    start: int
+    count: int
 
 
 class Job(msgspec.Struct, tag="job", frozen=True):
@@ -386,6 +433,7 @@ class Job(msgspec.Struct, tag="job", frozen=True):
     model: LoadSpec
     tensors: list[TensorRef] = []
     unload: list[str] = []
+    patches: list[Patch] = []
 
 
 class Unload(msgspec.Struct, tag="unload", frozen=True):
