@@ -90,6 +90,7 @@ class Link:
         self._closed = False
         self._open = True
         self._calls = 0
+        self._used = time.monotonic()
         self._pid = os.getpid()
         self._reading = threading.Lock()
         self._next_id = 1
@@ -109,7 +110,8 @@ class Link:
     @property
     def broken(self) -> DaemonConnectionError | None:
         """Why it is of no use any more. An idle one is looked at: the daemon may have been restarted meanwhile."""
-        if self._broken is None and not self.waiting and self.channel.ended():
+        idle = not self.waiting and time.monotonic() - self._used > _PROBE_S
+        if self._broken is None and idle and self.channel.ended():
             self._break(DaemonConnectionError("the daemon closed the connection"))
         return self._broken
 
@@ -157,6 +159,7 @@ class Link:
         finally:
             with self._id_lock:
                 self._calls -= 1
+            self._used = time.monotonic()
             self._hang_up_if_done()
 
     def _ask(

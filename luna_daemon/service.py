@@ -285,6 +285,8 @@ class Service:
                 self._request(session, message, payload)
         except OSError as error:
             ClientRequest(session, message.id, self).fail(ModelLoadError(f"{path}: {error.strerror or error}"))
+        except LunaError as error:
+            ClientRequest(session, message.id, self).fail(error)
         finally:
             if payload is not None:
                 payload.release()
@@ -319,13 +321,15 @@ class Service:
         spec = self.resolver.resolve(_model_of(call))
         self._check_served(spec.kind)
         self._check_call(call)
-        key = self._cache_key(spec, call)
-        if key is not None and (kept := self.cache.get(key)) is not None:
-            request.finish(kept, shared=True)
-            return
         deadline = None if message.deadline_s is None else time.monotonic() + message.deadline_s
         priority = max(Priority.INTERACTIVE.value, message.priority)
         pieces = self._pieces(request.session, message.tensors, payload)
+        key = self._cache_key(spec, call, pieces)
+        if key is not None and (kept := self.cache.get(key)) is not None:
+            for piece in pieces:
+                piece.slot.release()
+            request.finish(kept, shared=True)
+            return
         same = self.pool.find_same(lambda work: _is_same(work, spec, message.call, pieces))
         if same is not None:
             for piece in pieces:
@@ -335,13 +339,14 @@ class Service:
             request.join(same)
             return
         try:
+            room = load_bytes(spec)
             patches = self._patch_sets(call)
-        except LunaError:
+        except (LunaError, OSError):
             for piece in pieces:
                 piece.slot.release()
             raise
         work = Work(
-            request.op, message.call, spec, pieces, priority, deadline, [], patches, load_bytes(spec),
+            request.op, message.call, spec, pieces, priority, deadline, [], patches, room,
             pin=isinstance(call, m.ModelLoad) and call.pin,
             keep=None if key is None else lambda outcome: self.cache.put(key, outcome),
         )  # fmt: skip
@@ -387,12 +392,18 @@ class Service:
         if len(text) > _MOST_TEXT:
             raise LimitExceeded(f"a prompt of {len(text)} characters; the limit is {_MOST_TEXT}")
 
-    def _cache_key(self, spec: m.LoadSpec, call: m.Call) -> bytes | None:
-        """Everything that determines a conditioning, or ``None`` if it is not kept."""
+    def _cache_key(self, spec: m.LoadSpec, call: m.Call, pieces: list[Piece]) -> bytes | None:
+        """Everything that determines a conditioning, embeddings among its tokens too; ``None`` if it is not kept."""
         if not isinstance(call, m.ClipEncode) or not self.cache.max_bytes:
             return None
+        if sum(piece.ref.nbytes for piece in pieces) > _COMPARE:
+            return None  # too much to hash while others wait
         bare = msgspec.structs.replace(call, model=m.ModelRef(spec.kind))
-        return hashlib.blake2b(spec.key.encode() + b"\0" + bytes(encode_call(bare)), digest_size=16).digest()
+        key = hashlib.blake2b(spec.key.encode() + b"\0" + bytes(encode_call(bare)), digest_size=16)
+        for piece in pieces:
+            key.update(f"\0{piece.ref.dtype}{list(piece.ref.shape)}".encode())
+            key.update(piece.slot.view)
+        return key.digest()
 
     # --- what needs none ---
 
@@ -562,6 +573,11 @@ class Service:
             if connection.stalled_s > _STALL_S:
                 logger.warning("%s has read nothing for %.0f s and is cut off", connection.remote, connection.stalled_s)
                 connection.abort()
+
+    @property
+    def unsent(self) -> bool:
+        """Whether answers are still on their way to clients that read."""
+        return any(connection.unsent and connection.stalled_s < _FULL_S for connection in self._connections)
 
     def close(self) -> None:
         """Close every connection and forget every cache."""

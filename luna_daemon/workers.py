@@ -311,6 +311,7 @@ class WorkerPool:
         self._served[work.client] = time.monotonic()
         self.waits.append(time.monotonic() - work.born)
         worker.give(work, self._jobs, going)
+        work.deadline = None  # it was about the start: a retry does not break it
 
     # --- what workers say ---
 

@@ -133,6 +133,11 @@ class Connection(asyncio.BufferedProtocol):
     # --- the owner's side ---
 
     @property
+    def unsent(self) -> bool:
+        """Whether something has not left yet."""
+        return self._paused or bool(self._outbox)
+
+    @property
     def crowded(self) -> bool:
         """Whether the other side reads too slowly for messages that it can do without."""
         return len(self._outbox) >= _MOST_QUEUED

@@ -220,5 +220,5 @@ def test_tokens_that_do_not_fit(daemon, tokens):
 def test_text_and_tokens(daemon):
     """Exactly one of them."""
     for fields in ({}, {"text": "a", "tokens": {"l": [[(1, 1.0)]]}}):
-        with pytest.raises(BadRequest, match="either text or tokens"):
+        with pytest.raises(BadRequest, match="one of text, tokens and packed"):
             daemon.client().call(m.ClipEncode(m.ModelRef("clip", name="tiny"), **fields))

@@ -72,7 +72,7 @@ def test_a_client_that_is_killed_while_it_waits(start_daemon):
 def test_a_worker_is_killed(start_daemon):
     """The request is answered after one retry on another worker; the counters tell."""
     daemon = start_daemon()
-    call = Background(lambda: daemon.client().call(m.Echo(1 << 20, 0.7)))
+    call = Background(lambda: daemon.client().call(m.Echo(1 << 20, 0.7), deadline_s=10.0))
     os.kill(busy_pid(daemon), signal.SIGKILL)
     assert call.value().tensors[0].numel() == 1 << 18
     info = daemon.info()

@@ -20,9 +20,18 @@ def config(clip_l) -> str:
     return f'[models.tiny]\nvae = ["{DEMO_VAE}"]\nclip = ["{clip_l}"]\ntype = "sd15"\n'
 
 
+@pytest.fixture(scope="module", autouse=True)
+def threads():
+    """The same number here and in the workers: it decides bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield 2
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
-def daemon(start_module_daemon, clip_l):
-    return start_module_daemon(toml=config(clip_l))
+def daemon(start_module_daemon, clip_l, threads):
+    return start_module_daemon(toml=config(clip_l), cpu_threads=threads)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +145,7 @@ def test_the_cache_answers_without_a_worker(start_daemon, clip_l):
 
 def test_fallback_and_return(start_daemon, clip_l, pixels, caplog):
     """Daemon away: the local model answers with one warning; daemon back: it is used again and knows of it."""
-    daemon = start_daemon(toml=config(clip_l))
+    daemon = start_daemon(toml=config(clip_l), cpu_threads=2)
     loads = []
 
     def load():
@@ -152,7 +161,7 @@ def test_fallback_and_return(start_daemon, clip_l, pixels, caplog):
         assert torch.equal(vae.encode(pixels), expected)
         assert [record.levelname for record in caplog.records] == ["WARNING"]
         assert "local model steps in" in caplog.text
-        again = start_daemon(toml=config(clip_l), port=daemon.port)
+        again = start_daemon(toml=config(clip_l), port=daemon.port, cpu_threads=2)
         assert torch.equal(vae.encode(pixels), expected)
         assert "is back" in caplog.text
     info = again.info()
@@ -173,9 +182,9 @@ def test_warm_pin_unload(daemon):
     client = daemon.client()
     reference = m.ModelRef("vae", name="tiny")
     assert client.warm(reference, pin=True)["latent_channels"] == 16
-    assert any(key.startswith("vae:tiny") for key in client.models()["pinned"])
+    assert any(key.startswith("vae:luna_demo_vae") for key in client.models()["pinned"])
     client.unload(reference)
-    info = daemon.wait_for(lambda info: not any(key.startswith("vae:tiny") for key in info["models"]["loaded"]), 5)
+    info = daemon.wait_for(lambda info: not any(key.startswith("vae:luna_demo_vae") for key in info["models"]["loaded"]), 5)
     assert not info["models"]["pinned"]
 
 
