@@ -56,6 +56,7 @@ __all__ = ["Service"]
 
 _PATCH_BYTES, _PATCH_SETS = 2 << 30, 256
 """Patch sets kept for clients: what is dropped is put again when it is needed."""
+_SIZES, _CALL_BYTES = 256, 512
 _GREET_S = 5.0
 _TRIM_S = 60.0
 _STALL_S = 60.0
@@ -105,6 +106,7 @@ class Service:
         self.cache = ConditioningCache(settings.conditioning_cache_mb << 20)
         self.patches = LoRACache(_PATCH_BYTES, _PATCH_SETS)
         self.loras = LoRACache(int(settings.lora_cache_gb * (1 << 30)), settings.lora_cache_entries)
+        self._sizes: dict[tuple[Any, ...], int] = {}
         self.sessions: dict[Connection, Session] = {}
         self.workers: dict[Connection, WorkerProcess] = {}
         self.requests: Counter[str] = Counter()
@@ -345,16 +347,28 @@ class Service:
             for piece in pieces:
                 piece.slot.release()
             raise
+        size_key = (spec.key, bytes(message.call)[:_CALL_BYTES], tuple(ref.shape for ref in message.tensors))
         work = Work(
-            request.op, message.call, spec, pieces, priority, deadline, [], patches, room,
+            request.op, message.call, spec, pieces, priority, deadline, [], patches=patches, load_bytes=room,
             pin=isinstance(call, m.ModelLoad) and call.pin,
             keep=None if key is None else lambda outcome: self.cache.put(key, outcome),
+            reserve=lambda: self._foretold(size_key), measured=lambda nbytes: self._learn(size_key, nbytes),
         )  # fmt: skip
         request.join(work)
         try:
             self.pool.submit(work)
         except LunaError as error:
             work.fail(error)
+
+    def _foretold(self, size_key: tuple[Any, ...]) -> Slot | None:
+        """A slot for a result like the last one of the same call."""
+        nbytes = self._sizes.get(size_key, 0)
+        return self.arena.try_allocate(nbytes) if self.arena is not None and nbytes else None
+
+    def _learn(self, size_key: tuple[Any, ...], nbytes: int) -> None:
+        self._sizes[size_key] = nbytes
+        if len(self._sizes) > _SIZES:
+            del self._sizes[next(iter(self._sizes))]
 
     def _patch_sets(self, call: m.Call) -> list[PatchSet]:
         """The patch sets that a call names, with a use of their memory each.

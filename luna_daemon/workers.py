@@ -358,6 +358,8 @@ class WorkerPool:
         if work is None:
             outcome.release()
             return
+        if len(pieces) == 1:
+            work.measured(pieces[0].ref.nbytes)
         if work.pin:
             self.pinned.add(work.spec.key)
         work.finish(outcome)

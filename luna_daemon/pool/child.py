@@ -20,6 +20,7 @@ import queue
 import socket
 import sys
 import threading
+import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -49,6 +50,7 @@ from .devices import inner_device
 
 __all__ = ["Worker", "WorkerConfig", "main"]
 
+_STATUS_S = 1.0
 _INLINE_BYTES = 32 << 10
 """Smaller results travel in the message: reserving a slot would cost more than it saves."""
 
@@ -77,6 +79,7 @@ class Worker:
         self.channel = Channel(socket.create_connection((config.host, config.port), timeout=10))
         self.arena: ArenaView | None = None
         self.models: dict[str, Any] = {}
+        self._told = 0.0
         self.cancelled: set[int] = set()
         self.jobs: queue.SimpleQueue[tuple[m.Job | m.Unload, memoryview] | None] = queue.SimpleQueue()
         self.grants: queue.SimpleQueue[m.Reply | m.Failure] = queue.SimpleQueue()
@@ -96,7 +99,7 @@ class Worker:
                 self._unload(message.keys)
             else:
                 self._serve(backend, message, payload)
-            self._tell_status()
+            self._tell_status(message)
 
     def _greet(self) -> None:
         self.channel.send(
@@ -159,7 +162,7 @@ class Worker:
             inputs = [(ref, self._input(ref, payload)) for ref in job.tensors]
             step = partial(self._step, job.id)
             result = compute.run(decode_call(job.call), model, inputs, step, job.patches)
-            self._reply(job.id, result)
+            self._reply(job, result)
         except LunaError as error:
             self._fail(job.id, error)
         except MemoryError as error:
@@ -200,12 +203,12 @@ class Worker:
 
     # --- answers ---
 
-    def _reply(self, job: int, result: compute.Result) -> None:
+    def _reply(self, job: m.Job, result: compute.Result) -> None:
         refs: list[m.TensorRef] = []
         payload: list[memoryview] = []
         inline = 0
         for ref, data in result.tensors:
-            slot = self._reserve(ref.nbytes) if ref.nbytes > _INLINE_BYTES else None
+            slot = self._slot(job, ref.nbytes)
             if slot is not None and self.arena is not None:
                 self.arena.slice(slot.segment, slot.offset, ref.nbytes)[:] = data
                 refs.append(ref.placed(slot.offset, slot.slot, slot.segment))
@@ -213,7 +216,13 @@ class Worker:
                 refs.append(ref.placed(inline))
                 payload.append(data)
                 inline += ref.nbytes
-        self.channel.send(m.Reply(job, result.value, refs, result.notes), payload)
+        self.channel.send(m.Reply(job.id, result.value, refs, result.notes), payload)
+
+    def _slot(self, job: m.Job, nbytes: int) -> m.TensorRef | None:
+        """Where a result goes: the slot that came with the job if it fits, or one that is asked for."""
+        if job.grant is not None and job.grant.nbytes == nbytes:
+            return job.grant
+        return self._reserve(nbytes) if nbytes > _INLINE_BYTES else None
 
     def _reserve(self, nbytes: int) -> m.TensorRef | None:
         """A slot for a result; ``None`` when shared memory is full, and the bytes go by the socket."""
@@ -226,7 +235,12 @@ class Worker:
     def _fail(self, job: int, error: LunaError) -> None:
         self.channel.send(m.Failure(job, error.code, error.message, error.hint))
 
-    def _tell_status(self) -> None:
+    def _tell_status(self, after: m.Message | None = None) -> None:
+        """What it holds now; after a job that changed nothing, only once in a while, since looking is slow."""
+        now = time.monotonic()
+        if isinstance(after, m.Job) and not after.unload and now - self._told < _STATUS_S:
+            return
+        self._told = now
         import psutil
 
         models = {key: int(model.nbytes) for key, model in self.models.items()}

@@ -148,7 +148,11 @@ class WorkerProcess:
             patches.append(m.Patch(patch.name, patch.packed, len(pieces), len(patch.pieces)))
             pieces += patch.pieces
         refs, inline = self._placed(pieces)
-        self.connection.send(m.Job(job, work.call, work.spec, refs, unload, patches), inline)
+        slot = work.reserve() if self.sees_arena else None
+        grant = None
+        if slot is not None:
+            grant = m.TensorRef("uint8", (slot.nbytes,), slot.nbytes, slot.offset, self.leases.add(slot), slot.segment)
+        self.connection.send(m.Job(job, work.call, work.spec, refs, unload, patches, grant), inline)
 
     def _placed(self, pieces: list[Piece]) -> tuple[list[m.TensorRef], list[Slot]]:
         """Descriptors for this worker, and the slots that must travel with the job."""
@@ -168,6 +172,7 @@ class WorkerProcess:
     def done(self) -> Work | None:
         """Its job has ended, one way or the other."""
         work, self.work, self.job = self.work, None, 0
+        self.leases.release_all()  # slots that it was granted and did not use
         self.served += 1
         self.idle_since = time.monotonic()
         if self.state in (WorkerState.BUSY, WorkerState.LOADING):

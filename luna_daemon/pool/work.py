@@ -74,6 +74,10 @@ class Work:
     waiters: list[Waiter]
     patches: list[PatchSet] = field(default_factory=list)
     """Patch sets that the call names."""
+    reserve: Callable[[], Slot | None] = lambda: None
+    """A slot for the result, if its size can be foretold."""
+    measured: Callable[[int], None] = lambda nbytes: None
+    """Told the bytes of a result that is one tensor."""
     load_bytes: int = 0
     """Bytes of the model's files: how much room loading it takes, about."""
     keep: Callable[[Outcome], None] | None = None

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 
 from ..core import DaemonConnectionError, LunaError
+from .buffers import Buffers
 from .frame import MAX_HEADER, PREFIX_SIZE, decode_message, encode_frame, parse_prefix
 from .messages import Message
 
@@ -40,8 +41,9 @@ class Channel:
         self._have = 0
         # A frame whose payload is still arriving: kept here, so that a timeout in its middle loses nothing.
         self._message: Message | None = None
-        self._payload = bytearray()
+        self._payload = memoryview(b"")
         self._filled = 0
+        self._buffers = Buffers()
 
     def send(self, message: Message, payload: Sequence[memoryview] = ()) -> None:
         """Send one frame.
@@ -102,8 +104,8 @@ class Channel:
                 self._sock.close()
         message, payload = self._message, self._payload
         assert message is not None
-        self._message, self._payload, self._filled = None, bytearray(), 0
-        return message, memoryview(payload)
+        self._message, self._payload, self._filled = None, memoryview(b""), 0
+        return message, payload
 
     @property
     def sending(self) -> bool:
@@ -148,18 +150,17 @@ class Channel:
             with memoryview(self._buffer) as view:
                 # Copied: a message may keep raw parts of the bytes that it was decoded from.
                 self._message = decode_message(bytes(view[PREFIX_SIZE:end]))
-            self._payload = bytearray(payload)
+            self._payload = self._buffers.take(payload)
             here = min(payload, self._have - end)
             self._payload[:here] = self._buffer[end : end + here]
             self._filled = here
             self._buffer[: self._have - end - here] = self._buffer[end + here : self._have]
             self._have -= end + here
-        return self._filled == len(self._payload)
+        return self._filled == self._payload.nbytes
 
     def _read_some(self) -> None:
         if self._message is not None:
-            with memoryview(self._payload) as view:
-                got = self._sock.recv_into(view[self._filled :])
+            got = self._sock.recv_into(self._payload[self._filled :])
             self._filled += got
         else:
             with memoryview(self._buffer) as view:

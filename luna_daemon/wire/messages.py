@@ -434,6 +434,8 @@ class Job(msgspec.Struct, tag="job", frozen=True):
     tensors: list[TensorRef] = []
     unload: list[str] = []
     patches: list[Patch] = []
+    grant: TensorRef | None = None
+    """A slot for the result, where the daemon knows its size from the last time: saves the worker a round trip."""
 
 
 class Unload(msgspec.Struct, tag="unload", frozen=True):
