@@ -15,5 +15,5 @@ __all__ = ["copy_weights"]
 def copy_weights() -> None:
     """Replace the memory of every parameter in this process by a private copy."""
     for found in gc.get_objects():
-        if isinstance(found, torch.nn.Parameter):
+        if torch.nn.Parameter in type(found).__mro__:  # isinstance would wake every lazy object in the process
             found.data = found.data.clone()

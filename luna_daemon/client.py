@@ -75,8 +75,12 @@ class DaemonClient:
     def link(self) -> Link:
         """The live connection."""
         with self._lock:
-            if self._link is None or self._link.broken is not None or self._pid != os.getpid():
+            if self._pid != os.getpid():
                 self._pid = os.getpid()
+                if self._link is not None:  # a forked child's copy of its parent's connection
+                    self._link.close()
+                self._link = None
+            if self._link is None or self._link.broken is not None:
                 self._link = Link(self.host, self.port, self.runtime_dir, self.name, self.use_arena)
             return self._link
 

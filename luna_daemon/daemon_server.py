@@ -34,6 +34,9 @@ from .workers import WorkerPool
 __all__ = ["LunaDaemon"]
 
 _TIDY_S = 5.0
+_SEND_S = 5.0
+_LINGER_S = 0.1
+"""Lets clients map the last results before the shared memory goes."""
 _LEGACY_SERVICE = {"full": "full", "vae_only": "vae", "clip_only": "clip", "vae": "vae", "clip": "clip"}
 
 
@@ -195,8 +198,9 @@ class LunaDaemon:
         await pool.close(self.settings.drain_timeout_sec)
         tidier.cancel()
         await _stop_monitor(monitor)
+        await _until_sent(service)
         service.close()
-        await asyncio.sleep(0.05)  # lets the last answers leave
+        await asyncio.sleep(_LINGER_S)
         if arena is not None:
             arena.close()
         runtime.close()
@@ -322,6 +326,13 @@ async def _start_monitor(service: Service, settings: Settings) -> Any:
     service.ws_port = monitor.port
     logger.info("status on http://%s:%d/api/info", settings.host, monitor.port)
     return monitor
+
+
+async def _until_sent(service: Service) -> None:
+    """Large answers by TCP take a while to leave."""
+    end = time.monotonic() + _SEND_S
+    while service.unsent and time.monotonic() < end:
+        await asyncio.sleep(0.01)
 
 
 def _import_aiohttp() -> None:

@@ -69,6 +69,8 @@ class WorkerPool:
         self.crashes = 0
         self.accepting = True
         self._closing = False
+        self._sizes: dict[str, int] = {}
+        """Bytes of models that have been loaded before: float16 files may become float32 weights."""
         self._backoffs: dict[str, Backoff] = {}
         self._by_token: dict[str, WorkerProcess] = {}
         self._ending: list[WorkerProcess] = []
@@ -297,7 +299,8 @@ class WorkerPool:
         if work.spec.key not in worker.models:
             held = {key: (worker.used.get(key, 0.0), nbytes) for key, nbytes in worker.models.items()}
             budget = int(self.settings.model_memory_gb * (1 << 30))
-            going = policy.choose_evictions(held, self.pinned, work.load_bytes, budget)
+            need = self._sizes.get(work.spec.key, work.load_bytes)
+            going = policy.choose_evictions(held, self.pinned, need, budget)
         if going is None:
             work.fail(
                 OutOfMemory(
@@ -330,6 +333,7 @@ class WorkerPool:
             self._backoff(worker.key).succeeded()
         elif isinstance(message, m.WorkerStatus):
             worker.status(message)
+            self._sizes.update(message.models)
         elif isinstance(message, m.Progress) and worker.work is not None and message.id == worker.job:
             worker.work.progress(message.stage, message.step, message.total)
         elif isinstance(message, m.Reply) and message.id and message.id == worker.job:

@@ -119,7 +119,7 @@ def clip_l() -> Path:
 def daemons_below(folder: Path) -> Iterator[Callable[..., RunningDaemon]]:
     """A function that starts daemons whose files lie below ``folder``."""
     running: list[RunningDaemon] = []
-    with contextlib.ExitStack() as folders:
+    with contextlib.ExitStack() as folders, contextlib.ExitStack() as ends:
 
         def start(*, toml: str = "", wait: bool = True, port: int | None = None, **settings: Any) -> RunningDaemon:
             number = len(running)
@@ -142,13 +142,13 @@ def daemons_below(folder: Path) -> Iterator[Callable[..., RunningDaemon]]:
                 )
             daemon = RunningDaemon(process, port_, ws_port, runtime, arena, log)
             running.append(daemon)
+            # Each on its own: one that ends badly must not keep the others from ending.
+            ends.callback(lambda: daemon.stop(expect_clean=daemon.process.poll() is None))
             if wait:
                 _wait_until_it_answers(daemon)
             return daemon
 
         yield start
-        for daemon in running:
-            daemon.stop(expect_clean=daemon.process.poll() is None)
 
 
 @contextlib.contextmanager
