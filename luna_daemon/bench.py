@@ -41,6 +41,7 @@ def own_daemon(stack: ExitStack, config: Path | None) -> DaemonClient:
 
 def _free_ports(count: int) -> list[int]:
     import socket
+
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:

@@ -28,6 +28,7 @@ from .core import ConfigError, DaemonConnectionError, LunaError, PortInUse, Serv
 from .models import ModelResolver
 from .runtime import Runtime, read_facts, runtime_folder
 from .service import Service
+from .shared_memory import SharedMemory
 from .wire.arena import Arena, ArenaUnavailable, open_arena
 from .workers import WorkerPool
 
@@ -212,7 +213,7 @@ class LunaDaemon:
         base = self.settings.toml_path.parent if self.settings.toml_path else None
         assert self._stopping is not None
         return Service(
-            self.settings, pool, ModelResolver(self.settings, base), arena, why, runtime.token,
+            self.settings, pool, ModelResolver(self.settings, base), SharedMemory(arena, why), runtime.token,
             str(runtime.folder / "token"), collect_info, self._stopping.set,
         )  # fmt: skip
 

@@ -190,9 +190,7 @@ class Link:
             self._wake_next_reader()
         return waiting
 
-    def _place(
-        self, tensors: Sequence[torch.Tensor], slots: list[int]
-    ) -> tuple[list[m.TensorRef], list[memoryview]]:
+    def _place(self, tensors: Sequence[torch.Tensor], slots: list[int]) -> tuple[list[m.TensorRef], list[memoryview]]:
         """Write large tensors into arena slots, noted in ``slots``; the rest travels with the request."""
         refs: list[m.TensorRef] = []
         payload: list[memoryview] = []

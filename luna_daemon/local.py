@@ -72,9 +72,7 @@ class LocalCLIP:
         type: family (``sd15``, ``sdxl``, ``sd3``, ``flux``).
     """
 
-    def __init__(
-        self, *files: Path | str, type: str = "sdxl", device: str = "auto", precision: str = "auto"
-    ) -> None:
+    def __init__(self, *files: Path | str, type: str = "sdxl", device: str = "auto", precision: str = "auto") -> None:
         self.model = _load(ModelKind.CLIP, files, type, device, precision)
         self.layer_idx: int | None = None
 

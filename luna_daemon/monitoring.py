@@ -85,9 +85,9 @@ def _worker(worker: WorkerProcess, now: float) -> dict[str, Any]:
 
 
 def _arena(service: Service) -> dict[str, Any]:
-    arena = service.arena
+    arena = service.memory.arena
     if arena is None:
-        return {"folder": None, "why": service.arena_why, "reserved": 0, "used": 0, "max_bytes": 0}
+        return {"folder": None, "why": service.memory.why, "reserved": 0, "used": 0, "max_bytes": 0}
     return {
         "folder": str(arena.folder), "why": "", "reserved": arena.bytes_reserved, "used": arena.bytes_used,
         "max_bytes": arena.max_bytes,

@@ -87,9 +87,7 @@ class _Proxy:
         """Call the daemon; a full queue is waited for, since a local copy would make a full device fuller."""
         while True:
             try:
-                answer = self.client.call(
-                    call, tensors, on_progress=self.on_progress, is_cancelled=self.is_cancelled
-                )
+                answer = self.client.call(call, tensors, on_progress=self.on_progress, is_cancelled=self.is_cancelled)
             except Busy as busy:
                 self._sleep(min(busy.retry_after_s, _MOST_BUSY_S))
                 continue
@@ -118,9 +116,7 @@ class _Proxy:
         self.client.tell_fallbacks()
         return result
 
-    def _compute(
-        self, call: m.Call, tensor: torch.Tensor, local: Callable[[Any], torch.Tensor]
-    ) -> torch.Tensor:
+    def _compute(self, call: m.Call, tensor: torch.Tensor, local: Callable[[Any], torch.Tensor]) -> torch.Tensor:
         """``_either`` of a call with one tensor in and one out."""
         return self._either(lambda: self._send(call, [tensor]).tensors[0], local)
 
@@ -316,9 +312,7 @@ class DaemonCLIP(_Proxy):
         show_pbar: bool = True,
     ) -> list[list[Any]]:
         """Conditioning for a sampler: ``[[cond, {"pooled_output": pooled, **add_dict}]]``."""
-        found = self.encode_from_tokens(
-            tokens, return_pooled="unprojected" if unprojected else True, return_dict=True
-        )
+        found = self.encode_from_tokens(tokens, return_pooled="unprojected" if unprojected else True, return_dict=True)
         rest = {name: value for name, value in found.items() if name != "cond"}
         return [[found["cond"], {**rest, **(add_dict or {})}]]
 

@@ -40,10 +40,13 @@ class Session:
 class ClientRequest:
     """A request that waits for its answer: a ``Waiter`` of the pool."""
 
-    def __init__(self, session: Session, number: int, service: Service) -> None:
+    def __init__(self, session: Session, message: m.Request, payload: Slot | None, service: Service) -> None:
         self.session = session
         self.client = session.number
-        self.number = number
+        self.number = message.id
+        self.message = message
+        self.payload = payload
+        """Its inline bytes; valid only while it is dispatched."""
         self.service = service
         self.op = "unknown"
         self.work: Work | None = None

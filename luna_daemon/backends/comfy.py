@@ -187,9 +187,7 @@ class ComfyVae:
                 results.append(work(part).to("cpu", torch.float32))
         return (results[0] if len(results) == 1 else torch.cat(results)).contiguous(), notes
 
-    def _raw(
-        self, network: Callable[[Any], Any], tensor: torch.Tensor, step: Step
-    ) -> tuple[torch.Tensor, list[str]]:
+    def _raw(self, network: Callable[[Any], Any], tensor: torch.Tensor, step: Step) -> tuple[torch.Tensor, list[str]]:
         vae = self._vae
         self._backend.memory.load_models_gpu([vae.patcher], force_full_load=True)
         return self._run(lambda part: network(part.to(vae.vae_dtype).to(vae.device)), [tensor], step)

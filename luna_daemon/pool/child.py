@@ -90,9 +90,7 @@ class Worker:
         backend = self._start_backend()
         reader = threading.Thread(target=self._read, name="reader", daemon=True)
         reader.start()
-        self.channel.send(
-            m.WorkerReady(backend.name, backend.versions(), backend.devices(), self.arena is not None)
-        )
+        self.channel.send(m.WorkerReady(backend.name, backend.versions(), backend.devices(), self.arena is not None))
         while (item := self.jobs.get()) is not None:
             message, payload = item
             if isinstance(message, m.Unload):

@@ -13,9 +13,7 @@ __all__ = ["Backoff"]
 class Backoff:
     """Doubling delays between starts that fail, from ``first_s`` up to ``most_s``; one success resets it."""
 
-    def __init__(
-        self, first_s: float = 0.5, most_s: float = 30.0, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, first_s: float = 0.5, most_s: float = 30.0, clock: Callable[[], float] = time.monotonic) -> None:
         self.first_s = first_s
         self.most_s = most_s
         self.failures = 0

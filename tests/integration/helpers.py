@@ -109,9 +109,7 @@ def is_busy(info: dict[str, Any]) -> bool:
 
 def busy_pid(daemon: Any, not_: tuple[int, ...] = ()) -> int:
     """The pid of a worker that computes, once there is one."""
-    info = daemon.wait_for(
-        lambda info: any(w["state"] == "busy" and w["pid"] not in not_ for w in info["workers"]), 15
-    )
+    info = daemon.wait_for(lambda info: any(w["state"] == "busy" and w["pid"] not in not_ for w in info["workers"]), 15)
     return next(w["pid"] for w in info["workers"] if w["state"] == "busy" and w["pid"] not in not_)
 
 

@@ -184,7 +184,9 @@ def test_warm_pin_unload(daemon):
     assert client.warm(reference, pin=True)["latent_channels"] == 16
     assert any(key.startswith("vae:luna_demo_vae") for key in client.models()["pinned"])
     client.unload(reference)
-    info = daemon.wait_for(lambda info: not any(key.startswith("vae:luna_demo_vae") for key in info["models"]["loaded"]), 5)
+    info = daemon.wait_for(
+        lambda info: not any(key.startswith("vae:luna_demo_vae") for key in info["models"]["loaded"]), 5
+    )
     assert not info["models"]["pinned"]
 
 

@@ -11,11 +11,13 @@ import msgspec
 import pytest
 
 from luna_daemon import service as service_module
+from luna_daemon.computing import cache_key
 from luna_daemon.config import load_settings
 from luna_daemon.core import PROTOCOL_VERSION
 from luna_daemon.models import ModelResolver
 from luna_daemon.pool.work import Piece
 from luna_daemon.service import Service
+from luna_daemon.shared_memory import SharedMemory
 from luna_daemon.wire import messages as m
 from luna_daemon.wire.arena import Slot, open_arena, process_space
 from luna_daemon.wire.channel import Channel
@@ -30,7 +32,7 @@ async def served(folder):
     arena = open_arena(settings.arena_dir, 1, 256 << 20)
     info = {"text": "x" * 100_000}
     service = Service(
-        settings, WorkerPool(settings, folder), ModelResolver(settings), arena, "", "token", "nowhere",
+        settings, WorkerPool(settings, folder), ModelResolver(settings), SharedMemory(arena, ""), "token", "nowhere",
         lambda service: info, lambda: None,
     )  # fmt: skip
     server = await asyncio.get_running_loop().create_server(service.connect, "127.0.0.1", 0)
@@ -122,7 +124,7 @@ def test_a_bug_of_ours_is_answered_and_logged(tmp_path, monkeypatch, caplog):
             async def fails():
                 raise KeyError("in the background")
 
-            service._spawn(fails())
+            service.spawn(fails())
             await asyncio.sleep(0.01)
 
     with caplog.at_level(logging.ERROR, "luna_daemon"):
@@ -157,7 +159,7 @@ def test_slots_asked_for_by_who_left(tmp_path, answered):
     async def main():
         async with served(tmp_path) as (service, port):
             peer = await asyncio.to_thread(Peer(port).hello)
-            peer.channel.send(m.Request(1, encode_call(m.ArenaProof(service.arena.nonce, process_space()))))
+            peer.channel.send(m.Request(1, encode_call(m.ArenaProof(service.memory.arena.nonce, process_space()))))
             assert isinstance(await asyncio.to_thread(peer.receive), m.Reply)
             peer.channel.send(m.Request(2, encode_call(m.Alloc(48 << 20))))
             if answered:
@@ -167,9 +169,9 @@ def test_slots_asked_for_by_who_left(tmp_path, answered):
             peer.channel.close()
             for _ in range(100):
                 await asyncio.sleep(0.02)
-                if not service.sessions and service.arena.bytes_reserved and not service.arena.bytes_used:
+                if not service.sessions and service.memory.arena.bytes_reserved and not service.memory.arena.bytes_used:
                     return
-            raise AssertionError(f"{service.arena.bytes_used} bytes are still in use")
+            raise AssertionError(f"{service.memory.arena.bytes_used} bytes are still in use")
 
     asyncio.run(main())
 
@@ -185,9 +187,9 @@ def test_a_conditioning_is_kept_by_all_that_determines_it(tmp_path):
             def key(data: bytes, dtype: str = "uint8") -> bytes | None:
                 slot = Slot.on_heap(len(data))
                 slot.view[:] = data
-                return service._cache_key(spec, call, [Piece(m.TensorRef(dtype, (len(data),), len(data), 0), slot)])
+                return cache_key(service, spec, call, [Piece(m.TensorRef(dtype, (len(data),), len(data), 0), slot)])
 
-            keys = [service._cache_key(spec, call, []), key(b"one"), key(b"two"), key(b"one", "int8"), key(b"")]
+            keys = [cache_key(service, spec, call, []), key(b"one"), key(b"two"), key(b"one", "int8"), key(b"")]
             assert len(set(keys)) == 5 and None not in keys and key(b"one") == keys[1]
             assert key(bytes(2 << 20)) is None
 

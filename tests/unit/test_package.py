@@ -13,6 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "luna_daemon"
 FILES = sorted(PACKAGE.rglob("*.py"))
+
+
 def module_name(path: Path) -> str:
     """A file's dotted name."""
     parts = path.relative_to(ROOT).with_suffix("").parts

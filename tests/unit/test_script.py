@@ -22,7 +22,7 @@ def test_our_folders_do_not_shadow_other_modules(tmp_path, where):
     for name in ("__init__.py", "script.py"):
         (tmp_path / "luna_daemon" / name).write_text((ROOT / "luna_daemon" / name).read_text())
     (tmp_path / "luna_daemon" / "pool" / "__init__.py").touch()
-    (tmp_path / "nodes.py").write_text("raise SystemExit('shadowed')")
+    (tmp_path / "shadowing.py").write_text("raise SystemExit('shadowed')")
     depth = where.count("/") + 1
     script = tmp_path / where / "entry.py"
     script.write_text(
@@ -32,7 +32,7 @@ def test_our_folders_do_not_shadow_other_modules(tmp_path, where):
         "    from luna_daemon.script import run_as_module\n"
         f"    run_as_module('{where.replace('/', '.')}.entry')\n"
         "from importlib.util import find_spec\n"
-        "print(__name__, __package__, find_spec('nodes'), find_spec('script'))\n"
+        "print(__name__, __package__, find_spec('shadowing'), find_spec('script'))\n"
     )
     ran = run(str(script), cwd=tmp_path)
     assert ran.stdout == f"__main__ {where.replace('/', '.')} None None\n", ran.stderr

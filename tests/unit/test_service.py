@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from luna_daemon.computing import is_same
 from luna_daemon.pool.work import Piece, Work
-from luna_daemon.service import _is_same
 from luna_daemon.wire import messages as m
 from luna_daemon.wire.arena import Slot
 from luna_daemon.wire.frame import encode_call
@@ -26,7 +26,7 @@ def piece(ref: m.TensorRef = REF, data: bytes = b"abcd") -> Piece:
 def same(spec=SPEC, call=CALL, pieces=None, pin=False) -> bool:
     """Whether a request is what the work of ``SPEC``, ``CALL`` and one piece computes."""
     work = Work("vae.decode", CALL, SPEC, [piece()], 1, None, [], pin=pin)
-    return _is_same(work, spec, msgspec.Raw(bytes(call)), [piece()] if pieces is None else pieces)
+    return is_same(work, spec, msgspec.Raw(bytes(call)), [piece()] if pieces is None else pieces)
 
 
 def test_equal_in_everything():
@@ -59,4 +59,4 @@ def test_measuring_is_never_joined():
     """Two echo calls are two, or a benchmark would time nothing."""
     echo = m.LoadSpec("echo", "echo", "", (), "cpu", "auto")
     call = encode_call(m.Echo())
-    assert not _is_same(Work("echo", call, echo, [], 1, None, []), echo, call, [])
+    assert not is_same(Work("echo", call, echo, [], 1, None, []), echo, call, [])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from luna_daemon.core import WorkerCrashed
 from luna_daemon.pool.supervisor import Backoff
 from tests.unit.fakes import Clock

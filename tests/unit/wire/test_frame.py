@@ -30,7 +30,8 @@ REF = m.TensorRef("bfloat16", (1, 2, 3), 12, 4096, 9, "seg-1", True)
 RAW = encode_call(m.VaeDecode(MODEL, TILING))
 
 CALLS: list[m.Call] = [
-    m.Ping(), m.Info(), m.ArenaProof("ab"), m.Alloc(1 << 40), m.PatchPut("ab12", {"w": [1.0]}), m.Echo(8, 0.5), m.VaeEncode(MODEL),
+    m.Ping(), m.Info(), m.ArenaProof("ab"), m.Alloc(1 << 40),
+    m.PatchPut("ab12", {"w": [1.0]}), m.Echo(8, 0.5), m.VaeEncode(MODEL),
     m.VaeDecode(MODEL, TILING), m.ClipTokenize(MODEL, "a (cat:1.3), ein Käfer, 猫"),
     m.ClipEncode(MODEL, None, {"l": [[(49406, 1.0), (320, 1.3)]], "g": []}, -2, True), m.ModelsList(),
     m.ModelLoad(MODEL, True), m.ModelUnload(None), m.LoraPut("x", ["a.weight"]), m.LoraGet("x"), m.LoraCheck("x"),

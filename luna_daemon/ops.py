@@ -1,0 +1,153 @@
+"""Ops that the control process answers itself: everything that needs no model."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from .core import BadRequest, LimitExceeded, LunaError
+from .lora_cache import LoRACache, LoRAEntry
+from .pool.work import Outcome
+from .session import ClientRequest
+from .shared_memory import lease
+from .wire import messages as m
+from .wire.arena import process_space
+
+if TYPE_CHECKING:
+    from .service import Service
+
+__all__ = ["HANDLERS"]
+
+
+def _ping(service: Service, request: ClientRequest, call: m.Ping) -> None:
+    request.answer(None)
+
+
+def _info(service: Service, request: ClientRequest, call: m.Info) -> None:
+    request.answer(service.collect_info(service))
+
+
+def _prove(service: Service, request: ClientRequest, call: m.ArenaProof) -> None:
+    if service.memory.arena is None or not hmac.compare_digest(
+        call.nonce.encode(), service.memory.arena.nonce.encode()
+    ):
+        raise BadRequest("that is not the nonce of this daemon's shared memory", "Use TCP")
+    if call.space != process_space():
+        raise BadRequest("the client's processes cannot be seen from here: another container", "Use TCP")
+    request.session.sees_arena = True
+    request.answer(None)
+
+
+def _alloc(service: Service, request: ClientRequest, call: m.Alloc) -> None:
+    if not request.session.sees_arena:
+        raise BadRequest("shared memory was not proved to be visible to this client", "Send tensors inline")
+    if not 0 < call.nbytes <= service.limits.tensor_bytes:
+        raise LimitExceeded(f"a slot of {call.nbytes} bytes; the limit is {service.limits.tensor_bytes}")
+    held = request.session.leases.nbytes + request.session.reserving
+    if held + call.nbytes > service.limits.arena_bytes_per_client:
+        raise LimitExceeded(
+            f"this client holds {held} bytes of shared memory; the limit is {service.limits.arena_bytes_per_client}",
+            "Release tensors, or raise arena_client_mb",
+        )
+    request.session.reserving += call.nbytes
+    service.spawn(_alloc_later(service, request, call.nbytes))
+
+
+async def _alloc_later(service: Service, request: ClientRequest, nbytes: int) -> None:
+    try:
+        slot = await service.memory.allocate(nbytes)
+    finally:
+        request.session.reserving -= nbytes
+    if slot is None:
+        request.fail(LimitExceeded("shared memory is full", "Send tensors inline"))
+    elif not service.is_connected(request.session):
+        slot.release()
+    else:
+        request.answer(None, [lease(request.session.leases, slot)])
+
+
+def _models(service: Service, request: ClientRequest, call: m.ModelsList) -> None:
+    request.answer(
+        {
+            "named": {
+                name: {"type": model.type, "vae": model.vae, "clip": model.clip}
+                for name, model in service.resolver.named.items()
+            },
+            "loaded": {key: nbytes for worker in service.pool.workers for key, nbytes in worker.models.items()},
+            "pinned": sorted(service.pool.pinned),
+        }
+    )
+
+
+def _unload(service: Service, request: ClientRequest, call: m.ModelUnload) -> None:
+    key = service.resolver.resolve(call.model).key if call.model is not None else None
+    request.answer({"unloaded": service.pool.unload(key)})
+
+
+def _patch_put(service: Service, request: ClientRequest, call: m.PatchPut) -> None:
+    pieces = service.pieces(request)
+    _keep(service.patches, call.name, LoRAEntry([], pieces, call.packed))
+    request.answer(None)
+
+
+def _keep(cache: LoRACache, name: str, entry: LoRAEntry) -> None:
+    try:
+        cache.put(name, entry)
+    except LunaError:
+        for piece in entry.pieces:
+            piece.slot.release()
+        raise
+
+
+def _lora_put(service: Service, request: ClientRequest, call: m.LoraPut) -> None:
+    if len(call.keys) != len(request.message.tensors):
+        raise BadRequest(f"{len(call.keys)} keys for {len(request.message.tensors)} tensors")
+    pieces = service.pieces(request)
+    _keep(service.loras, call.name, LoRAEntry(call.keys, pieces))
+    request.answer({"success": True, "bytes": sum(piece.slot.nbytes for piece in pieces)})
+
+
+def _lora_get(service: Service, request: ClientRequest, call: m.LoraGet) -> None:
+    entry = service.loras.get(call.name)
+    if entry is None:
+        request.answer({"keys": None})
+    else:
+        request.finish(Outcome({"keys": entry.keys}, entry.pieces, []), shared=True)
+
+
+def _lora_check(service: Service, request: ClientRequest, call: m.LoraCheck) -> None:
+    request.answer({"exists": call.name in service.loras})
+
+
+def _lora_stats(service: Service, request: ClientRequest, call: m.LoraStats) -> None:
+    request.answer(service.loras.stats())
+
+
+def _register(service: Service, request: ClientRequest, call: m.Register) -> None:
+    request.answer({"success": True, "kind": call.kind, "type": call.type, "note": "models load by configuration"})
+
+
+def _report(service: Service, request: ClientRequest, call: m.Report) -> None:
+    service.fallbacks += max(0, call.fallbacks)
+    service.materialised += max(0, call.materialised)
+    request.answer(None)
+
+
+def _drain(service: Service, request: ClientRequest, call: m.Drain) -> None:
+    service.pool.accepting = False
+    request.answer({"in_flight": service.pool.in_flight})
+
+
+def _shutdown(service: Service, request: ClientRequest, call: m.Shutdown) -> None:
+    request.answer({"in_flight": service.pool.in_flight})
+    service.on_shutdown()
+
+
+HANDLERS: dict[type, Callable[..., None]] = {
+    m.Ping: _ping, m.Info: _info, m.ArenaProof: _prove, m.Alloc: _alloc,
+    m.ModelsList: _models, m.ModelUnload: _unload, m.PatchPut: _patch_put,
+    m.LoraPut: _lora_put, m.LoraGet: _lora_get, m.LoraCheck: _lora_check, m.LoraStats: _lora_stats,
+    m.Register: _register, m.Report: _report, m.Drain: _drain, m.Shutdown: _shutdown,
+}  # fmt: skip
+"""By the type of the call; every other op is computed by a worker."""
