@@ -32,6 +32,7 @@ from .core import (
 from .runtime import find_token
 from .wire import messages as m
 from .wire.arena import ArenaUnavailable, ArenaView, process_space
+from .wire.buffers import Buffers
 from .wire.channel import Channel
 from .wire.codec import check_ref, describe, tensor_bytes, tensor_from
 from .wire.frame import encode_call
@@ -93,6 +94,7 @@ class Link:
         self._used = time.monotonic()
         self._pid = os.getpid()
         self._reading = threading.Lock()
+        self._buffers = Buffers()
         self._next_id = 1
         self._id_lock = threading.Lock()
         self.arena: ArenaView | None = None
@@ -327,9 +329,10 @@ class Link:
             raise self._broken or error from error
         leased = sum(list(self._leased.values())) + ref.nbytes
         if ref.shared or leased > self.welcome.limits.arena_bytes_per_client * 3 // 4:
-            tensor = tensor_from(ref, view).clone()
+            own = self._buffers.take(ref.nbytes)
+            own[:] = view
             self._let_go(ref.slot)
-            return tensor
+            return tensor_from(ref, own)
         self._leased[ref.slot] = ref.nbytes
         weakref.finalize(view, self._let_go, ref.slot).atexit = False
         return tensor_from(ref, view)

@@ -1,6 +1,6 @@
-"""Memory for payloads that arrive by TCP, used again once the tensor that lay in it has died.
+"""Memory for results that are received or copied, used again once the tensor that lay in it has died.
 
-Fresh memory costs a page fault per 4 KB, which can take longer than receiving the bytes.
+Fresh memory costs a page fault per 4 KB, which can take longer than the bytes themselves.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 __all__ = ["Buffers"]
 
-_SMALL = 1 << 20
+_SMALL = 64 << 10
 """Below this the allocator keeps memory by itself."""
 
 

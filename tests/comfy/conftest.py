@@ -68,7 +68,9 @@ class TinyModel(SimpleNamespace):
     ``blocks`` the modules whose evaluations count as the model's work.
     """
 
-    def sample(self, model: Any = None, steps: int = 12, cfg: float = 3.0, sampler: str = "euler", seed: int = 1) -> Any:
+    def sample(
+        self, model: Any = None, steps: int = 12, cfg: float = 3.0, sampler: str = "euler", seed: int = 1
+    ) -> Any:
         """What ComfyUI's own ``comfy.sample.sample`` makes of it, [B, C, ...]."""
         sample = self.comfy.sample
         noise = sample.prepare_noise(self.latent, seed)
@@ -81,11 +83,15 @@ class TinyModel(SimpleNamespace):
         """One evaluation as samplers make it, outside of any sampler: wrappers of the MODEL included, [B, C, ...]."""
         model = model or self.model
         options = {"wrappers": model.wrappers, "cond_or_uncond": [0], "sigmas": self.comfy.torch.ones(1)}
-        arguments = {"c_crossattn": self.positive[0][0], **self.extra, **inputs}
-        x = arguments.pop("x", self.latent + 0.5)
-        t = self.comfy.torch.ones(x.shape[0]) * 0.5
         model.pre_run()
-        return model.model.apply_model(x, t, transformer_options=options, **arguments)
+        return model.model.apply_model(**{**self.inputs(), **inputs}, transformer_options=options)
+
+    def inputs(self) -> dict[str, Any]:
+        """``apply_model``'s arguments: x [B, C, ...], t [B], and the conditioning."""
+        repeat = self.comfy.torch.cat
+        context = repeat([self.positive[0][0], self.negative[0][0]][: self.rows])
+        x = repeat([self.latent + 0.5] * self.rows)
+        return {"x": x, "t": x.new_full((self.rows,), 0.5), "c_crossattn": context, **self.extra}
 
     @contextmanager
     def counting(self) -> Iterator[list[int]]:
@@ -120,7 +126,7 @@ def tiny(comfy: SimpleNamespace) -> Make:
 
 def _finished(
     comfy: SimpleNamespace, model: Any, seed: int, blocks: list[Any], latent: tuple[int, ...], context: tuple[int, int],
-    pooled: int = 0, std: float = 0.05, **extra: Any,
+    pooled: int = 0, std: float = 0.05, rows: int = 1, **extra: Any,
 ) -> TinyModel:  # fmt: skip
     torch = comfy.torch
     generator = torch.Generator().manual_seed(seed)
@@ -140,7 +146,7 @@ def _finished(
         extra["y"] = conds[0][0][1]["pooled_output"]
     return TinyModel(
         comfy=comfy, model=model, positive=conds[0], negative=conds[1], latent=torch.zeros(latent), blocks=blocks,
-        extra=extra,
+        extra=extra, rows=rows,
     )  # fmt: skip
 
 
@@ -193,6 +199,27 @@ def _flux(comfy: SimpleNamespace, seed: int, name: str = "Flux", **changes: Any)
     return _finished(
         comfy, model, seed, [*network.double_blocks, *network.single_blocks], (1, 16, 16, 16), (8, 64), pooled=64
     )
+
+
+def _chroma(comfy: SimpleNamespace, seed: int) -> TinyModel:
+    """Flux' relative with other modulation."""
+    model = _from_config(
+        comfy, "Chroma", in_channels=64, out_channels=64, patch_size=2, context_in_dim=64, hidden_size=64,
+        mlp_ratio=2.0, num_heads=2, depth=2, depth_single_blocks=3, axes_dim=[8, 12, 12], theta=10000, qkv_bias=True,
+        in_dim=64, out_dim=64, hidden_dim=64, n_layers=2,
+    )  # fmt: skip
+    network = model.model.diffusion_model
+    blocks = [*network.double_blocks, *network.single_blocks]
+    return _finished(comfy, model, seed, blocks, (1, 16, 16, 16), (8, 64), pooled=64, guidance=comfy.torch.zeros(1))
+
+
+def _hunyuan3d(comfy: SimpleNamespace, seed: int) -> TinyModel:
+    """Blocks of another kind, with skip connections, that answer with a tensor; takes cond and uncond as one batch."""
+    model = _from_config(
+        comfy, "Hunyuan3Dv2_1", in_channels=64, hidden_size=64, context_dim=64, depth=5, num_heads=2,
+        num_moe_layers=1, guidance_cond_proj_dim=64, num_experts=2,
+    )  # fmt: skip
+    return _finished(comfy, model, seed, list(model.model.diffusion_model.blocks), (1, 64, 16), (8, 64), rows=2)
 
 
 def _hunyuan_video(comfy: SimpleNamespace, seed: int) -> TinyModel:
