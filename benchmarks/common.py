@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import socket
 import statistics
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from rich.console import Console
 
 from luna_daemon.client import DaemonClient
 from luna_daemon.daemon_server import LunaDaemon
@@ -27,7 +29,27 @@ RUNTIME = BUILD / "run"
 CLIP_L, CLIP_G, VAE = MODELS / "clip_l.safetensors", MODELS / "clip_g.safetensors", MODELS / "sdxl_vae.safetensors"
 
 Result = dict[str, Any]
-"""``value``, ``unit``, ``bar`` (the most or least it may be), and both sides of a ratio."""
+"""``value``, ``unit``, ``bar`` (``{"at_most": 1.6}``, ``{"at_least": 20}`` or ``None``), ``met`` (``None`` without a
+bar), and both sides of a ratio."""
+
+_BAR = re.compile(r"(<=|>=) (\d+(?:\.\d+)?)")
+_SIDES = {"<=": "at_most", ">=": "at_least"}
+
+
+def leave_the_users_settings() -> None:
+    """Nothing of whoever measures decides a figure: no ``LUNA_*`` variable, no ``luna.toml`` of the current folder.
+
+    Daemons, clients and peers inherit this process' environment. ``COMFYUI_PATH`` stays: a tokenizer may lie there.
+    """
+    for name in [name for name in os.environ if name.startswith("LUNA_")]:
+        del os.environ[name]
+    BUILD.mkdir(exist_ok=True)
+    nothing = BUILD / "no-settings.toml"
+    nothing.touch()
+    os.environ["LUNA_CONFIG"] = str(nothing)
+
+
+leave_the_users_settings()
 
 
 def make_models() -> None:
@@ -51,7 +73,8 @@ def free_port() -> int:
 def daemon(**settings: Any) -> Iterator[LunaDaemon]:
     """A daemon on a free port, with the SDXL files as model ``sdxl``."""
     models = {"sdxl": {"vae": [str(VAE)], "clip": [str(CLIP_L), str(CLIP_G)], "type": "sdxl"}}
-    with LunaDaemon(port=free_port(), ws_port=free_port(), runtime_dir=RUNTIME, models=models, **settings) as running:
+    settings = {"backend": "diffusers", "runtime_dir": RUNTIME, "models": models, **settings}
+    with LunaDaemon(port=free_port(), ws_port=free_port(), environ=dict(os.environ), **settings) as running:
         yield running
 
 
@@ -76,10 +99,34 @@ def percentile(values: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
 
 
-def result(value: float, unit: str, bar: str = "", **sides: Any) -> Result:
-    """One row; numbers are rounded, since these are measurements."""
+def result(value: float, unit: str, bar: str = "", private: bool | None = None, **sides: Any) -> Result:
+    """One row; numbers are rounded, since these are measurements.
+
+    Args:
+        bar: ``<= 1.6``, ``>= 20``, or nothing.
+        private: whether results were private where that was looked at; the bar is not met if they were not.
+    """
     rounded = {name: round(side, 4) if isinstance(side, float) else side for name, side in sides.items()}
-    return {"value": round(value, 4), "unit": unit, "bar": bar, **rounded}
+    if private is not None:
+        rounded = {"private": private, **rounded}
+    limit, met = None, None
+    if bar:
+        match = _BAR.fullmatch(bar)
+        assert match is not None, bar
+        limit = {_SIDES[match[1]]: float(match[2])}
+        met = (value <= float(match[2]) if match[1] == "<=" else value >= float(match[2])) and private is not False
+    return {"value": round(value, 4), "unit": unit, "bar": limit, "met": met, **rounded}
+
+
+@contextmanager
+def stage(console: Console, text: str) -> Iterator[None]:
+    """Say what goes on: a spinner on a terminal, a line elsewhere."""
+    if console.is_terminal:
+        with console.status(text):
+            yield
+    else:
+        console.print(text)
+        yield
 
 
 def pss(pid: int) -> int:

@@ -34,16 +34,17 @@ PHOTOS = ("coffee", "china", "roofs")
 
 def main() -> None:
     console = Console()
+    leave_the_users_settings()
     OUT.mkdir(parents=True, exist_ok=True)
-    with console.status("making a text encoder of the real size, once (random weights: nothing is downloaded)"):
+    with stage(console, "making a text encoder of the real size, once (random weights: nothing is downloaded)"):
         CLIP.parent.mkdir(parents=True, exist_ok=True)
         make_clip_l(CLIP)
 
-    with console.status("three processes, each with its own models"):
+    with stage(console, "three processes, each with its own models"):
         alone, alone_bytes = without_daemon()
     console.print(f"without the daemon: {gigabytes(alone_bytes)} in three processes")
 
-    with console.status("the same three, sharing one daemon"):
+    with stage(console, "the same three, sharing one daemon"):
         shared, shared_bytes, info = with_daemon()
     console.print(f"with the daemon:    {gigabytes(shared_bytes)} in three clients, the daemon and its worker")
 
@@ -54,6 +55,30 @@ def main() -> None:
     for result in shared:
         console.print(f"{result['photo']}: {result['psnr']:.1f} dB after encode and decode")
     console.print(f"pictures, chart and table are in {OUT.relative_to(HERE.parent)}/")
+
+
+@contextmanager
+def stage(console: Console, text: str) -> Iterator[None]:
+    """Say what goes on: a spinner on a terminal, a line elsewhere."""
+    if console.is_terminal:
+        with console.status(text):
+            yield
+    else:
+        console.print(text)
+        yield
+
+
+def leave_the_users_settings() -> None:
+    """The demo shows the same everywhere: no ``LUNA_*`` variable and no ``luna.toml`` of the current folder decides.
+
+    The daemon and the clients inherit this process' environment. ``COMFYUI_PATH`` stays: a tokenizer may lie there.
+    """
+    for name in [name for name in os.environ if name.startswith("LUNA_")]:
+        del os.environ[name]
+    BUILD.mkdir(exist_ok=True)
+    nothing = BUILD / "no-settings.toml"
+    nothing.touch()
+    os.environ["LUNA_CONFIG"] = str(nothing)
 
 
 # --- the two ways -------------------------------------------------------------------------------------------------
@@ -71,8 +96,9 @@ def with_daemon() -> tuple[list[dict[str, Any]], dict[str, int], dict[str, Any]]
     port, ws_port = free_port(), free_port()
     runtime = BUILD / "run"
     models = {"demo": {"vae": [str(VAE)], "clip": [str(CLIP)], "type": "sd15"}}
+    settings = {"backend": "diffusers", "runtime_dir": runtime, "models": models}
     with (
-        LunaDaemon(port=port, ws_port=ws_port, runtime_dir=runtime, models=models) as daemon,
+        LunaDaemon(port=port, ws_port=ws_port, environ=dict(os.environ), **settings) as daemon,
         clients(["--port", str(port), "--runtime-dir", str(runtime)]) as processes,
     ):
         results = [result_of(process) for process in processes]

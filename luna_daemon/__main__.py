@@ -1,4 +1,13 @@
-"""``python -m luna_daemon`` is the ``luna-daemon`` command."""
+"""``python -m luna_daemon``, and ``python luna_daemon`` from any folder, is the ``luna-daemon`` command."""
+
+if __name__ == "__main__" and not __package__:
+    import pathlib
+    import sys
+
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+    from luna_daemon.script import run_as_module
+
+    run_as_module("luna_daemon.__main__")
 
 from .cli import main
 

@@ -42,6 +42,7 @@ _WS_PORT = typer.Option(metavar="PORT", help="Port of its status page [19284].")
 _CONFIG = typer.Option(metavar="FILE", help="Configuration file [luna.toml in this folder].")
 _RUNTIME = typer.Option("--runtime-dir", metavar="FOLDER", help="Folder of its token [one per user].")
 _COMFYUI = typer.Option(metavar="FOLDER", help="ComfyUI's folder [COMFYUI_PATH].")
+_COMFYUI_PYTHON = typer.Option(metavar="FILE", help="The interpreter that runs it [COMFYUI_PYTHON].")
 _MODEL_DIR = typer.Option(metavar="FOLDER", help="A folder with models; may be repeated.")
 _DEVICE = typer.Option(metavar="DEVICE", help="auto, cpu, cuda:1 or a GPU's UUID [auto].")
 _BACKEND = typer.Option(metavar="NAME", help="What runs the models: auto, comfy or diffusers [auto].")
@@ -58,6 +59,11 @@ Port = Annotated[int | None, _PORT]
 WsPort = Annotated[int | None, _WS_PORT]
 Config = Annotated[Path | None, _CONFIG]
 Runtime = Annotated[Path | None, _RUNTIME]
+ComfyUI = Annotated[Path | None, _COMFYUI]
+ComfyUIPython = Annotated[Path | None, _COMFYUI_PYTHON]
+ModelDirs = Annotated[list[Path] | None, _MODEL_DIR]
+Device = Annotated[str | None, _DEVICE]
+Backend = Annotated[str | None, _BACKEND]
 AsJson = Annotated[bool, _JSON]
 
 
@@ -95,11 +101,12 @@ def serve(
     port: Port = None,
     ws_port: WsPort = None,
     config: Config = None,
-    comfyui: Annotated[Path | None, _COMFYUI] = None,
-    model_dir: Annotated[list[Path] | None, _MODEL_DIR] = None,
-    vae_device: Annotated[str | None, _DEVICE] = None,
-    clip_device: Annotated[str | None, _DEVICE] = None,
-    backend: Annotated[str | None, _BACKEND] = None,
+    comfyui: ComfyUI = None,
+    comfyui_python: ComfyUIPython = None,
+    model_dir: ModelDirs = None,
+    vae_device: Device = None,
+    clip_device: Device = None,
+    backend: Backend = None,
     service_type: Annotated[str | None, _SERVICE] = None,
     log_level: Annotated[str | None, _LOG_LEVEL] = None,
     runtime_dir: Runtime = None,
@@ -110,8 +117,8 @@ def serve(
 
     daemon = LunaDaemon(
         host, port, ws_port, service_type=service_type, config_file=config, comfyui_path=comfyui,
-        model_dirs=model_dir or None, vae_device=vae_device, clip_device=clip_device, backend=backend,
-        log_level=log_level.upper() if log_level else None, runtime_dir=runtime_dir,
+        comfyui_python=comfyui_python, model_dirs=model_dir or None, vae_device=vae_device, clip_device=clip_device,
+        backend=backend, log_level=log_level.upper() if log_level else None, runtime_dir=runtime_dir,
     )  # fmt: skip
     logger.setLevel(daemon.settings.log_level)
     daemon.run()
@@ -128,7 +135,7 @@ def status(
         if as_json:
             print_json(info)
         else:
-            show_status(info, f"{client.host}:{client.port}", _status_page(client, ws_port, config))
+            show_status(info, f"{client.host}:{client.port}", _status_page(client, info["ws_port"], ws_port))
 
 
 @app.command()
@@ -167,11 +174,15 @@ def warm(
         for one in _kinds(client, name, kind):
             with Bar(f"{name} ({one})") as bar:
                 loaded[one] = client.warm(ModelRef(one, name), pin, bar.progress)
+        info = client.get_daemon_info()
     if as_json:
         print_json({"model": name, "pinned": pin, "loaded": loaded})
         return
     for one, properties in loaded.items():
-        typer.echo(f"{name} ({one}) is loaded{' and pinned' if pin else ''}")
+        # Which of its kind was pinned before is not told: then nothing is promised.
+        pinned_before = any(key.startswith(f"{one}:") for key in info["models"]["pinned"])
+        until = "" if pinned_before else f" until it has been idle for {info['idle_timeout_s']:g} s; --pin keeps it"
+        typer.echo(f"{name} ({one}) is loaded{' and pinned' if pin else until}")
         tables(("", "property value", [(key, str(value)) for key, value in properties.items()]))
 
 
@@ -225,12 +236,21 @@ def stop(
 @app.command()
 def doctor(
     host: Host = None, port: Port = None, ws_port: WsPort = None, config: Config = None,
+    comfyui: ComfyUI = None, comfyui_python: ComfyUIPython = None, model_dir: ModelDirs = None,
+    vae_device: Device = None, clip_device: Device = None, backend: Backend = None,
     runtime_dir: Runtime = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Check machine and settings, and say what to do."""
+    """Check machine and settings, and say what to do.
+
+    Takes the options of 'serve' that decide what is loaded and where, and checks what would be served.
+    """
     from .doctor import examine
 
-    overrides = {"host": host, "port": port, "ws_port": ws_port, "runtime_dir": runtime_dir}
+    overrides = {
+        "host": host, "port": port, "ws_port": ws_port, "runtime_dir": runtime_dir, "comfyui_path": comfyui,
+        "comfyui_python": comfyui_python, "model_dirs": model_dir or None, "vae_device": vae_device,
+        "clip_device": clip_device, "backend": backend,
+    }  # fmt: skip
     checks = examine(overrides, config)
     problems = sum(check.level == "problem" for check in checks)
     if as_json:
@@ -332,14 +352,16 @@ def _listens(host: str, port: int) -> bool:
     return True
 
 
-def _status_page(client: DaemonClient, ws_port: int | None, config: Path | None) -> str:
-    from .config import load_settings
-    from .runtime import read_facts
+def _status_page(client: DaemonClient, ws_port: int | None, asked: int | None) -> str:
+    """Where the daemon says that its page is; a port of the command line is tried instead, for a forwarded one."""
+    if asked is not None and asked != ws_port:
+        address = _page_address(client.host, asked)
+        return address if _listens(client.host, asked) else f"{address} does not answer"
+    return _page_address(client.host, ws_port) if ws_port else "none: its port is taken, or the daemon has just started"
 
-    known = ws_port or read_facts(client.port, client.runtime_dir).get("ws_port")
-    known = known or load_settings(config_file=config).ws_port
-    address = f"http://{client.host}:{known}/"
-    return address if _listens(client.host, known) else f"{address} does not answer"
+
+def _page_address(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
 def _kinds(client: DaemonClient, name: str, kind: str) -> list[str]:

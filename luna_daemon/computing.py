@@ -113,14 +113,14 @@ def _check_call(service: Service, call: m.Call) -> None:
 
 def cache_key(service: Service, spec: m.LoadSpec, call: m.Call, pieces: list[Piece]) -> bytes | None:
     """Everything that determines a conditioning, embeddings among its tokens too; ``None`` if it is not kept."""
-    if not isinstance(call, m.ClipEncode) or not service.cache.max_bytes:
+    if not isinstance(call, (m.ClipEncode, m.ClipTokenize)) or not service.cache.max_bytes:
         return None
     if sum(piece.ref.nbytes for piece in pieces) > _COMPARE:
         return None  # too much to hash while others wait
     bare = msgspec.structs.replace(call, model=m.ModelRef(spec.kind))
     key = hashlib.blake2b(spec.key.encode() + b"\0" + bytes(encode_call(bare)), digest_size=16)
     for piece in pieces:
-        key.update(f"\0{piece.ref.dtype}{list(piece.ref.shape)}".encode())
+        key.update(f"\0{piece.ref.dtype}{list(piece.ref.shape)}{list(piece.ref.order)}".encode())
         key.update(piece.slot.view)
     return key.digest()
 

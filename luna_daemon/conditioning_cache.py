@@ -1,4 +1,4 @@
-"""Answers to repeated prompts: conditioning kept in memory, least recently used out first.
+"""Answers to repeated prompts: conditioning and tokens kept in memory, least recently used out first.
 
 The key is everything that determines the result: the model with its files' identity, family, device and precision
 (``LoadSpec.key``), the whole call (text or tokens with weights, layer, projection) and any input bytes. Flags of the
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from typing import Any
+
+import msgspec
 
 from .pool.work import Outcome
 
@@ -37,7 +39,7 @@ class ConditioningCache:
 
     def put(self, key: bytes, outcome: Outcome) -> None:
         """Keep an outcome; takes its own use of the slots."""
-        size = sum(piece.slot.nbytes for piece in outcome.pieces)
+        size = _size(outcome)
         if size > self.max_bytes or key in self._kept:
             return
         while self.nbytes + size > self.max_bytes:
@@ -60,5 +62,12 @@ class ConditioningCache:
 
     def _drop(self, key: bytes) -> None:
         outcome = self._kept.pop(key)
-        self.nbytes -= sum(piece.slot.nbytes for piece in outcome.pieces)
+        self.nbytes -= _size(outcome)
         outcome.release()
+
+
+def _size(outcome: Outcome) -> int:
+    """Bytes of an outcome: its tensors, or the plain data that tokens are."""
+    if outcome.pieces:
+        return sum(piece.slot.nbytes for piece in outcome.pieces)
+    return len(msgspec.msgpack.encode(outcome.result))

@@ -11,6 +11,7 @@ import difflib
 import json
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -59,8 +60,11 @@ VRAM_SAFETY_MARGIN_GB = 1.0
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?|GPU-[0-9a-fA-F-]+)$")]
 Port = Annotated[int, Field(ge=0, le=65535)]
 _DEVICES = "must be auto, cpu, cuda, cuda:1 (any number), mps, xpu, xpu:1 or a GPU's UUID (GPU-...)"
+_PATHS = ("comfyui_path", "comfyui_python", "arena_dir", "runtime_dir", "model_dirs")
+_MAY_BE_EMPTY = ("vae_path", "clip_l_path", "clip_g_path")
+"""Set to nothing these mean "none"; other variables that are set to nothing count as not set."""
 _PATHS_OF_ENV = os.pathsep
-_NOT_SETTINGS = {"LUNA_CONFIG", "LUNA_TOKEN", "LUNA_TOKEN_FILE"}
+_NOT_SETTINGS = {"LUNA_CONFIG", "LUNA_START_ID", "LUNA_TOKEN", "LUNA_TOKEN_FILE"}
 
 
 class NamedModel(BaseModel):
@@ -84,7 +88,9 @@ class Settings(BaseSettings):
     """The ``luna.toml`` that ``load_settings`` found, if any."""
     environ: ClassVar[Mapping[str, str] | None] = None
 
-    host: str = Field(DAEMON_HOST, description="Address to listen on; anything but loopback is reachable by others.")
+    host: str = Field(
+        DAEMON_HOST, min_length=1, description="Address to listen on; anything but loopback is reachable by others."
+    )
     port: Port = Field(DAEMON_PORT, description="The daemon's socket.")
     ws_port: Port = Field(DAEMON_WS_PORT, description="HTTP: status page, WebSocket, metrics, health.")
     service_type: ServiceType = Field(ServiceType.FULL, description="full, vae or clip: which work is accepted.")
@@ -153,7 +159,7 @@ class Settings(BaseSettings):
             sources.append(TomlConfigSettingsSource(settings_cls, cls.toml_path))
         return tuple(sources)
 
-    @field_validator("comfyui_path", "comfyui_python", "arena_dir", "runtime_dir", "model_dirs")
+    @field_validator(*_PATHS)
     @classmethod
     def _absolute(cls, value: Path | list[Path] | None) -> Path | list[Path] | None:
         """``~`` is the home folder; a relative path belongs to the folder of ``luna.toml``, or to the current one."""
@@ -185,7 +191,7 @@ def load_settings(
         ConfigError: names the setting, its value and what is allowed.
     """
     environ = os.environ if environ is None else environ
-    given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    given = {key: _from_here(key, value) for key, value in (overrides or {}).items() if value is not None}
     path = _find_toml(environ, config_file)
     # A subclass per call: sources are looked up on the class, and two calls must not see each other's.
     bound = type("Settings", (Settings,), {"toml_path": path, "environ": environ, "__module__": __name__})
@@ -217,23 +223,25 @@ def _from_environ(cls: type[BaseSettings], environ: Mapping[str, str]) -> dict[s
         name = variable[5:].lower()
         if not variable.startswith("LUNA_") or variable in _NOT_SETTINGS:
             continue
-        if not text and (name not in fields or fields[name].annotation is not str):
-            continue  # set to nothing; only a text may mean that
+        if not text and name not in _MAY_BE_EMPTY:
+            continue
         if name not in fields:
             close = difflib.get_close_matches(name, fields, n=1)
             meant = f"; did you mean LUNA_{close[0].upper()}?" if close else ""
             logger.warning("%s is no setting and is ignored%s", variable, meant)
         elif name == "model_dirs":
-            values[name] = [Path(part) for part in text.split(_PATHS_OF_ENV) if part]
+            values[name] = _from_here(name, [part for part in text.split(_PATHS_OF_ENV) if part])
         elif name == "comfyui_args":
-            values[name] = text.split()
+            values[name] = shlex.split(text)
+        elif name in _PATHS:
+            values[name] = _from_here(name, text)
         elif name == "models":
             values[name] = _models_from_json(text)
         else:
             values[name] = text
     for name in ("comfyui_path", "comfyui_python"):
         if environ.get(name.upper()):
-            values.setdefault(name, environ[name.upper()])
+            values.setdefault(name, _from_here(name, environ[name.upper()]))
     return values
 
 
@@ -242,6 +250,15 @@ def _models_from_json(text: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise ConfigError(f"LUNA_MODELS is not JSON: {error}", "Better name models in luna.toml") from error
+
+
+def _from_here(name: str, value: Any) -> Any:
+    """A path that was not read from ``luna.toml`` belongs to the current folder."""
+    if name not in _PATHS or not isinstance(value, (str, Path, list, tuple)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [Path.cwd() / Path(part).expanduser() for part in value]
+    return Path.cwd() / Path(value).expanduser()
 
 
 def _explain(error: ValidationError) -> str:

@@ -8,8 +8,8 @@ The error tree. Each class has a stable wire ``code``; the client raises the cla
     ├── DaemonConnectionError   no daemon answers, or it went away                  (local model may step in)
     │   └── ShuttingDown        the daemon is draining                              (local model may step in)
     ├── ProtocolError           bytes that are not LDP/1
-    │   ├── VersionMismatch     the other side speaks another version of the protocol
-    │   └── AuthenticationError no token, or a wrong one
+    │   ├── VersionMismatch     the other side speaks another protocol version   (local model may step in)
+    │   └── AuthenticationError no token, or a wrong one                            (local model may step in)
     ├── BadRequest              an argument is wrong: names it and its value
     │   └── LimitExceeded       larger than a limit that ``welcome`` announced
     ├── ModelError
@@ -21,8 +21,8 @@ The error tree. Each class has a stable wire ``code``; the client raises the cla
     ├── DeadlineExceeded        the request's deadline passed before it was started
     ├── RequestCancelled        the caller cancelled it
     ├── OutOfMemory             the device had no room, tiled or not
-    ├── WorkerCrashed           the worker process died
-    │   └── PoisonRequest       ... twice, on the same request: never tried again, and never locally
+    ├── WorkerCrashed           no worker process can be started                    (local model may step in)
+    │   └── PoisonRequest       two died on the same request: never tried again, and never locally
     └── InternalError           a bug in the daemon; its log has the traceback
 """
 
@@ -162,12 +162,14 @@ class VersionMismatch(ProtocolError):
     """Client and daemon speak different versions of the protocol."""
 
     code = "version"
+    local_ok = True
 
 
 class AuthenticationError(ProtocolError):
     """The token is missing or wrong."""
 
     code = "authentication"
+    local_ok = True
 
 
 class BadRequest(LunaError, ValueError):
@@ -244,15 +246,17 @@ class OutOfMemory(LunaError, MemoryError):
 
 
 class WorkerCrashed(LunaError):
-    """The worker process died while it computed."""
+    """No worker process can be started."""
 
     code = "worker_crashed"
+    local_ok = True
 
 
 class PoisonRequest(WorkerCrashed):
     """This request has crashed two workers."""
 
     code = "poison"
+    local_ok = False
 
 
 class InternalError(LunaError):

@@ -13,13 +13,15 @@ import asyncio
 import errno
 import json
 import os
+import secrets
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +82,14 @@ class LunaDaemon:
         }  # fmt: skip
         self.overrides = {name: value for name, value in given.items() if value is not None}
         self.config_file = Path(config_file) if config_file else None
+        self.environ = environ
         self.settings: Settings = load_settings(self.overrides, environ, self.config_file)
         self.port = self.settings.port
         self.ws_port = self.settings.ws_port
         self._process: subprocess.Popen[bytes] | None = None
         self._stopping: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._start_id = ""
 
     # --- in a process of its own ---
 
@@ -98,12 +102,15 @@ class LunaDaemon:
         """
         from .client import DaemonClient
 
+        if self.port == 0:
+            raise ConfigError("port 0 cannot be found again by start()", "Name a port, or use run()")
+        start_id = secrets.token_hex(8)
         log = runtime_folder(self.port, self.settings.runtime_dir).with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as output:
+        with log.open("ab") as output:
             self._process = subprocess.Popen(
                 [sys.executable, str(Path(__file__).resolve())],
-                env={**os.environ, **self._environment()},
+                env={**(os.environ if self.environ is None else self.environ), **self._environment(start_id)},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -116,9 +123,11 @@ class LunaDaemon:
                 lines = log.read_text(errors="replace").strip().splitlines() or ["the daemon ended without a word"]
                 last = lines[-1].removeprefix("luna-daemon: ")
                 raise PortInUse(last) if _taken(last) else ConfigError(last)
-            with suppress(DaemonConnectionError, LunaError), self._client(DaemonClient) as client:
-                client.ping()
-                return self
+            with suppress(LunaError), self._client(DaemonClient) as client:
+                # Another daemon may answer on this port: ours ends by itself then, and says so.
+                if client.get_daemon_info()["start_id"] == start_id:
+                    self._start_id = start_id
+                    return self
             time.sleep(0.02)
         self.stop()
         raise DaemonConnectionError(f"the daemon did not answer within {timeout_s:g} s", f"Its log is {log}")
@@ -127,14 +136,14 @@ class LunaDaemon:
         """Drain and end the daemon that ``start()`` started, or ask the ``run()`` in another thread to end."""
         from .client import DaemonClient
 
-        if self._stopping is not None:
-            assert self._loop is not None
+        if self._stopping is not None and self._loop is not None:
             self._loop.call_soon_threadsafe(self._stopping.set)
             return
         if self._process is None:
             return
         with suppress(LunaError), self._client(DaemonClient) as client:
-            client.shutdown()
+            if client.get_daemon_info()["start_id"] == self._start_id:
+                client.shutdown()
         try:
             self._process.wait(timeout_s if timeout_s is not None else self.settings.drain_timeout_sec + 5)
         except subprocess.TimeoutExpired:
@@ -156,9 +165,10 @@ class LunaDaemon:
     def _client(self, kind: Any) -> Any:
         return kind(self.settings.host, self.port, runtime_dir=self.settings.runtime_dir, name="LunaDaemon")
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, start_id: str) -> dict[str, str]:
         """The overrides as ``LUNA_*`` variables for the child."""
-        variables = {f"LUNA_{name.upper()}": _as_text(value) for name, value in self.overrides.items()}
+        variables = {"LUNA_START_ID": start_id}
+        variables |= {f"LUNA_{name.upper()}": _as_text(name, value) for name, value in self.overrides.items()}
         if self.config_file is not None:
             variables["LUNA_CONFIG"] = str(self.config_file.resolve())
         return variables
@@ -171,49 +181,46 @@ class LunaDaemon:
         Raises:
             PortInUse: somebody else listens there; says who to look for.
         """
-        asyncio.run(self._serve())
+        try:
+            asyncio.run(self._serve())
+        finally:
+            self._stopping, self._loop = None, None
 
     async def _serve(self) -> None:
         # First of all: a signal from here on ends in order, whatever has been made by then.
         self._stopping, self._loop = asyncio.Event(), asyncio.get_running_loop()
-        self._catch_signals()
-        listener = _bind(self.settings)
-        self.port = listener.getsockname()[1]
-        runtime = Runtime(self.port, self.settings.runtime_dir)
-        try:
+        async with AsyncExitStack() as ends:  # unwound from the last to the first
+            ends.callback(self._catch_signals())
+            listener = _bind(self.settings)
+            ends.callback(listener.close)
+            self.port = listener.getsockname()[1]
+            runtime = Runtime(self.port, self.settings.runtime_dir)
             runtime.open({"pid": os.getpid(), "port": self.port, "ws_port": self.settings.ws_port})
+            ends.callback(runtime.close)
             arena, why = self._open_arena()
-        except BaseException:
-            listener.close()
-            raise
-        pool = WorkerPool(self.settings, runtime.folder)
-        service = self._service(pool, arena, why, runtime)
-        server = await asyncio.get_running_loop().create_server(service.connect, sock=listener, backlog=1024)
-        pool.open(*_dial_address(self.settings.host, self.port))
-        logger.info("Luna Daemon listens on %s:%d", self.settings.host, self.port)
-        tidier = asyncio.create_task(_tidy(service))
-        monitor = asyncio.create_task(_start_monitor(service, self.settings))
-        await self._stopping.wait()
-        logger.info("stopping: %d requests in flight", pool.in_flight)
-        server.close()
-        await pool.close(self.settings.drain_timeout_sec)
-        tidier.cancel()
-        await _stop_monitor(monitor)
-        await _until_sent(service)
-        service.close()
-        await asyncio.sleep(_LINGER_S)
-        if arena is not None:
-            arena.close()
-        runtime.close()
+            if arena is not None:
+                ends.callback(arena.close)
+            pool = WorkerPool(self.settings, runtime.folder)
+            service = self._service(pool, SharedMemory(arena, why), runtime)
+            ends.push_async_callback(_close, service)
+            server = await self._loop.create_server(service.connect, sock=listener, backlog=1024)
+            pool.open(*_dial_address(self.settings.host, self.port))
+            ends.push_async_callback(pool.close, self.settings.drain_timeout_sec)
+            ends.callback(server.close)
+            logger.info("Luna Daemon listens on %s:%d", self.settings.host, self.port)
+            for task in (_tidy(service), _monitor(service, self.settings)):
+                ends.push_async_callback(_end, asyncio.create_task(task))
+            await self._stopping.wait()
+            logger.info("stopping: %d requests in flight", pool.in_flight)
         logger.info("stopped")
 
-    def _service(self, pool: WorkerPool, arena: Arena | None, why: str, runtime: Runtime) -> Service:
+    def _service(self, pool: WorkerPool, memory: SharedMemory, runtime: Runtime) -> Service:
         from .monitoring import collect_info
 
         base = self.settings.toml_path.parent if self.settings.toml_path else None
         assert self._stopping is not None
         return Service(
-            self.settings, pool, ModelResolver(self.settings, base), SharedMemory(arena, why), runtime.token,
+            self.settings, pool, ModelResolver(self.settings, base), memory, runtime.token,
             str(runtime.folder / "token"), collect_info, self._stopping.set,
         )  # fmt: skip
 
@@ -226,8 +233,8 @@ class LunaDaemon:
             logger.warning("no shared memory: %s; tensors go by TCP", error)
             return None, str(error)
 
-    def _catch_signals(self) -> None:
-        """First signal drains, the second ends at once. Handlers only set flags."""
+    def _catch_signals(self) -> Callable[[], None]:
+        """First signal drains, the second ends at once; handlers only set flags. What puts the old ones back."""
         loop, stopping = asyncio.get_running_loop(), self._stopping
         assert stopping is not None
 
@@ -236,9 +243,16 @@ class LunaDaemon:
                 os._exit(128 + number)
             loop.call_soon_threadsafe(stopping.set)
 
-        with suppress(ValueError):  # not the main thread: whoever runs us there stops us by stop()
-            signal.signal(signal.SIGINT, handle)
-            signal.signal(signal.SIGTERM, handle)
+        try:
+            before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread: whoever runs us there stops us by stop()
+            return lambda: None
+
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        return restore
 
 
 def _service_type(value: Any) -> ServiceType | str | None:
@@ -248,7 +262,9 @@ def _service_type(value: Any) -> ServiceType | str | None:
     return _LEGACY_SERVICE.get(text, text)
 
 
-def _as_text(value: Any) -> str:
+def _as_text(name: str, value: Any) -> str:
+    if name == "comfyui_args":
+        return shlex.join(value)
     if isinstance(value, (list, tuple)):
         return os.pathsep.join(str(part) for part in value)
     if isinstance(value, dict):
@@ -311,9 +327,8 @@ async def _tidy(service: Service) -> None:
         service.tidy()
 
 
-async def _start_monitor(service: Service, settings: Settings) -> Any:
-    """The status page is a convenience: that its port is taken is no reason not to serve."""
-    await asyncio.sleep(0)
+async def _monitor(service: Service, settings: Settings) -> None:
+    """The status page, a convenience: that its port is taken or it cannot start is no reason not to serve."""
     # Imported in a thread: it takes longer than everything before it, and requests must not wait for it.
     await asyncio.get_running_loop().run_in_executor(None, _import_aiohttp)
     from .monitoring import Monitor
@@ -321,32 +336,37 @@ async def _start_monitor(service: Service, settings: Settings) -> Any:
     monitor = Monitor(service, settings.host, settings.ws_port)
     try:
         await monitor.start()
+        service.ws_port = monitor.port
+        logger.info("status on http://%s:%d/api/info", settings.host, monitor.port)
+        await asyncio.Event().wait()
     except OSError as error:
         logger.warning("no status page: port %d: %s", settings.ws_port, error.strerror or error)
-        return None
-    service.ws_port = monitor.port
-    logger.info("status on http://%s:%d/api/info", settings.host, monitor.port)
-    return monitor
+    finally:
+        await monitor.stop()
 
 
-async def _until_sent(service: Service) -> None:
-    """Large answers by TCP take a while to leave."""
+async def _close(service: Service) -> None:
+    """Close connections once their answers have left: large ones by TCP take a while."""
     end = time.monotonic() + _SEND_S
     while service.unsent and time.monotonic() < end:
         await asyncio.sleep(0.01)
+    service.close()
+    await asyncio.sleep(_LINGER_S)
+
+
+async def _end(task: "asyncio.Task[None]") -> None:
+    """Cancel a background task; what went wrong in it is logged, and the stop goes on."""
+    task.cancel()
+    try:
+        await task
+    except asyncio.CancelledError:
+        pass
+    except Exception:
+        logger.exception("a background task failed")
 
 
 def _import_aiohttp() -> None:
     import aiohttp.web  # noqa: F401
-
-
-async def _stop_monitor(task: "asyncio.Task[Any]") -> None:
-    if not task.done():
-        task.cancel()
-    with suppress(asyncio.CancelledError):
-        monitor = await task
-        if monitor is not None:
-            await monitor.stop()
 
 
 def main() -> None:

@@ -9,14 +9,16 @@ from __future__ import annotations
 import errno
 import importlib.metadata
 import importlib.util
+import json
 import logging
 import os
 import re
 import shutil
 import socket
 import stat
+import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,10 +31,28 @@ if TYPE_CHECKING:
 __all__ = ["DEPENDENCIES", "Check", "examine"]
 
 DEPENDENCIES = {
-    "aiohttp": "3.9", "filelock": "3.12", "msgspec": "0.18", "numpy": "1.24", "prometheus-client": "0.20",
-    "psutil": "5.9", "pydantic-settings": "2.3", "rich": "13", "safetensors": "0.4", "typer": "0.12",
+    "aiohttp": "3.9", "filelock": "3.12", "msgspec": "0.18", "numpy": "1.24", "psutil": "5.9",
+    "pydantic-settings": "2.3", "rich": "13", "safetensors": "0.4", "typer": "0.12",
 }  # fmt: skip
-"""What pyproject.toml asks for, and the least version."""
+"""What pyproject.toml asks for and we import, and the least version."""
+
+_WORKER_NEEDS = ("torch", "msgspec", "numpy", "psutil")
+_DIFFUSERS_NEEDS = ("diffusers", "transformers")
+_PROBE = """
+import importlib.metadata, importlib.util, json, sys
+sys.path[:] = [entry for entry in sys.path if entry]  # not the folder that doctor runs in
+found = {}
+for name in sys.argv[1:]:
+    if importlib.util.find_spec(name) is not None:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "of unknown version"
+print(json.dumps(found))
+"""
+_PROBE_S = 60
+_TOKENIZER_FOLDER = Path("comfy") / "sd1_tokenizer"
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
 _CHECK_PORT = -1
 """Names a shared memory folder that no daemon has."""
@@ -62,9 +82,10 @@ def examine(
     if settings is None:
         return checks
     info, reached = _daemon(settings)
+    libraries, torch = _libraries(settings)
     return [
-        *checks, *_libraries(settings), _gpu(settings), *_comfyui(settings), *_models(settings),
-        *_ports(settings, info), _runtime_folder(settings), _shared_memory(settings), reached,
+        *checks, *libraries, _gpu(settings, torch), *_comfyui(settings), *_models(settings),
+        *_tokenizer(settings, environ), *_ports(settings, info), _runtime_folder(settings), _shared_memory(settings), reached,
     ]  # fmt: skip
 
 
@@ -101,21 +122,63 @@ def _dependencies() -> Iterator[Check]:
             yield Check(name, "ok", version)
 
 
-def _libraries(settings: Settings) -> Iterator[Check]:
-    """torch, and what the diffusers backend needs; with ComfyUI its own interpreter may have them."""
-    elsewhere = settings.backend != "diffusers" and settings.comfyui_path is not None
-    for name in ("torch", "diffusers", "transformers"):
-        version = _version(name)
-        extra = "torch" if name == "torch" else "'luna-daemon[standalone]'"
-        if version is not None:
-            yield Check(name, "ok", version)
-        elif elsewhere:
-            yield Check(name, "ok", "not in this environment; ComfyUI's interpreter runs the models")
-        else:
-            yield Check(name, "problem", "not installed: no worker can load a model", f"pip install {extra}")
+def _uses_comfyui(settings: Settings) -> bool:
+    return settings.backend == "comfy" or (settings.backend == "auto" and settings.comfyui_path is not None)
 
 
-def _gpu(settings: Settings) -> Check:
+def _libraries(settings: Settings) -> tuple[list[Check], str]:
+    """What workers import, in the interpreter that will run them; and its version of torch, if any."""
+    comfyui = _uses_comfyui(settings)
+    python = str(settings.comfyui_python or sys.executable) if comfyui else sys.executable
+    names = _WORKER_NEEDS if comfyui else _WORKER_NEEDS + _DIFFUSERS_NEEDS
+    try:
+        found = _importable(python, names)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        advice = "Correct comfyui_python" if settings.comfyui_python and comfyui else "Mend this environment"
+        return [Check("workers' Python", "problem", f"{python} cannot be run: {error}", advice)], ""
+    checks = [Check("workers' Python", "ok", python)]
+    for name in names:
+        if name in found:
+            checks.append(Check(name, "ok", f"{found[name]} for workers"))
+            continue
+        why = "no worker can start" if name in _WORKER_NEEDS else "no worker can load a model"
+        package = "'luna-daemon[standalone]'" if name in _DIFFUSERS_NEEDS else name
+        advice = f"{python} -m pip install {package}"
+        checks.append(Check(name, "problem", f"not found by {python}: {why}", advice))
+    return checks, found.get("torch", "")
+
+
+def _importable(python: str, names: Sequence[str]) -> dict[str, str]:
+    """Which modules another interpreter finds, with their versions; nothing is imported.
+
+    Raises:
+        OSError, SubprocessError, ValueError: it cannot be run, or is no Python.
+    """
+    done = subprocess.run([python, "-c", _PROBE, *names], capture_output=True, text=True, timeout=_PROBE_S, check=True)
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
+
+
+def _tokenizer(settings: Settings, environ: Mapping[str, str]) -> Iterator[Check]:
+    """The diffusers backend needs a CLIP tokenizer for text encoders that are single files."""
+    if _uses_comfyui(settings) or settings.service_type.value == "vae":
+        return
+    title = "CLIP tokenizer"
+    advice = "Set COMFYUI_PATH to a ComfyUI folder, or pip install instant-clip-tokenizer (Python 3.10 to 3.12)"
+    package = importlib.util.find_spec("instant_clip_tokenizer") is not None
+    given = environ.get("COMFYUI_PATH", "")
+    for root in (Path(given) if given else None, settings.comfyui_path):
+        folder = root / _TOKENIZER_FOLDER if root is not None else None
+        if folder is not None and any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            yield Check(title, "ok", str(folder))
+            return
+    if package:
+        yield Check(title, "ok", "of the package instant-clip-tokenizer")
+    else:
+        yield Check(title, "problem", "none: a text encoder that is a single file cannot be used", advice)
+
+
+def _gpu(settings: Settings, torch: str) -> Check:
     from .gpu import gpu_memory
 
     gpus = gpu_memory()
@@ -131,7 +194,7 @@ def _gpu(settings: Settings) -> Check:
     if missing:
         advice = "Change vae_device and clip_device; auto is always right"
         return Check("GPU", "problem", f"{found}; there is no {missing}", advice)
-    if gpus and (_version("torch") or "").endswith("+cpu"):
+    if gpus and torch.endswith("+cpu"):
         return Check("GPU", "warning", f"{found}; this torch computes on the CPU", "Install torch with CUDA")
     return Check("GPU", "ok", found)
 
@@ -172,7 +235,7 @@ def _settings(
 
 
 def _comfyui(settings: Settings) -> Iterator[Check]:
-    root, python = settings.comfyui_path, settings.comfyui_python
+    root = settings.comfyui_path
     if root is None:
         found = "not given, so only model_dirs are searched for models"
         if settings.backend == "comfy":
@@ -186,8 +249,6 @@ def _comfyui(settings: Settings) -> Iterator[Check]:
         text = says.read_text() if says.is_file() else ""
         version = re.search(r"__version__ *= *[\"']([^\"']+)", text)
         yield Check("ComfyUI", "ok", f"{version.group(1) if version else 'unknown version'} in {root}")
-    if python is not None and not os.access(python, os.X_OK):
-        yield Check("ComfyUI's Python", "problem", f"{python} cannot be run", "Correct comfyui_python")
 
 
 def _models(settings: Settings) -> Iterator[Check]:

@@ -33,9 +33,11 @@ def collect_info(service: Service) -> dict[str, Any]:
         "pid": os.getpid(),
         "uptime_s": round(time.time() - service.born, 3),
         "ws_port": service.ws_port,
+        "start_id": os.environ.get("LUNA_START_ID", ""),
         "rss": psutil.Process().memory_info().rss,
         "service_type": settings.service_type.value,
         "backend": pool.backend,
+        "idle_timeout_s": settings.idle_timeout_sec,
         "requests": dict(service.requests),
         "errors": dict(service.errors),
         "in_flight": pool.in_flight,
@@ -95,7 +97,7 @@ def _arena(service: Service) -> dict[str, Any]:
 
 
 class Monitor:
-    """HTTP on the second port: ``/api/info``, ``/healthz``, ``/readyz``."""
+    """HTTP on the second port: ``/api/info``, ``/healthz``, ``/readyz``; ``/`` leads to the first."""
 
     def __init__(self, service: Service, host: str, port: int) -> None:
         self.service = service
@@ -112,6 +114,7 @@ class Monitor:
         from aiohttp import web
 
         app = web.Application()
+        app.router.add_get("/", self._front)
         app.router.add_get("/api/info", self._info)
         app.router.add_get("/healthz", self._health)
         app.router.add_get("/readyz", self._ready)
@@ -124,6 +127,11 @@ class Monitor:
     async def stop(self) -> None:
         if self._runner is not None:
             await self._runner.cleanup()
+
+    async def _front(self, request: web.Request) -> web.Response:
+        from aiohttp import web
+
+        raise web.HTTPFound("/api/info")
 
     async def _info(self, request: web.Request) -> web.Response:
         from aiohttp import web

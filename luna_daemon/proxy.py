@@ -186,7 +186,9 @@ class DaemonVAE(_Proxy):
 
     def decode(self, samples: torch.Tensor, vae_options: dict[str, Any] | None = None) -> torch.Tensor:
         """Latents ``[B,C,h,w]`` to pixels ``[B,H,W,C]`` float32 in 0..1, writable and the caller's own."""
-        return self._compute(m.VaeDecode(self.model), samples, lambda vae: vae.decode(samples))
+        call = m.VaeDecode(self.model, options=vae_options or {})
+        more = {"vae_options": vae_options} if vae_options else {}
+        return self._compute(call, samples, lambda vae: vae.decode(samples, **more))
 
     def encode_tiled(
         self,
@@ -317,8 +319,13 @@ class DaemonCLIP(_Proxy):
         return [[found["cond"], {**rest, **(add_dict or {})}]]
 
     def encode(self, text: str) -> Any:
-        """``cond`` of a prompt."""
-        return self.encode_from_tokens(self.tokenize(text))
+        """``cond`` of a prompt; one call, which the cache answers without a model if it has the prompt."""
+
+        def remote() -> Any:
+            answer = self._send(m.ClipEncode(self.model, text=text, layer=self.layer_idx))
+            return dict(zip(answer.result["names"], answer.tensors))["cond"]
+
+        return self._either(remote, lambda clip: self._layered(clip).encode_from_tokens(clip.tokenize(text)))
 
     def _layered(self, clip: Any) -> Any:
         """The local model with this proxy's clip skip."""

@@ -87,7 +87,7 @@ def find_token(port: int, folder: Path | None = None, environ: Mapping[str, str]
 
 
 def read_facts(port: int, folder: Path | None = None) -> dict[str, Any]:
-    """What the running daemon wrote about itself (``pid``, ``log``); empty if there is none."""
+    """What the running daemon wrote about itself (``pid``, ``port``, ``ws_port``); empty if there is none."""
     try:
         facts: dict[str, Any] = json.loads((runtime_folder(port, folder) / _FACTS).read_text())
     except (OSError, ValueError):

@@ -22,11 +22,14 @@ def run_as_module(name: str) -> None:
     """Run the module properly, as part of its package, and exit.
 
     The paths that only direct execution put on ``sys.path`` go first: a script's folder would shadow the standard
-    library, and the repository has a ``nodes`` folder, as ComfyUI has a ``nodes`` module. The package itself is
-    imported by now and finds its own submodules.
+    library, and the repository has a ``nodes`` folder, as ComfyUI has a ``nodes`` module. They are the first entry,
+    which the header inserted, and the script's own folder behind it unless ``-P`` or ``-I`` left it out. The same
+    folder further back stays: site-packages, where the package was installed. The package itself is imported by now
+    and finds its own submodules.
     """
     package = Path(__file__).resolve().parent
-    ours = {str(package.parent), *(str(path) for path in (package, package / "pool"))}
-    sys.path[:] = [entry for entry in sys.path if entry not in ours]
+    for ours in ([package.parent], [package, package / "pool"]):
+        if sys.path and sys.path[0] in [str(path) for path in ours]:
+            del sys.path[0]
     runpy.run_module(name, run_name="__main__", alter_sys=True)
     raise SystemExit(0)

@@ -1,5 +1,14 @@
 """Old imports: ``from luna_daemon.server import LunaDaemon``."""
 
+if __name__ == "__main__" and not __package__:
+    import pathlib
+    import sys
+
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+    from luna_daemon.script import run_as_module
+
+    run_as_module("luna_daemon.server")
+
 from .daemon_server import LunaDaemon, main
 
 __all__ = ["LunaDaemon", "main"]

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..comfy_meta import joined
+from ..comfy_patches import decode_set
 from ..core import BadRequest, ConfigError, ModelKind, ModelLoadError, OutOfMemory
 from ..wire.messages import ClipEncode, LoadSpec, PatchUse, Tiling
 from .base import Step
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ComfyBackend", "ComfyText", "ComfyVae"]
 
-PatchOf = Callable[[str], dict[str, Any]]
+PatchOf = Callable[[str], Any]
 """The patches of a set, by its name."""
 
 _MOST_CLONES = 8
@@ -80,7 +82,8 @@ class ComfyBackend:
         if spec.checkpoint:
             vae = self._from_checkpoint(spec)[2]
         else:
-            weights = _joined([self.utils.load_torch_file(file) for file in spec.files])
+            files = [Path(file) for file in spec.files]
+            weights = joined([self.utils.load_torch_file(str(file)) for file in files], files)
             vae = self.sd.VAE(sd=weights, device=_device(spec.device), dtype=_dtype(spec.precision))
         if vae is None or vae.first_stage_model is None:
             raise ModelLoadError("no VAE was found in it")
@@ -237,7 +240,7 @@ class ComfyText:
     def encode(self, tokens: Any, layer: int | None, unprojected: bool) -> dict[str, torch.Tensor]:
         """Encode without patches; only tensors of the result."""
         call = ClipEncode(None, layer=layer, unprojected=unprojected)  # type: ignore[arg-type]
-        found = self.encode_packed(call, tokens, lambda name: {})
+        found = self.encode_packed(call, tokens, lambda name: [])
         return {name: value for name, value in found.items() if hasattr(value, "untyped_storage")}
 
     def encode_packed(self, call: ClipEncode, tokens: Any, patch_of: PatchOf) -> dict[str, Any]:
@@ -267,17 +270,18 @@ class ComfyText:
         self._backend.memory.load_models_gpu([clip.patcher], force_full_load=True)
         if not hooks:
             return work()
-        group = importlib.import_module("comfy.hooks").HookGroup()
+        module = importlib.import_module("comfy.hooks")
+        # A clone for this call: on the patcher itself hooks would gather, and all weights be patched anew.
+        hooked, group = clip.patcher.clone(), module.HookGroup()
         for use in hooks:
-            hook = importlib.import_module("comfy.hooks").WeightHook(strength_clip=use.strength_patch)
-            clip.patcher.add_hook_patches(hook=hook, patches=_own(patch_of(use.name)), strength_patch=1.0)
+            hook = module.WeightHook()
+            hooked.add_hook_patches(hook, _own(patch_of(use.name)), use.strength_patch, use.strength_model)
             group.add(hook)
         try:
-            clip.patcher.patch_hooks(group)
+            hooked.patch_hooks(group)
             return work()
         finally:
-            clip.patcher.patch_hooks(None)
-            clip.patcher.clear_cached_hook_weights()
+            hooked.patch_hooks(None)
 
     def _patched(self, patches: list[PatchUse], patch_of: PatchOf) -> Any:
         """A clone with these patches: the same one for the same stack, or its weights would be patched anew."""
@@ -333,18 +337,6 @@ def _dtype(precision: str) -> Any:
     return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
 
 
-def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """One state dict; the two files of a split TAESD get the prefixes that ComfyUI gives them."""
-    if len(parts) == 1:
-        return parts[0]
-    joined: dict[str, Any] = {}
-    for part in parts:
-        # The decoder's list of layers begins with a clamp, so its first weight has number 1.
-        half = "taesd_decoder." if "1.weight" in part and "0.weight" not in part else "taesd_encoder."
-        joined.update({half + name: value for name, value in part.items()})
-    return joined
-
-
 def _given(tiling: Tiling) -> dict[str, int]:
     values = {name: getattr(tiling, name) for name in tiling.__struct_fields__}
     return {name: value for name, value in values.items() if value is not None}
@@ -354,9 +346,9 @@ def _options_of(options: dict[str, Any] | None) -> dict[str, Any]:
     return {"vae_options": options} if options else {}
 
 
-def _own(patches: dict[str, Any]) -> dict[str, Any]:
-    """Copies of the tensors: those that came lie in shared memory that goes back after the call."""
-    return {key: _copied(value) for key, value in patches.items()}
+def _own(patches: Any) -> dict[Any, Any]:
+    """A patch set with tensors of its own: those that came lie in shared memory that goes back after the call."""
+    return decode_set(_copied(patches))
 
 
 def _copied(value: Any) -> Any:
@@ -364,4 +356,6 @@ def _copied(value: Any) -> Any:
         return value.clone()
     if isinstance(value, (list, tuple)):
         return type(value)(_copied(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
     return value

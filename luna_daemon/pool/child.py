@@ -34,9 +34,11 @@ from ..backends.base import Backend
 from ..core import (
     PROTOCOL_VERSION,
     BadRequest,
+    ConfigError,
     DaemonConnectionError,
     InternalError,
     LunaError,
+    ModelLoadError,
     OutOfMemory,
     RequestCancelled,
     logger,
@@ -170,13 +172,17 @@ class Worker:
             self._fail(job.id, InternalError(f"{type(error).__name__}: {error}", "The daemon's log has the traceback"))
         finally:
             self.cancelled.discard(job.id)
+            compute.release_device_cache()
 
     def _model(self, backend: Backend, job: m.Job) -> Any:
         model = self.models.get(job.model.key)
         if model is None:
             self.channel.send(m.Progress(job.id, "loading"))
             spec = msgspec.structs.replace(job.model, device=inner_device(job.model.device))
-            model = self.models[job.model.key] = backend.load(spec)
+            try:
+                model = self.models[job.model.key] = backend.load(spec)
+            except ConfigError as error:  # a family or device that this backend does not know
+                raise ModelLoadError(error.message, error.hint) from error
             self._tell_status()
             self.channel.send(m.Progress(job.id, "running"))
         return model

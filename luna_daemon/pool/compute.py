@@ -17,7 +17,7 @@ from ..wire.packing import pack, unpack
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Result", "free_memory", "run"]
+__all__ = ["Result", "free_memory", "release_device_cache", "run"]
 
 Input = tuple[m.TensorRef, memoryview]
 
@@ -61,8 +61,13 @@ def run(call: m.Call, model: Any, inputs: list[Input], step: Step, patches: Sequ
 def free_memory() -> None:
     """Give unloaded weights back to the system and to the device's other users."""
     gc.collect()
+    release_device_cache()
+
+
+def release_device_cache() -> None:
+    """What torch keeps for its next call on a GPU goes to the instances that share it."""
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
+    if torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 

@@ -396,7 +396,7 @@ class Failure(msgspec.Struct, tag="failure", frozen=True):
 
 
 class Progress(msgspec.Struct, tag="progress", frozen=True):
-    """A sign of life: ``queued``, ``loading``, ``running`` or ``tile``, with ``step`` of ``total`` where known."""
+    """A sign of life: ``queued``, ``starting``, ``loading``, ``running`` or ``tile``, with ``step`` of ``total``."""
 
     id: int
     stage: str

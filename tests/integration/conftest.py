@@ -43,6 +43,9 @@ class RunningDaemon:
     arena_dir: Path
     log: Path
     clients: list[DaemonClient] = field(default_factory=list)
+    expected_to_die: bool = False
+    """The test ends it by its own means: that it is gone, and what it left, is no error."""
+    stopped: bool = False
 
     def client(self, **options: Any) -> DaemonClient:
         client = DaemonClient("127.0.0.1", self.port, runtime_dir=self.runtime_dir, **options)
@@ -67,7 +70,11 @@ class RunningDaemon:
             time.sleep(0.05)
 
     def stop(self, expect_clean: bool = True) -> None:
-        """End it, and check that nothing is left over: no process, no arena, no runtime folder."""
+        """End it, and check that it ended well and that nothing is left over: no process, no arena, no runtime folder.
+
+        One that ends by itself (a test's signal, ``luna-daemon stop``) is checked in the same way.
+        """
+        self.stopped = True
         for client in self.clients:
             client.close()
         workers = self.workers() if self.process.poll() is None else []
@@ -84,10 +91,19 @@ class RunningDaemon:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         if expect_clean:
+            assert self.process.returncode == 0, f"exit code {self.process.returncode}: {self.log.read_text()}"
             assert not alive, f"worker processes were left over: {alive}"
             assert not list(self.arena_dir.glob("*")), "arena files were left over"
             assert not (self.runtime_dir / str(self.port)).exists(), "the runtime folder was left over"
             assert "Traceback" not in self.log.read_text(), self.log.read_text()
+
+    def end(self) -> None:
+        """What every daemon meets after its test: it is stopped; one that is gone already must have had a reason."""
+        gone = self.process.poll() is not None
+        self.stop(expect_clean=not gone)
+        assert not gone or self.expected_to_die, (
+            f"the daemon died during the test, exit code {self.process.returncode}: {self.log.read_text()}"
+        )
 
 
 @pytest.fixture
@@ -143,7 +159,7 @@ def daemons_below(folder: Path) -> Iterator[Callable[..., RunningDaemon]]:
             daemon = RunningDaemon(process, port_, ws_port, runtime, arena, log)
             running.append(daemon)
             # Each on its own: one that ends badly must not keep the others from ending.
-            ends.callback(lambda: daemon.stop(expect_clean=daemon.process.poll() is None))
+            ends.callback(lambda: None if daemon.stopped else daemon.end())
             if wait:
                 _wait_until_it_answers(daemon)
             return daemon

@@ -11,10 +11,13 @@ import time
 
 import psutil
 import pytest
+import torch
 
 from luna_daemon.core import DaemonConnectionError, ModelLoadError, PoisonRequest, ShuttingDown, WorkerCrashed
+from luna_daemon.local import LocalVAE
+from luna_daemon.proxy import DaemonVAE
 from luna_daemon.wire import messages as m
-from tests.integration.helpers import Background, busy_pid, is_busy
+from tests.integration.helpers import DEMO_TOML, DEMO_VAE, Background, busy_pid, is_busy
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 
@@ -165,6 +168,7 @@ def test_the_daemon_is_killed_and_started_again(start_daemon):
     workers = daemon.workers()
     arena = daemon.arena_dir / f"luna-daemon-{daemon.port}"
     stale = {path.name for path in arena.glob("seg-*")}
+    daemon.expected_to_die = True
     daemon.process.kill()
     killed = time.monotonic()
     call.wait()
@@ -180,6 +184,34 @@ def test_the_daemon_is_killed_and_started_again(start_daemon):
     assert client.get_daemon_info()["transport"] == "shared memory"
     assert not stale & {path.name for path in arena.glob("seg-*")} and again.info()["pid"] == again.process.pid
     assert bool((kept == 5).all()), "a tensor of the dead daemon's memory is still the caller's"
+
+
+def test_the_local_model_finishes_what_a_killed_daemon_began(start_daemon, caplog):
+    """A decode in flight when the daemon is killed returns what the local model computes, bit for bit."""
+    daemon = start_daemon(toml=DEMO_TOML)
+    local, used = LocalVAE(DEMO_VAE), []
+
+    def load():
+        used.append(1)
+        return local
+
+    client = daemon.client()
+    vae = DaemonVAE(load, vae_type="demo", client=client)
+    latents = torch.rand(1, 16, 8, 8, generator=torch.Generator().manual_seed(3))
+    vae.decode(latents)
+    assert not used and client.fallbacks == 0
+    (worker,) = daemon.workers()
+    worker.suspend()  # so that the request is surely in flight
+    try:
+        call = Background(lambda: vae.decode(latents))
+        busy_pid(daemon)
+        daemon.expected_to_die = True
+        daemon.process.kill()
+        result = call.value()
+    finally:
+        worker.kill()
+    assert used and client.fallbacks == 1 and "local model steps in" in caplog.text
+    assert torch.equal(result, local.decode(latents))
 
 
 def test_stop_while_requests_run(start_daemon):
@@ -203,6 +235,7 @@ def test_stop_while_requests_run(start_daemon):
     for call in running:
         assert call.value().tensors[0].numel() == 2 << 20
     assert daemon.process.wait(5) == 0
+    daemon.stop()
 
 
 def test_stop_does_not_wait_for_ever(start_daemon):
@@ -215,6 +248,7 @@ def test_stop_does_not_wait_for_ever(start_daemon):
     assert isinstance(call.wait(3).error, ShuttingDown)
     assert daemon.process.wait(5) == 0
     assert not psutil.wait_procs(workers, timeout=2)[1]
+    daemon.stop()
 
 
 def test_a_worker_dies_while_the_daemon_stops(start_daemon):
@@ -228,6 +262,7 @@ def test_a_worker_dies_while_the_daemon_stops(start_daemon):
     call.wait(2)
     assert isinstance(call.error, ShuttingDown) and call.error.local_ok and "worker died" in call.error.message
     assert daemon.process.wait(5) == 0
+    daemon.stop()
 
 
 def test_a_worker_stands_still(start_daemon):

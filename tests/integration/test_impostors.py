@@ -122,6 +122,7 @@ def test_the_port_is_taken(start_daemon, tmp_path):
     """A second daemon on the port ends with code 2 and says who has it; the first goes on."""
     daemon = start_daemon()
     second = start_daemon(port=daemon.port, wait=False)
+    second.expected_to_die = True
     assert second.process.wait(20) == 2
     text = second.log.read_text()
     assert f"port {daemon.port}" in text and f"pid {daemon.process.pid}" in text and "Traceback" not in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,31 @@ def test_our_folders_do_not_shadow_other_modules(tmp_path, where):
     )
     ran = run(str(script), cwd=tmp_path)
     assert ran.stdout == f"__main__ {where.replace('/', '.')} None None\n", ran.stderr
+
+
+def test_an_installed_package_finds_what_lies_beside_it(tmp_path):
+    """In site-packages the package's own folder is on the path for good: it must stay there, with the dependencies."""
+    site = tmp_path / "site"
+    (site / "luna_daemon").mkdir(parents=True)
+    for name in ("__init__.py", "script.py"):
+        (site / "luna_daemon" / name).write_text((ROOT / "luna_daemon" / name).read_text())
+    (site / "dependency.py").touch()
+    script = site / "luna_daemon" / "entry.py"
+    script.write_text(
+        "if __name__ == '__main__' and not __package__:\n"
+        "    import pathlib, sys\n"
+        "    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))\n"
+        "    from luna_daemon.script import run_as_module\n"
+        "    run_as_module('luna_daemon.entry')\n"
+        "import dependency\n"
+        "from importlib.util import find_spec\n"
+        "print(__package__, find_spec('script'))\n"
+    )
+    for flags in ([], ["-P"]):
+        if flags and sys.version_info < (3, 11):
+            continue
+        ran = run(*flags, str(script), env={**os.environ, "PYTHONPATH": str(site)})
+        assert ran.stdout == "luna_daemon None\n", ran.stderr
 
 
 def test_the_server_runs_by_its_path(tmp_path):

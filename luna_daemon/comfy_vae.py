@@ -1,0 +1,231 @@
+"""``DaemonVAE`` inside ComfyUI: ComfyUI's own ``VAE`` around a network without weights, computed by the daemon."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from .comfy_backing import Backing, Skeleton, comfy
+from .comfy_patcher import patcher_class, python_inside
+from .comfy_patches import Unsendable
+from .core import BadRequest
+from .wire import messages as m
+from .wire.packing import pack
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["shell_vae", "vae_class"]
+
+
+class VAEShell:
+    """What differs from ``comfy.sd.VAE``, which comes after it in the class' bases.
+
+    Scalars, ratios, memory estimates and ``process_*`` are ComfyUI's own. ``copy.copy`` gives an independent object on
+    the same network, as ComfyUI's; a deep copy is the shell itself: nodes deep-copy model options that hold a VAE.
+    """
+
+    _stock: Any
+    first_stage_model: Any
+    patcher: Any
+    memory_used_encode: Callable[..., float]
+    memory_used_decode: Callable[..., float]
+    vae_dtype: Any
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self
+
+    def encode(self, pixel_samples: torch.Tensor, *args: Any, **options: Any) -> Any:
+        backing = self._remote()
+        if backing is None or args or options:
+            return self._stock.encode(self, pixel_samples, *args, **options)
+        call = m.VaeEncode(backing.model)
+        return self._encoded(backing, call, pixel_samples, lambda vae: vae.encode(pixel_samples))
+
+    def encode_tiled(self, pixel_samples: torch.Tensor, *args: Any, **options: Any) -> Any:
+        backing = self._remote()
+        if backing is None:
+            return self._stock.encode_tiled(self, pixel_samples, *args, **options)
+        call = m.VaeEncode(backing.model, _tiling(*args, **options))
+        return self._encoded(
+            backing, call, pixel_samples, lambda vae: vae.encode_tiled(pixel_samples, *args, **options)
+        )
+
+    def decode(self, samples_in: torch.Tensor, vae_options: dict[str, Any] | None = None, **options: Any) -> Any:
+        backing = self._remote()
+        given: dict[str, Any] = {} if vae_options is None else {"vae_options": vae_options}
+        if backing is None or options:
+            return self._stock.decode(self, samples_in, **given, **options)
+        return self._decoded(
+            backing, lambda: m.VaeDecode(backing.model, options=_plain(vae_options)), samples_in,
+            lambda vae: vae.decode(samples_in, **given),
+        )  # fmt: skip
+
+    def decode_tiled(self, samples: torch.Tensor, *args: Any, **options: Any) -> Any:
+        backing = self._remote()
+        if backing is None:
+            return self._stock.decode_tiled(self, samples, *args, **options)
+        return self._decoded(
+            backing, lambda: m.VaeDecode(backing.model, _tiling(*args, **options)), samples,
+            lambda vae: vae.decode_tiled(samples, *args, **options),
+        )  # fmt: skip
+
+    def get_sd(self) -> Any:
+        self.materialize("the state dict is asked for")
+        return self._stock.get_sd(self)
+
+    def get_ram_usage(self) -> int:
+        """For ComfyUI's cache under memory pressure: nothing is gained by dropping a shell."""
+        return int(self.patcher.model_size())
+
+    model_size = get_ram_usage
+
+    def materialize(self, why: str = "materialize() is called") -> Any:
+        """Load the true weights here, once; everything on this network is computed locally afterwards."""
+        backing = getattr(self.first_stage_model, "luna", None)
+        if backing is not None:
+            backing.materialise(why)
+        return self
+
+    # --- to the daemon and back ---
+
+    def _remote(self) -> Backing | None:
+        """What stands behind the network; ``None`` if ComfyUI is to compute by itself."""
+        backing: Backing | None = getattr(self.first_stage_model, "luna", None)
+        if backing is None or backing.local:
+            return None
+        changed = python_inside(self.patcher) or _changes(self.first_stage_model)
+        if changed:
+            backing.current = self.patcher
+            backing.materialise(f"a node changed {changed[0]}")
+            return None
+        return backing
+
+    def _encoded(
+        self, backing: Backing, call: m.VaeEncode, pixels: torch.Tensor, local: Callable[[Any], torch.Tensor]
+    ) -> torch.Tensor:
+        def remote() -> torch.Tensor:
+            backing.make_room(lambda: self.memory_used_encode(_channels_first(pixels), self.vae_dtype))
+            return _placed(backing.send(call, [pixels]).tensors[0])
+
+        return backing.either(remote, local)
+
+    def _decoded(
+        self,
+        backing: Backing,
+        call: Callable[[], m.VaeDecode],
+        samples: torch.Tensor,
+        local: Callable[[Any], torch.Tensor],
+    ) -> torch.Tensor:
+        def remote() -> torch.Tensor:
+            ready = call()
+            backing.make_room(lambda: self.memory_used_decode(samples.shape, self.vae_dtype))
+            return _placed(backing.send(ready, [samples]).tensors[0])
+
+        return backing.either(remote, local)
+
+
+def _placed(tensor: torch.Tensor) -> torch.Tensor:
+    """Where ComfyUI's own results lie: the caller's own memory, float32."""
+    return tensor.to(comfy("model_management").intermediate_device())
+
+
+def _plain(options: dict[str, Any] | None) -> dict[str, Any]:
+    """``vae_options`` as they travel.
+
+    Raises:
+        Unsendable: something other than plain values.
+    """
+    try:
+        tensors: list[Any] = []
+        packed = {key: pack(value, tensors) for key, value in (options or {}).items()}
+    except BadRequest as error:
+        raise Unsendable(f"vae_options: {error.message}") from error
+    if tensors:
+        raise Unsendable("vae_options hold a tensor")
+    return packed
+
+
+def _tiling(
+    tile_x: int | None = None,
+    tile_y: int | None = None,
+    overlap: int | None = None,
+    tile_t: int | None = None,
+    overlap_t: int | None = None,
+) -> m.Tiling:
+    """The arguments of ``VAE.encode_tiled`` and ``decode_tiled``, in ComfyUI's order."""
+    return m.Tiling(tile_x, tile_y, overlap, tile_t, overlap_t)
+
+
+def _channels_first(pixels: torch.Tensor) -> tuple[int, ...]:
+    """The shape that ComfyUI's memory estimates are about; frames without a batch are one video."""
+    shape = (pixels.shape[0], pixels.shape[-1], *pixels.shape[1:-1])
+    return shape if len(shape) != 4 else (*shape, 1)
+
+
+def _padding(network: Any) -> list[Any]:
+    return [getattr(module, "padding_mode", None) for module in network.modules()]
+
+
+def _changes(network: Any) -> list[str]:
+    """What nodes did to the network that only a local computation shows: other layers, another forward or padding."""
+    children, padding = network.luna_facts
+    changed = [
+        name
+        for name, child in network.named_children()
+        if children.get(name) != id(getattr(child, "_orig_mod", child)) or "forward" in child.__dict__
+    ]
+    if not changed and padding != _padding(network):
+        changed.append("padding_mode")
+    return changed
+
+
+def _raw(name: str, backing: Backing, network: Any) -> Callable[..., Any]:
+    """``first_stage_model.encode`` or ``decode``: the network alone, as nodes call it that slice by themselves."""
+    call = m.VaeEncode if name == "encode" else m.VaeDecode
+    alive = weakref.ref(network)
+
+    def compute(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
+        def remote() -> torch.Tensor:
+            if args or options:
+                raise Unsendable(f"first_stage_model.{name} is called with {[*args, *options]}")
+            return backing.send(call(backing.model, raw=True), [tensor]).tensors[0]
+
+        def local(vae: Any) -> Any:
+            comfy("model_management").load_models_gpu([vae.patcher])
+            return getattr(vae.first_stage_model, name)(tensor.to(vae.vae_dtype).to(vae.device), *args, **options)
+
+        result = backing.either(remote, local)
+        # As the network itself would answer: in its own dtype, beside its input.
+        return result.to(device=tensor.device, dtype=next(alive().parameters()).dtype)  # type: ignore[union-attr]
+
+    return compute
+
+
+@functools.cache
+def vae_class() -> Any:
+    """``comfy.sd.VAE`` of the running ComfyUI, as a shell has it."""
+    stock = comfy("sd").VAE
+    return type("DaemonVAE", (VAEShell, stock), {"_stock": stock, "__doc__": __doc__})
+
+
+def shell_vae(vae: Any, backing: Backing) -> Any:
+    """Turn a ``comfy.sd.VAE`` on meta tensors into a shell."""
+    network = vae.first_stage_model
+    alive = weakref.ref(network)
+    network.luna_facts = ({name: id(child) for name, child in network.named_children()}, _padding(network))
+    backing.skeleton = Skeleton(
+        network,
+        backing,
+        {
+            "encode": _raw("encode", backing, network),
+            "decode": _raw("decode", backing, network),
+            "to": lambda *args, **options: alive(),
+        },
+    )
+    vae.__class__ = vae_class()
+    vae.patcher.__class__ = patcher_class()
+    backing.current = vae.patcher
+    return vae
