@@ -13,6 +13,14 @@ demo: $(READY)  ## three clients share one daemon; pictures, a chart and a table
 test: $(READY)  ## every test that needs neither a GPU nor ComfyUI
 	$(PY) -m pytest
 
+# ComfyUI's own interpreter runs these: it has ComfyUI's torch. It needs pytest, pytest-timeout and our dependencies.
+test-comfy:  ## the tests that need a real ComfyUI: COMFYUI_PATH and COMFYUI_PYTHON say where
+	@if [ -z "$$COMFYUI_PATH" ] || [ -z "$$COMFYUI_PYTHON" ]; then \
+		echo "make test-comfy needs COMFYUI_PATH (ComfyUI's folder) and COMFYUI_PYTHON (the interpreter that runs it)" >&2; \
+		exit 2; \
+	fi
+	"$$COMFYUI_PYTHON" -m pytest tests/comfy
+
 bench: $(READY)  ## measure, print a table, write build/bench.json
 	$(PY) benchmarks/run.py
 

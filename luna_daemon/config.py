@@ -64,7 +64,7 @@ _PATHS = ("comfyui_path", "comfyui_python", "arena_dir", "runtime_dir", "model_d
 _MAY_BE_EMPTY = ("vae_path", "clip_l_path", "clip_g_path")
 """Set to nothing these mean "none"; other variables that are set to nothing count as not set."""
 _PATHS_OF_ENV = os.pathsep
-_NOT_SETTINGS = {"LUNA_CONFIG", "LUNA_START_ID", "LUNA_TOKEN", "LUNA_TOKEN_FILE"}
+_NOT_SETTINGS = {"LUNA_CONFIG", "LUNA_START_FROM_COMFYUI", "LUNA_START_ID", "LUNA_TOKEN", "LUNA_TOKEN_FILE"}
 
 
 class NamedModel(BaseModel):

@@ -266,7 +266,8 @@ class InternalError(LunaError):
 
 
 def _tree(root: type[LunaError]) -> dict[str, type[LunaError]]:
-    found = {root.code: root}
+    """Classes by their own code; a subclass without one is the client's own affair."""
+    found = {root.code: root} if "code" in vars(root) else {}
     for child in root.__subclasses__():
         found.update(_tree(child))
     return found

@@ -27,6 +27,7 @@ from .core import DaemonConnectionError, LunaError, logger
 
 if TYPE_CHECKING:
     from .config import Settings
+    from .models import ModelResolver
 
 __all__ = ["DEPENDENCIES", "Check", "examine"]
 
@@ -85,7 +86,8 @@ def examine(
     libraries, torch = _libraries(settings)
     return [
         *checks, *libraries, _gpu(settings, torch), *_comfyui(settings), *_models(settings),
-        *_tokenizer(settings, environ), *_ports(settings, info), _runtime_folder(settings), _shared_memory(settings), reached,
+        *_tokenizer(settings, environ), *_ports(settings, info), _runtime_folder(settings),
+        _shared_memory(settings), reached,
     ]  # fmt: skip
 
 
@@ -138,13 +140,14 @@ def _libraries(settings: Settings) -> tuple[list[Check], str]:
         return [Check("workers' Python", "problem", f"{python} cannot be run: {error}", advice)], ""
     checks = [Check("workers' Python", "ok", python)]
     for name in names:
+        title = f"workers' {name}" if name in DEPENDENCIES else name
         if name in found:
-            checks.append(Check(name, "ok", f"{found[name]} for workers"))
+            checks.append(Check(title, "ok", found[name]))
             continue
         why = "no worker can start" if name in _WORKER_NEEDS else "no worker can load a model"
         package = "'luna-daemon[standalone]'" if name in _DIFFUSERS_NEEDS else name
         advice = f"{python} -m pip install {package}"
-        checks.append(Check(name, "problem", f"not found by {python}: {why}", advice))
+        checks.append(Check(title, "problem", f"not found by {python}: {why}", advice))
     return checks, found.get("torch", "")
 
 
@@ -160,22 +163,41 @@ def _importable(python: str, names: Sequence[str]) -> dict[str, str]:
 
 
 def _tokenizer(settings: Settings, environ: Mapping[str, str]) -> Iterator[Check]:
-    """The diffusers backend needs a CLIP tokenizer for text encoders that are single files."""
+    """The diffusers backend needs a CLIP tokenizer for a text encoder that is a single file."""
     if _uses_comfyui(settings) or settings.service_type.value == "vae":
         return
-    title = "CLIP tokenizer"
-    advice = "Set COMFYUI_PATH to a ComfyUI folder, or pip install instant-clip-tokenizer (Python 3.10 to 3.12)"
-    package = importlib.util.find_spec("instant_clip_tokenizer") is not None
-    given = environ.get("COMFYUI_PATH", "")
-    for root in (Path(given) if given else None, settings.comfyui_path):
-        folder = root / _TOKENIZER_FOLDER if root is not None else None
-        if folder is not None and any((folder / name).is_file() for name in _TOKENIZER_FILES):
-            yield Check(title, "ok", str(folder))
-            return
-    if package:
+    title, given = "CLIP tokenizer", environ.get("COMFYUI_PATH", "")
+    folder = Path(given) / _TOKENIZER_FOLDER if given else None
+    if folder is not None and _is_tokenizer(folder):
+        yield Check(title, "ok", str(folder))
+    elif importlib.util.find_spec("instant_clip_tokenizer") is not None:
         yield Check(title, "ok", "of the package instant-clip-tokenizer")
+    elif settings.comfyui_path is not None and _is_tokenizer(settings.comfyui_path / _TOKENIZER_FOLDER):
+        found = f"{settings.comfyui_path} has one, but workers look for it in COMFYUI_PATH only"
+        yield Check(title, "problem", found, f"export COMFYUI_PATH={settings.comfyui_path}")
     else:
-        yield Check(title, "problem", "none: a text encoder that is a single file cannot be used", advice)
+        # A folder of the diffusers layout brings its own.
+        level = "problem" if _has_single_file_encoder(settings) else "warning"
+        advice = "Set COMFYUI_PATH to a ComfyUI folder, or pip install instant-clip-tokenizer (Python 3.10 to 3.12)"
+        yield Check(title, level, "none: a text encoder that is a single file cannot be used", advice)
+
+
+def _is_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def _has_single_file_encoder(settings: Settings) -> bool:
+    from .wire.messages import ModelRef
+
+    resolver = _resolver(settings)
+    for name in (name for name, model in resolver.named.items() if model.clip):
+        try:
+            files = resolver.resolve(ModelRef("clip", name)).files
+        except LunaError:
+            continue  # said by its own check
+        if not all(Path(file).is_dir() for file in files):
+            return True
+    return False
 
 
 def _gpu(settings: Settings, torch: str) -> Check:
@@ -251,11 +273,16 @@ def _comfyui(settings: Settings) -> Iterator[Check]:
         yield Check("ComfyUI", "ok", f"{version.group(1) if version else 'unknown version'} in {root}")
 
 
-def _models(settings: Settings) -> Iterator[Check]:
+def _resolver(settings: Settings) -> ModelResolver:
     from .models import ModelResolver
+
+    return ModelResolver(settings, settings.toml_path.parent if settings.toml_path else None)
+
+
+def _models(settings: Settings) -> Iterator[Check]:
     from .wire.messages import ModelRef
 
-    resolver = ModelResolver(settings, settings.toml_path.parent if settings.toml_path else None)
+    resolver = _resolver(settings)
     chosen = bool(settings.model_fields_set & {"vae_path", "clip_l_path", "clip_g_path", "model_type"})
     for name, model in resolver.named.items():
         for kind in (kind for kind in ("vae", "clip") if getattr(model, kind)):

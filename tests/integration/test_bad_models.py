@@ -9,7 +9,7 @@ import zipfile
 import pytest
 import torch
 
-from luna_daemon.core import BadRequest, ConfigError, LimitExceeded, LunaError, ModelLoadError, ModelNotFound
+from luna_daemon.core import BadRequest, LimitExceeded, LunaError, ModelLoadError, ModelNotFound
 from luna_daemon.wire import messages as m
 from tests.integration.helpers import DEMO_TOML, DEMO_VAE, tiny_clip
 
@@ -116,7 +116,7 @@ def test_names_that_lead_nowhere(daemon):
         client.vae_decode(torch.zeros(1, 4, 4, 4), "gone")
     with pytest.raises(ModelNotFound, match="'demo' has no clip"):
         client.clip_encode("a cat", clip_type="demo")
-    with pytest.raises(ConfigError, match="flux9"):
+    with pytest.raises(ModelLoadError, match="flux9"):
         load(daemon, "clip", "clip.safetensors", type="flux9")
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,14 +175,34 @@ def test_serve_status_models_stop(terminal: Terminal) -> None:
 
 
 def test_status_page_is_where_status_says(terminal: Terminal) -> None:
-    """The port of the status page comes from the daemon; one that does not answer is said to."""
-    terminal.serve()
+    """The address comes from the daemon and is no dead end; another port that does not answer is said to."""
+    served = terminal.serve()
     end = time.monotonic() + 10
-    while "does not answer" in (said := terminal.ask("status").stdout):
+    while "none: its port is taken" in (said := terminal.ask("status").stdout):
         assert time.monotonic() < end
-    assert f"http://127.0.0.1:{terminal.ws_port}/" in said
+    address = f"http://127.0.0.1:{terminal.ws_port}/"
+    assert re.search(rf"^status page +{re.escape(address)} *$", said, re.MULTILINE)
+    with urllib.request.urlopen(address, timeout=10) as answer:
+        assert answer.status == 200
+        assert json.loads(answer.read())["pid"] == served.process.pid
     other = terminal.ask("status", "--ws-port", str(_free_port())).stdout
     assert "does not answer" in other
+
+
+def test_no_status_page_where_its_port_is_taken(terminal: Terminal) -> None:
+    """The daemon serves all the same; status shows no address that would be somebody else's."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        terminal.ws_port = other.getsockname()[1]
+        served = terminal.serve()
+        end = time.monotonic() + 10
+        while "no status page" not in served.log.read_text():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        said = terminal.ask("status").stdout
+    assert "none: its port is taken" in said
+    assert "http://" not in said
 
 
 def test_warm_names_what_is_missing_and_unload_counts(terminal: Terminal) -> None:
@@ -212,9 +234,12 @@ def test_warm_loads_and_pins(terminal: Terminal) -> None:
     models = json.loads(terminal.ask("models", "--json").stdout)
     assert models["pinned"] == list(models["loaded"])
     words = terminal.ask("warm", "DEMO").stdout
-    assert words.startswith("DEMO (vae) is loaded\n")
+    assert words.startswith("DEMO (vae) is loaded\n")  # it is pinned still
     assert "latent_channels" in words
     assert terminal.ask("unload", "demo").stdout == "unloaded 1 model\n"
+    words = terminal.ask("warm", "demo").stdout
+    assert words.startswith("demo (vae) is loaded until it has been idle for 30 s; --pin keeps it\n")
+    assert terminal.ask("warm", "demo", "--pin").stdout.startswith("demo (vae) is loaded and pinned\n")
 
 
 def test_stop_lets_running_requests_finish(terminal: Terminal) -> None:
@@ -312,6 +337,22 @@ def test_every_way_to_start_from_another_folder(terminal: Terminal, arguments: l
         client.call(m.Echo())  # workers are found as well
     assert terminal.ask("stop").returncode == 0
     assert "Traceback" not in served.log.read_text()
+
+
+@pytest.mark.parametrize(("path", "words"), [("", "Commands:"), ("server.py", "--service-type")])
+@pytest.mark.parametrize("flags", [[], ["-I"]], ids=["plain", "isolated"])
+def test_the_folder_and_the_old_server_file_are_commands_too(
+    terminal: Terminal, path: str, words: str, flags: list[str]
+) -> None:
+    """``python luna_daemon`` and ``python luna_daemon/server.py`` from any folder, without the package installed."""
+    environ = {name: value for name, value in terminal.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, *flags, str(ROOT / "luna_daemon" / path), "--help"], cwd=terminal.folder, env=environ,
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("Usage: luna-daemon")
+    assert words in done.stdout
 
 
 def test_serve_and_its_commands_read_the_same_file(terminal: Terminal) -> None:

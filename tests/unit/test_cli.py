@@ -129,12 +129,13 @@ def test_options_of_serve_reach_the_settings(monkeypatch, tmp_path, run):
         "serve", "--host", "127.0.0.2", "--port", "1", "--ws-port", "2", "--comfyui", "/c",
         "--model-dir", "/a", "--model-dir", "/b", "--vae-device", "cpu", "--clip-device", "cuda:1",
         "--backend", "diffusers", "--service-type", "vae_only", "--log-level", "debug",
-        "--runtime-dir", str(tmp_path),
+        "--runtime-dir", str(tmp_path), "--comfyui-python", "/p",
     )  # fmt: skip
     assert code == 0
     (settings,) = seen
     assert (settings.host, settings.port, settings.ws_port) == ("127.0.0.2", 1, 2)
     assert (settings.comfyui_path, settings.model_dirs) == (Path("/c"), [Path("/a"), Path("/b")])
+    assert settings.comfyui_python == Path("/p")
     assert (settings.vae_device, settings.clip_device, settings.backend) == ("cpu", "cuda:1", "diffusers")
     assert (settings.service_type.value, settings.log_level) == ("vae", "DEBUG")
     assert (settings.runtime_dir, settings.queue_limit) == (tmp_path, 7)
@@ -231,11 +232,13 @@ def _examine(port, tmp_path, environ=None, **overrides):
 
 
 def test_doctor_asks_for_what_pyproject_asks_for():
-    """The dependencies that doctor checks are those of pyproject.toml, versions included."""
+    """The dependencies that doctor checks are those of pyproject.toml, but for one that nothing imports yet."""
     text = (ROOT / "pyproject.toml").read_text()
     block = re.search(r"^dependencies = \[(.*?)^\]", text, re.DOTALL | re.MULTILINE)
     assert block is not None
     wanted = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', block[1]))
+    if not any("prometheus_client" in path.read_text() for path in (ROOT / "luna_daemon").rglob("*.py")):
+        del wanted["prometheus-client"]
     assert wanted == doctor.DEPENDENCIES
 
 
@@ -269,12 +272,80 @@ def test_doctor_reports_the_file_in_use_and_unknown_variables(port, tmp_path, ca
     assert not caplog.messages
 
 
+def test_doctor_asks_the_interpreter_of_the_workers(port, tmp_path):
+    """What that one cannot find is a problem with what installs it there; ours is not asked in its place."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nprintf \'{"torch": "2.9", "numpy": "2.0", "psutil": "7.0"}\'\n')
+    python.chmod(0o755)
+    comfyui = {"comfyui_path": _comfyui(tmp_path), "comfyui_python": python}
+    checks = _examine(port, tmp_path, **comfyui)
+    assert checks["workers' Python"].found == str(python)
+    assert checks["torch"] == ("torch", "ok", "2.9", "")
+    assert checks["workers' msgspec"].level == "problem"
+    assert checks["workers' msgspec"].advice == f"{python} -m pip install msgspec"
+    assert "diffusers" not in checks
+    ours = _examine(port, tmp_path, backend="diffusers", **comfyui)
+    assert ours["workers' Python"].found == sys.executable
+    assert ours["workers' msgspec"].level == "ok"
+    assert "diffusers" in ours
+
+
+def test_doctor_finds_modules_without_importing_them(tmp_path, monkeypatch):
+    """The probe looks on the interpreter's path, not in the current folder, and runs nothing of what it finds."""
+    (tmp_path / "here_only.py").touch()
+    library = tmp_path / "library"
+    library.mkdir()
+    (library / "there.py").write_text("raise SystemExit('imported')")
+    monkeypatch.setenv("PYTHONPATH", str(library))
+    assert doctor._importable(sys.executable, ["here_only", "there"]) == {"there": "of unknown version"}
+
+
 def test_doctor_without_torch(port, tmp_path, monkeypatch):
-    """No torch and no ComfyUI is a problem; with ComfyUI its own interpreter has it."""
-    real = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "torch" else real(name))
+    """No torch for the workers is a problem, with ComfyUI's folder and without."""
+    monkeypatch.setattr(doctor, "_importable", lambda python, names: {n: "9" for n in names if n != "torch"})
     assert _examine(port, tmp_path)["torch"].level == "problem"
-    assert _examine(port, tmp_path, comfyui_path=_comfyui(tmp_path))["torch"].level == "ok"
+    assert _examine(port, tmp_path, comfyui_path=_comfyui(tmp_path))["torch"].level == "problem"
+
+
+def test_doctor_looks_for_a_tokenizer(port, tmp_path, monkeypatch):
+    """Where the diffusers backend looks: COMFYUI_PATH and the package; none is a problem for a single file."""
+    real = doctor.importlib.util.find_spec
+    monkeypatch.setattr(
+        doctor.importlib.util, "find_spec", lambda n: None if n == "instant_clip_tokenizer" else real(n)
+    )
+    title, backend = "CLIP tokenizer", {"backend": "diffusers"}
+    assert _examine(port, tmp_path)[title].level == "warning"
+    (tmp_path / "own.safetensors").write_bytes(b"x")
+    mine = {"models": {"mine": {"clip": ["own.safetensors"]}}, "model_dirs": [tmp_path]}
+    assert _examine(port, tmp_path, **mine)[title].level == "problem"
+    assert title not in _examine(port, tmp_path, service_type="vae", **mine)
+    root = _comfyui(tmp_path)
+    assert title not in _examine(port, tmp_path, comfyui_path=root, **mine)
+    (root / "comfy" / "sd1_tokenizer").mkdir()
+    (root / "comfy" / "sd1_tokenizer" / "vocab.json").touch()
+    found = _examine(port, tmp_path, {"COMFYUI_PATH": str(root)}, **backend)[title]
+    assert (found.level, found.found) == ("ok", str(root / "comfy" / "sd1_tokenizer"))
+    elsewhere = _examine(port, tmp_path, comfyui_path=root, **backend)[title]
+    assert (elsewhere.level, elsewhere.advice) == ("problem", f"export COMFYUI_PATH={root}")
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object())
+    assert "package" in _examine(port, tmp_path, **mine)[title].found
+
+
+def test_doctor_takes_the_options_of_serve(monkeypatch, run):
+    """What will be served is what is checked: each option reaches the settings that doctor examines."""
+    seen = []
+    monkeypatch.setattr(doctor, "examine", lambda overrides, config: seen.append((overrides, config)) or [])
+    code, _, _ = run(
+        "doctor", "--comfyui", "/c", "--comfyui-python", "/p", "--model-dir", "/a", "--model-dir", "/b",
+        "--backend", "comfy", "--vae-device", "cuda:0", "--clip-device", "cpu", "--config", "x.toml",
+    )  # fmt: skip
+    ((overrides, config),) = seen
+    given = {name: value for name, value in overrides.items() if value is not None}
+    assert (code, config) == (0, Path("x.toml"))
+    assert given == {
+        "comfyui_path": Path("/c"), "comfyui_python": Path("/p"), "model_dirs": [Path("/a"), Path("/b")],
+        "backend": "comfy", "vae_device": "cuda:0", "clip_device": "cpu",
+    }  # fmt: skip
 
 
 def test_doctor_on_gpus(port, tmp_path, monkeypatch):
@@ -283,8 +354,7 @@ def test_doctor_on_gpus(port, tmp_path, monkeypatch):
     monkeypatch.setattr("luna_daemon.gpu.gpu_memory", lambda: [gpu])
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object())
     torch = {"torch": "2.0+cu128"}
-    real = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: torch.get(name) or real(name))
+    monkeypatch.setattr(doctor, "_importable", lambda python, names: torch)
     assert _examine(port, tmp_path, vae_device="cuda:0")["GPU"].level == "ok"
     missing = _examine(port, tmp_path, vae_device="cuda:3")["GPU"]
     assert (missing.level, "there is no cuda:3" in missing.found) == ("problem", True)
@@ -312,7 +382,8 @@ def test_doctor_needs_comfyui_for_its_backend(port, tmp_path):
     """backend = comfy without a ComfyUI, and an interpreter that cannot be run, are problems."""
     checks = _examine(port, tmp_path, backend="comfy", comfyui_python=tmp_path / "python")
     assert checks["ComfyUI"].level == "problem"
-    assert checks["ComfyUI's Python"].level == "problem"
+    assert checks["workers' Python"].level == "problem"
+    assert checks["workers' Python"].advice == "Correct comfyui_python"
 
 
 def test_doctor_on_models(port, tmp_path):

@@ -1,0 +1,1 @@
+"""Nodes that load models, or put the daemon under loaded ones."""

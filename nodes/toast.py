@@ -1,0 +1,45 @@
+"""Warnings of the package as toasts in ComfyUI's window: that a local model steps in, that the daemon is back, and why.
+
+Every warning of ``luna_daemon`` is written for its user, so all of them are shown, as the event ``luna.toast``.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+__all__ = ["ToastHandler", "show_warnings", "toast"]
+
+_NAME = "luna.toast"
+_SEVERITY = ((logging.ERROR, "error"), (logging.WARNING, "warn"))
+
+
+def toast(detail: str, severity: str = "info") -> bool:
+    """Send a toast to every window of this ComfyUI; ``False`` if there is no server, as in a script."""
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    if server is None:
+        return False
+    server.send_sync(_NAME, {"severity": severity, "summary": "Luna Daemon", "detail": detail})
+    return True
+
+
+class ToastHandler(logging.Handler):
+    """Sends what is logged as a toast."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.set_name(_NAME)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            severity = next(name for level, name in _SEVERITY if record.levelno >= level)
+            toast(record.getMessage(), severity)
+        except Exception:
+            self.handleError(record)
+
+
+def show_warnings() -> None:
+    """From now on warnings of ``luna_daemon`` are toasts too; doing it twice is doing it once."""
+    logger = logging.getLogger("luna_daemon")
+    if all(handler.get_name() != _NAME for handler in logger.handlers):
+        logger.addHandler(ToastHandler())

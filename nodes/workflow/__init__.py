@@ -1,0 +1,1 @@
+"""Nodes that gather a workflow's settings."""
