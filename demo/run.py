@@ -64,7 +64,7 @@ def stage(console: Console, text: str) -> Iterator[None]:
         with console.status(text):
             yield
     else:
-        console.print(text)
+        console.print(text, soft_wrap=True)
         yield
 
 

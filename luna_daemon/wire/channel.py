@@ -131,6 +131,10 @@ class Channel:
             self._receive_lock.release()
             self._sock.close()
 
+    def __del__(self) -> None:
+        # A client that is dropped without a close: the daemon sees the end, and nobody needs a warning.
+        self._sock.close()
+
     def abandon(self) -> None:
         """Let go of the socket without a word: after a fork it is the parent's."""
         self._closed = True
