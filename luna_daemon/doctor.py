@@ -86,7 +86,7 @@ def examine(
     libraries, torch = _libraries(settings)
     return [
         *checks, *libraries, _gpu(settings, torch), *_comfyui(settings), *_models(settings),
-        *_tokenizer(settings, environ), *_ports(settings, info), _runtime_folder(settings),
+        *_tokenizer(settings), *_ports(settings, info), _runtime_folder(settings),
         _shared_memory(settings), reached,
     ]  # fmt: skip
 
@@ -162,23 +162,20 @@ def _importable(python: str, names: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _tokenizer(settings: Settings, environ: Mapping[str, str]) -> Iterator[Check]:
+def _tokenizer(settings: Settings) -> Iterator[Check]:
     """The diffusers backend needs a CLIP tokenizer for a text encoder that is a single file."""
     if _uses_comfyui(settings) or settings.service_type.value == "vae":
         return
-    title, given = "CLIP tokenizer", environ.get("COMFYUI_PATH", "")
-    folder = Path(given) / _TOKENIZER_FOLDER if given else None
+    title = "CLIP tokenizer"
+    folder = settings.comfyui_path / _TOKENIZER_FOLDER if settings.comfyui_path is not None else None
     if folder is not None and _is_tokenizer(folder):
         yield Check(title, "ok", str(folder))
     elif importlib.util.find_spec("instant_clip_tokenizer") is not None:
         yield Check(title, "ok", "of the package instant-clip-tokenizer")
-    elif settings.comfyui_path is not None and _is_tokenizer(settings.comfyui_path / _TOKENIZER_FOLDER):
-        found = f"{settings.comfyui_path} has one, but workers look for it in COMFYUI_PATH only"
-        yield Check(title, "problem", found, f"export COMFYUI_PATH={settings.comfyui_path}")
     else:
         # A folder of the diffusers layout brings its own.
         level = "problem" if _has_single_file_encoder(settings) else "warning"
-        advice = "Set COMFYUI_PATH to a ComfyUI folder, or pip install instant-clip-tokenizer (Python 3.10 to 3.12)"
+        advice = "Set comfyui_path to a ComfyUI folder, or pip install instant-clip-tokenizer (Python 3.10 to 3.12)"
         yield Check(title, level, "none: a text encoder that is a single file cannot be used", advice)
 
 

@@ -268,7 +268,7 @@ class WorkerPool:
         try:
             config = {
                 "backend": backend, "threads": self.settings.cpu_threads, "options": self._options(backend, device),
-                "visible_devices": device_mask(device, os.environ),
+                "variables": {**device_mask(device, os.environ), **self._comfyui_variable()},
             }  # fmt: skip
             worker = WorkerProcess(self._numbers, key, device, self._threads(key, device), config, log)
             worker.start(self._interpreter(backend), *self._address)
@@ -289,6 +289,11 @@ class WorkerPool:
         if root is None:
             raise ConfigError("the comfy backend needs ComfyUI's folder", "Set comfyui_path or COMFYUI_PATH")
         return {"root": str(root), "device": device, "flags": self.settings.comfyui_args}
+
+    def _comfyui_variable(self) -> dict[str, str]:
+        """Where the diffusers backend finds ComfyUI's tokenizers."""
+        root = self.settings.comfyui_path
+        return {"COMFYUI_PATH": str(root)} if root is not None else {}
 
     def _interpreter(self, backend: str) -> str:
         """ComfyUI runs under its own interpreter: the daemon may live in another environment."""

@@ -69,8 +69,8 @@ class WorkerConfig:
     """0 is torch's own choice."""
     options: dict[str, Any] = field(default_factory=dict)
     """The backend's own: ComfyUI's folder and flags."""
-    visible_devices: dict[str, str] = field(default_factory=dict)
-    """Environment variables that mask devices; set before torch is imported."""
+    variables: dict[str, str] = field(default_factory=dict)
+    """Environment variables, such as those that mask devices; set before torch is imported."""
 
 
 class Worker:
@@ -118,7 +118,7 @@ class Worker:
                 logger.warning("no shared memory in this worker: %s", error)
 
     def _start_backend(self) -> Backend:
-        os.environ.update(self.config.visible_devices)
+        os.environ.update(self.config.variables)
         backend = make_backend(self.config.backend, self.config.options)
         versions = backend.versions()
         if "torch" in versions and self.config.threads:

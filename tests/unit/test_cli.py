@@ -232,13 +232,11 @@ def _examine(port, tmp_path, environ=None, **overrides):
 
 
 def test_doctor_asks_for_what_pyproject_asks_for():
-    """The dependencies that doctor checks are those of pyproject.toml, but for one that nothing imports yet."""
+    """The dependencies that doctor checks are those of pyproject.toml."""
     text = (ROOT / "pyproject.toml").read_text()
     block = re.search(r"^dependencies = \[(.*?)^\]", text, re.DOTALL | re.MULTILINE)
     assert block is not None
     wanted = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', block[1]))
-    if not any("prometheus_client" in path.read_text() for path in (ROOT / "luna_daemon").rglob("*.py")):
-        del wanted["prometheus-client"]
     assert wanted == doctor.DEPENDENCIES
 
 
@@ -325,8 +323,7 @@ def test_doctor_looks_for_a_tokenizer(port, tmp_path, monkeypatch):
     (root / "comfy" / "sd1_tokenizer" / "vocab.json").touch()
     found = _examine(port, tmp_path, {"COMFYUI_PATH": str(root)}, **backend)[title]
     assert (found.level, found.found) == ("ok", str(root / "comfy" / "sd1_tokenizer"))
-    elsewhere = _examine(port, tmp_path, comfyui_path=root, **backend)[title]
-    assert (elsewhere.level, elsewhere.advice) == ("problem", f"export COMFYUI_PATH={root}")
+    assert _examine(port, tmp_path, comfyui_path=root, **backend)[title].level == "ok"
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object())
     assert "package" in _examine(port, tmp_path, **mine)[title].found
 
