@@ -194,7 +194,9 @@ def write_text(table: Table, path: Path) -> None:
         Console(file=file, width=100).print(table)
 
 
-def chart(alone: dict[str, int], shared: dict[str, int], path: Path) -> None:
+def chart(
+    alone: dict[str, int], shared: dict[str, int], path: Path, title: str = "Three clients: a VAE and CLIP-L"
+) -> None:
     """Two stacked bars: memory without and with the daemon."""
     import matplotlib
 
@@ -202,24 +204,25 @@ def chart(alone: dict[str, int], shared: dict[str, int], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    tallest = max(sum(alone.values()), sum(shared.values())) / 2**30
     for place, parts in enumerate((alone, shared)):
         bottom = 0.0
         for name, nbytes in parts.items():
             size = nbytes / 2**30
             bar = axes.bar(place, size, bottom=bottom, width=0.6, color=COLOURS[name.split()[0]], edgecolor="white")
-            if size > 0.05:
+            if size > 0.035 * tallest:  # a smaller part has no room for its name
                 axes.bar_label(bar, [f"{name}  {size:.2f}"], label_type="center", fontsize=8, color="white")
             bottom += size
         axes.text(place, bottom, f"{bottom:.2f} GB\n", ha="center", va="center", fontweight="bold")
     axes.set_xticks([0, 1], ["each with its own models", "one Luna Daemon"])
     axes.set_ylabel("GB of memory (PSS)")
-    axes.set_title("Three clients: a VAE and CLIP-L")
+    axes.set_title(title)
     axes.margins(y=0.12)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=140)
 
 
-COLOURS = {"process": "#8a8fa3", "client": "#6d83b8", "daemon": "#3f9e8f", "worker": "#2f6f8f"}
+COLOURS = {"process": "#8a8fa3", "client": "#6d83b8", "clients": "#6d83b8", "daemon": "#3f9e8f", "worker": "#2f6f8f"}
 
 
 if __name__ == "__main__":

@@ -102,8 +102,8 @@ class ModelResolver:
             (s.vae_device, s.vae_precision) if kind is ModelKind.VAE else (s.clip_device, s.clip_precision)
         )
         digest = hashlib.blake2b(digest_size=8)
-        for path in paths:
-            facts = file_id(path)
+        for file in (file for path in paths for file in _weight_files(path)):
+            facts = file_id(file)
             digest.update(f"{facts.path}|{facts.size}|{facts.mtime_ns}|{facts.inode};".encode())
         digest.update(f"{family}|{device}|{precision}|{checkpoint}".encode())
         # By content, not by the name that was asked for: one file is loaded once, whatever a client calls it.
@@ -189,11 +189,14 @@ def _first_existing(name: str, tried: list[Path]) -> Path:
     raise ModelNotFound(f"model file {name!r} does not exist; tried {places}")
 
 
+def _weight_files(path: Path) -> list[Path]:
+    """The file itself, or what a diffusers folder holds: weights replaced in place make it another model."""
+    return sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+
+
 def load_bytes(spec: LoadSpec) -> int:
     """Bytes of a model's files: about what loading it takes."""
     total = 0
     for name in spec.files:
-        path = Path(name)
-        found = path.rglob("*.safetensors") if path.is_dir() else [path]
-        total += sum(file.stat().st_size for file in found if file.is_file())
+        total += sum(file.stat().st_size for file in _weight_files(Path(name)) if file.is_file())
     return total

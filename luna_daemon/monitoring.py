@@ -52,7 +52,7 @@ def collect_info(service: Service) -> dict[str, Any]:
         },
         "workers": [_worker(worker, now) for worker in pool.workers],
         "crashes": pool.crashes,
-        "retries": pool.restarts,
+        "retries": pool.retries,
         "models": {
             "named": sorted(service.resolver.named),
             "loaded": sorted({key for worker in pool.workers for key in worker.models}),

@@ -39,6 +39,8 @@ from .wire.connection import Connection
 __all__ = ["WorkerPool"]
 
 _TICK_S = 0.1
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+"""Those that we may use: fewer than the machine has in a container."""
 _SIGN_OF_LIFE_S = 5.0
 _SILENT_S = 60.0
 """A worker whose reader thread has not answered for so long is stuck; one that is stopped for seconds is not."""
@@ -65,7 +67,7 @@ class WorkerPool:
         self.queue: list[Work] = []
         self.pinned: set[str] = set()
         self.waits: deque[float] = deque(maxlen=_RECENT)
-        self.restarts = 0
+        self.retries = 0
         self.crashes = 0
         self.accepting = True
         self._closing = False
@@ -250,12 +252,12 @@ class WorkerPool:
         free = free_vram(device)
         if free is not None:
             free -= int(self.settings.vram_safety_margin_gb * (1 << 30))
-        return policy.has_room(device, os.cpu_count() or 1, used, self._threads(key, device), free, work.load_bytes)
+        return policy.has_room(device, _CORES, used, self._threads(key, device), free, work.load_bytes)
 
     def _threads(self, key: str, device: str) -> int:
         if key.startswith("echo@") or device.startswith(("cuda", "GPU-", "xpu", "mps")):
             return 1
-        return self.settings.cpu_threads or os.cpu_count() or 1
+        return self.settings.cpu_threads or _CORES
 
     def _backoff(self, key: str) -> Backoff:
         return self._backoffs.setdefault(key, Backoff())
@@ -426,7 +428,7 @@ class WorkerPool:
             work.fail(ShuttingDown("a worker died while the daemon shuts down", "The local model can step in"))
             return
         if work.crashes < 2:
-            self.restarts += 1
+            self.retries += 1
             self.queue.insert(0, work)
             return
         work.fail(

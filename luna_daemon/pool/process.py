@@ -59,7 +59,6 @@ class WorkerProcess:
         self.job = 0
         self.leases = Leases()
         self.connection: Connection | None = None
-        self.last_error = ""
         self._process: subprocess.Popen[bytes] | None = None
 
     # --- life ---

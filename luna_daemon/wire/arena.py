@@ -166,7 +166,6 @@ class Arena:
         self.max_bytes = max_bytes
         self.nonce = secrets.token_hex(16)
         self._segments: dict[str, _Segment] = {}
-        self._slots: dict[int, Slot] = {}
         self._sizes: dict[int, int] = {}
         self._next = 1
         self._prepare()
@@ -204,13 +203,11 @@ class Arena:
             if offset is not None:
                 number, self._next = self._next, self._next + 1
                 slot = Slot(number, segment.name, offset, segment.view[offset : offset + nbytes], self._give)
-                self._slots[number] = slot
                 self._sizes[number] = size
                 return slot
         return None
 
     def _give(self, slot: Slot) -> None:
-        del self._slots[slot.number]
         segment, size = self._segments.get(slot.segment), self._sizes.pop(slot.number)
         if segment is not None:  # None: the arena was closed meanwhile
             segment.give(slot.offset, size)
