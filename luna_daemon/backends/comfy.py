@@ -134,6 +134,9 @@ class ComfyVae:
     def __init__(self, backend: ComfyBackend, vae: Any) -> None:
         self._backend = backend
         self._vae = vae
+        # A decoder that mixes the batch in time (SVD) takes it as the frames of one sample.
+        names = [name for name, _ in vae.first_stage_model.named_modules()]
+        self._mixes_frames = any("time_stack" in name or "time_mix" in name for name in names)
         self.nbytes = int(vae.patcher.model_size())
 
     def properties(self) -> dict[str, Any]:
@@ -175,7 +178,8 @@ class ComfyVae:
             return self._raw(vae.first_stage_model.decode, latents, step)
         if tiling is not None:
             return self._run(lambda part: vae.decode_tiled(part, **_given(tiling)), [latents], step)
-        return self._run(lambda part: vae.decode(part, **_options_of(options)), _singles(latents), step)
+        parts = [latents] if self._mixes_frames else _singles(latents)
+        return self._run(lambda part: vae.decode(part, **_options_of(options)), parts, step)
 
     def _run(
         self, work: Callable[[Any], Any], parts: Sequence[torch.Tensor], step: Step
