@@ -185,7 +185,7 @@ def _first_existing(name: str, tried: list[Path]) -> Path:
                 return path
         except OSError:
             continue
-    places = ", ".join(str(path) for path in tried) or "no folder: give comfyui_path or model_dirs"
+    places = ", ".join(dict.fromkeys(str(path) for path in tried)) or "no folder: give comfyui_path or model_dirs"
     raise ModelNotFound(f"model file {name!r} does not exist; tried {places}")
 
 
