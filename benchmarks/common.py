@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import re
-import socket
 import statistics
 import subprocess
 import sys
@@ -17,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from rich.console import Console
 
 from luna_daemon.client import DaemonClient
 from luna_daemon.daemon_server import LunaDaemon
 
-ROOT = Path(__file__).resolve().parents[1]
-BUILD = ROOT / "build"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
+from surroundings import BUILD, ROOT, free_port, leave_the_users_settings, pss, stage
+
+__all__ = ["BUILD", "ROOT", "free_port", "pss", "stage"]  # and everything below
+
 MODELS = BUILD / "models"
 RUNTIME = BUILD / "run"
 CLIP_L, CLIP_G, VAE = MODELS / "clip_l.safetensors", MODELS / "clip_g.safetensors", MODELS / "sdxl_vae.safetensors"
@@ -35,38 +36,17 @@ bar), and both sides of a ratio."""
 _BAR = re.compile(r"(<=|>=) (\d+(?:\.\d+)?)")
 _SIDES = {"<=": "at_most", ">=": "at_least"}
 
-
-def leave_the_users_settings() -> None:
-    """Nothing of whoever measures decides a figure: no ``LUNA_*`` variable, no ``luna.toml`` of the current folder.
-
-    Daemons, clients and peers inherit this process' environment. ``COMFYUI_PATH`` stays: a tokenizer may lie there.
-    """
-    for name in [name for name in os.environ if name.startswith("LUNA_")]:
-        del os.environ[name]
-    BUILD.mkdir(exist_ok=True)
-    nothing = BUILD / "no-settings.toml"
-    nothing.touch()
-    os.environ["LUNA_CONFIG"] = str(nothing)
-
-
 leave_the_users_settings()
 
 
 def make_models() -> None:
     """SDXL's text encoders and VAE at their real size with seeded random weights, float16, once."""
-    sys.path.insert(0, str(ROOT / "demo"))
     from make_text_encoder import make_clip_g, make_clip_l, make_sdxl_vae
 
     MODELS.mkdir(parents=True, exist_ok=True)
     make_clip_l(CLIP_L)
     make_clip_g(CLIP_G)
     make_sdxl_vae(VAE)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager
@@ -116,23 +96,6 @@ def result(value: float, unit: str, bar: str = "", private: bool | None = None, 
         limit = {_SIDES[match[1]]: float(match[2])}
         met = (value <= float(match[2]) if match[1] == "<=" else value >= float(match[2])) and private is not False
     return {"value": round(value, 4), "unit": unit, "bar": limit, "met": met, **rounded}
-
-
-@contextmanager
-def stage(console: Console, text: str) -> Iterator[None]:
-    """Say what goes on: a spinner on a terminal, a line elsewhere."""
-    if console.is_terminal:
-        with console.status(text):
-            yield
-    else:
-        console.print(text, soft_wrap=True)
-        yield
-
-
-def pss(pid: int) -> int:
-    """Memory of a process, shared pages divided among those who share them."""
-    facts = psutil.Process(pid).memory_full_info()
-    return int(getattr(facts, "pss", 0) or facts.uss)
 
 
 class Peer:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -17,15 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 from make_text_encoder import make_clip_l
 from rich.console import Console
 from rich.table import Table
+from surroundings import BUILD, free_port, leave_the_users_settings, pss, stage
 
 from luna_daemon.daemon_server import LunaDaemon
 
 HERE = Path(__file__).resolve().parent
-BUILD = HERE.parent / "build"
 OUT = BUILD / "demo"
 VAE = HERE / "model" / "luna_demo_vae.safetensors"
 CLIP = BUILD / "models" / "clip_l.safetensors"
@@ -55,30 +53,6 @@ def main() -> None:
     for result in shared:
         console.print(f"{result['photo']}: {result['psnr']:.1f} dB after encode and decode")
     console.print(f"pictures, chart and table are in {OUT.relative_to(HERE.parent)}/")
-
-
-@contextmanager
-def stage(console: Console, text: str) -> Iterator[None]:
-    """Say what goes on: a spinner on a terminal, a line elsewhere."""
-    if console.is_terminal:
-        with console.status(text):
-            yield
-    else:
-        console.print(text, soft_wrap=True)
-        yield
-
-
-def leave_the_users_settings() -> None:
-    """The demo shows the same everywhere: no ``LUNA_*`` variable and no ``luna.toml`` of the current folder decides.
-
-    The daemon and the clients inherit this process' environment. ``COMFYUI_PATH`` stays: a tokenizer may lie there.
-    """
-    for name in [name for name in os.environ if name.startswith("LUNA_")]:
-        del os.environ[name]
-    BUILD.mkdir(exist_ok=True)
-    nothing = BUILD / "no-settings.toml"
-    nothing.touch()
-    os.environ["LUNA_CONFIG"] = str(nothing)
 
 
 # --- the two ways -------------------------------------------------------------------------------------------------
@@ -147,18 +121,6 @@ def daemon_info(port: int, runtime: Path) -> dict[str, Any]:
         return client.get_daemon_info()
 
 
-def pss(pid: int | None) -> int:
-    """Memory of a process, shared pages divided among those who share them; resident memory where unknown."""
-    facts = psutil.Process(pid).memory_full_info()
-    return int(getattr(facts, "pss", 0) or facts.uss)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 # --- what is shown ------------------------------------------------------------------------------------------------
 
 
@@ -168,7 +130,7 @@ def gigabytes(parts: dict[str, int]) -> str:
 
 def latencies(alone: list[dict[str, Any]], shared: list[dict[str, Any]], info: dict[str, Any]) -> Table:
     """Median and first call of every kind, both ways; cache hits and workers below."""
-    table = Table(title="Three clients at once: median milliseconds per call (first call)")
+    table = Table(title="Three clients at once: median milliseconds per call (first call)", min_width=74)
     table.add_column("call")
     table.add_column("own models", justify="right")
     table.add_column("shared daemon", justify="right")
