@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 __all__ = ["Answer", "IsCancelled", "Link", "OnProgress"]
 
 _CONNECT_S = 1.0
+_GREETING_S = 0.8
+"""So that what is there instead of a daemon is named within a second."""
 _SILENCE_S = 60.0
 _INLINE_BYTES = 256 << 10
 _PROBE_S = 0.1
@@ -424,7 +426,7 @@ def _shake_hands(host: str, port: int, runtime_dir: Path | None, name: str) -> t
     hello = m.Hello(PROTOCOL_VERSION, token, "client", name, os.getpid(), __version__)
     try:
         channel.send(hello)
-        received = channel.receive(_CONNECT_S)
+        received = channel.receive(_GREETING_S)
     except (ProtocolError, LimitExceeded) as error:
         channel.close()
         if isinstance(error, ProtocolError) and error.code != ProtocolError.code:
@@ -444,7 +446,7 @@ def _shake_hands(host: str, port: int, runtime_dir: Path | None, name: str) -> t
     if isinstance(message, m.Failure):
         raise error_from_code(message.code, message.message, message.hint, message.retry_after_s)
     raise DaemonConnectionError(
-        f"what listens on {host}:{port} did not greet within {_CONNECT_S:g} s: not Luna Daemon, "
+        f"what listens on {host}:{port} did not greet within {_GREETING_S:g} s: not Luna Daemon, "
         "or the predecessor's daemon on the same port",
         "Stop it, or start Luna Daemon on another port",
     )
