@@ -298,10 +298,10 @@ def _dial(host: str | None, port: int | None, config: Path | None, runtime_dir: 
     """
     from .client import DaemonClient
     from .config import load_settings
-    from .runtime import read_facts, runtime_folder
+    from .runtime import dial_host, read_facts, runtime_folder
 
     settings = load_settings({"host": host, "port": port, "runtime_dir": runtime_dir}, config_file=config)
-    address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    address = dial_host(settings.host)
     # Given a folder, the client need not read the settings once more, and without --config.
     folder = runtime_folder(settings.port, settings.runtime_dir).parent
     client = DaemonClient(address, settings.port, runtime_dir=folder, name="luna-daemon")

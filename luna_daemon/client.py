@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .core import BadRequest, DaemonConnectionError, LunaError, ModelKind, ModelMismatchError, Priority
 from .link import Answer, IsCancelled, Link, OnProgress
+from .runtime import dial_host
 from .wire import messages as m
 
 if TYPE_CHECKING:
@@ -60,8 +61,7 @@ class DaemonClient:
             host = host or settings.host
             port = port or settings.port
             runtime_dir = runtime_dir or settings.runtime_dir
-        # A daemon that listens on every address is dialled on this machine's own.
-        self.host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        self.host = dial_host(host)
         self.port = port
         self.runtime_dir = Path(runtime_dir) if runtime_dir else None
         self.use_arena = use_arena

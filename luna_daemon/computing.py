@@ -11,7 +11,7 @@ import msgspec
 
 from .core import BadRequest, LimitExceeded, LunaError, ModelKind, PatchMissing, Priority, ServiceType
 from .models import load_bytes
-from .pool.work import PatchSet, Piece, Work
+from .pool.work import PatchSet, Piece, Work, release
 from .session import ClientRequest
 from .wire import messages as m
 from .wire.frame import encode_call
@@ -38,14 +38,12 @@ def compute(service: Service, request: ClientRequest, call: m.Call) -> None:
     pieces = service.pieces(request)
     key = cache_key(service, spec, call, pieces)
     if key is not None and (kept := service.cache.get(key)) is not None:
-        for piece in pieces:
-            piece.slot.release()
+        release(pieces)
         request.finish(kept, shared=True)
         return
     same = service.pool.find_same(lambda work: is_same(work, spec, message.call, pieces))
     if same is not None:
-        for piece in pieces:
-            piece.slot.release()
+        release(pieces)
         service.coalesced += 1
         same.widen(priority, deadline)
         request.join(same)
@@ -54,8 +52,7 @@ def compute(service: Service, request: ClientRequest, call: m.Call) -> None:
         room = load_bytes(spec)
         patches = _patch_sets(service, call)
     except (LunaError, OSError):
-        for piece in pieces:
-            piece.slot.release()
+        release(pieces)
         raise
     size_key = (spec.key, bytes(message.call)[:_CALL_BYTES], tuple(ref.shape for ref in message.tensors))
     work = Work(

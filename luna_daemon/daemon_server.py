@@ -28,7 +28,7 @@ from typing import Any
 from .config import Settings, load_settings
 from .core import ConfigError, DaemonConnectionError, LunaError, PortInUse, ServiceType, logger
 from .models import ModelResolver
-from .runtime import Runtime, read_facts, runtime_folder
+from .runtime import Runtime, dial_host, read_facts, runtime_folder
 from .service import Service
 from .shared_memory import SharedMemory
 from .wire.arena import Arena, ArenaUnavailable, open_arena
@@ -204,7 +204,7 @@ class LunaDaemon:
             service = self._service(pool, SharedMemory(arena, why), runtime)
             ends.push_async_callback(_close, service)
             server = await self._loop.create_server(service.connect, sock=listener, backlog=1024)
-            pool.open(*_dial_address(self.settings.host, self.port))
+            pool.open(dial_host(self.settings.host), self.port)
             ends.push_async_callback(pool.close, self.settings.drain_timeout_sec)
             ends.callback(server.close)
             logger.info("Luna Daemon listens on %s:%d", self.settings.host, self.port)
@@ -314,11 +314,6 @@ def _who_listens(settings: Settings) -> str:
             if connection.status == psutil.CONN_LISTEN and connection.laddr.port == settings.port and connection.pid:
                 return f"{psutil.Process(connection.pid).name()!r} (pid {connection.pid})"
     return "a process of another user"
-
-
-def _dial_address(host: str, port: int) -> tuple[str, int]:
-    """Where a worker on this machine finds us."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port
 
 
 async def _tidy(service: Service) -> None:

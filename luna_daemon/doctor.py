@@ -390,9 +390,9 @@ def _shared_memory(settings: Settings) -> Check:
 def _daemon(settings: Settings) -> tuple[dict[str, Any], Check]:
     """What the running daemon says about itself; empty without one."""
     from .client import DaemonClient
-    from .runtime import runtime_folder
+    from .runtime import dial_host, runtime_folder
 
-    address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    address = dial_host(settings.host)
     folder = runtime_folder(settings.port, settings.runtime_dir).parent
     try:
         with DaemonClient(address, settings.port, runtime_dir=folder, name="luna-daemon doctor") as client:

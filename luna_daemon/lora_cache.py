@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .core import LimitExceeded
-from .pool.work import Piece
+from .pool.work import Piece, release
 
 __all__ = ["LoRACache", "LoRAEntry"]
 
@@ -82,8 +82,7 @@ class LoRACache:
         if entry is None:
             return False
         self.nbytes -= entry.nbytes
-        for piece in entry.pieces:
-            piece.slot.release()
+        release(entry.pieces)
         return True
 
     def clear(self) -> None:

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 from .core import BadRequest, LimitExceeded, LunaError
 from .lora_cache import LoRACache, LoRAEntry
-from .pool.work import Outcome
+from .pool.work import Outcome, release
 from .session import ClientRequest
-from .shared_memory import lease
 from .wire import messages as m
 from .wire.arena import process_space
 
@@ -64,7 +63,7 @@ async def _alloc_later(service: Service, request: ClientRequest, nbytes: int) ->
     elif not service.is_connected(request.session):
         slot.release()
     else:
-        request.answer(None, [lease(request.session.leases, slot)])
+        request.answer(None, [request.session.leases.lend(slot)])
 
 
 def _models(service: Service, request: ClientRequest, call: m.ModelsList) -> None:
@@ -95,8 +94,7 @@ def _keep(cache: LoRACache, name: str, entry: LoRAEntry) -> None:
     try:
         cache.put(name, entry)
     except LunaError:
-        for piece in entry.pieces:
-            piece.slot.release()
+        release(entry.pieces)
         raise
 
 

@@ -202,7 +202,7 @@ class DaemonVAE(_Proxy):
         """``encode`` in tiles; sizes in pixels, ``None`` is ComfyUI's default (512, 512, 64)."""
         tiling = m.Tiling(tile_x, tile_y, overlap, tile_t, overlap_t)
         return self._compute(
-            m.VaeEncode(self.model, tiling), pixels, lambda vae: vae.encode_tiled(pixels, **_given(tiling))
+            m.VaeEncode(self.model, tiling), pixels, lambda vae: vae.encode_tiled(pixels, **tiling.given())
         )
 
     def decode_tiled(
@@ -217,7 +217,7 @@ class DaemonVAE(_Proxy):
         """``decode`` in tiles; sizes in latent units, ``None`` is ComfyUI's default (64, 64, 16)."""
         tiling = m.Tiling(tile_x, tile_y, overlap, tile_t, overlap_t)
         return self._compute(
-            m.VaeDecode(self.model, tiling), samples, lambda vae: vae.decode_tiled(samples, **_given(tiling))
+            m.VaeDecode(self.model, tiling), samples, lambda vae: vae.decode_tiled(samples, **tiling.given())
         )
 
 
@@ -334,12 +334,6 @@ class DaemonCLIP(_Proxy):
         clone = clip.clone()
         clone.clip_layer(self.layer_idx)
         return clone
-
-
-def _given(tiling: m.Tiling) -> dict[str, int]:
-    """The tile arguments that were given: the local model has its own defaults."""
-    values = {name: getattr(tiling, name) for name in tiling.__struct_fields__}
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def _pairs(tokens: dict[str, Any]) -> m.Tokens:

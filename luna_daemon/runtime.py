@@ -20,7 +20,7 @@ from typing import Any
 
 from .core import AuthenticationError, PortInUse
 
-__all__ = ["Runtime", "find_token", "read_facts", "runtime_folder"]
+__all__ = ["Runtime", "dial_host", "find_token", "read_facts", "runtime_folder"]
 
 _TOKEN = "token"  # noqa: S105 (a file's name)
 _FACTS = "daemon.json"
@@ -93,6 +93,11 @@ def read_facts(port: int, folder: Path | None = None) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return facts
+
+
+def dial_host(host: str) -> str:
+    """Where a process of this machine finds a daemon that listens on ``host``, every address included."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
 class Runtime:

@@ -39,9 +39,9 @@ from .lora_cache import LoRACache
 from .models import DigestUnknown, ModelResolver
 from .ops import HANDLERS
 from .pool.process import WorkerProcess
-from .pool.work import Piece
+from .pool.work import Piece, release
 from .session import ClientRequest, Session
-from .shared_memory import SharedMemory, lease
+from .shared_memory import SharedMemory
 from .wire import messages as m
 from .wire.arena import Slot
 from .wire.codec import check_ref
@@ -56,7 +56,7 @@ _PATCH_BYTES, _PATCH_SETS = 2 << 30, 256
 _GREET_S = 5.0
 _STALL_S = 60.0
 """A peer that reads nothing for so long is cut off: what waits for it costs memory."""
-_FULL_S = 1.0
+_READS_S = 1.0
 _HELLO_BYTES = 64 << 10
 """Largest message before the greeting: strangers make nobody allocate."""
 
@@ -295,8 +295,7 @@ class Service:
                     raise BadRequest(f"tensor at {start}..{start + ref.nbytes} is outside its {source.nbytes} bytes")
                 pieces.append(Piece(ref, source.part(start, ref.nbytes)))
         except LunaError:
-            for piece in pieces:
-                piece.slot.release()
+            release(pieces)
             raise
         return pieces
 
@@ -315,7 +314,7 @@ class Service:
         elif worker.connection not in self.workers:
             slot.release()
         else:
-            worker.connection.send(m.Reply(message.id, None, [lease(worker.leases, slot)]))
+            worker.connection.send(m.Reply(message.id, None, [worker.leases.lend(slot)]))
 
     def tidy(self) -> None:
         """Give unused shared memory back, cut off who does not read; called every few seconds."""
@@ -328,7 +327,7 @@ class Service:
     @property
     def unsent(self) -> bool:
         """Whether answers are still on their way to clients that read."""
-        return any(connection.unsent and connection.stalled_s < _FULL_S for connection in self._connections)
+        return any(connection.unsent and connection.stalled_s < _READS_S for connection in self._connections)
 
     def close(self) -> None:
         """Close every connection and forget every cache."""

@@ -8,18 +8,13 @@ from typing import Any
 
 from .core import LimitExceeded, logger
 from .wire import messages as m
-from .wire.arena import Arena, Leases, Slot
+from .wire.arena import Arena, Slot
 
-__all__ = ["SharedMemory", "lease"]
+__all__ = ["SharedMemory"]
 
 _TRIM_S = 60.0
 _FULL_S = 1.0
 _SIZES = 256
-
-
-def lease(leases: Leases, slot: Slot) -> m.TensorRef:
-    """Hand a use of ``slot`` to a peer: the descriptor that it gets."""
-    return m.TensorRef("uint8", (slot.nbytes,), slot.nbytes, slot.offset, leases.add(slot), slot.segment)
 
 
 class SharedMemory:

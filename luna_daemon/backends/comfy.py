@@ -161,7 +161,7 @@ class ComfyVae:
         if raw:
             return self._raw(vae.first_stage_model.encode, pixels, step)
         if tiling is not None:
-            return self._run(lambda part: vae.encode_tiled(part, **_given(tiling)), [pixels], step)
+            return self._run(lambda part: vae.encode_tiled(part, **tiling.given()), [pixels], step)
         return self._run(vae.encode, [pixels] if video else _singles(pixels), step)
 
     def decode(
@@ -177,7 +177,7 @@ class ComfyVae:
         if raw:
             return self._raw(vae.first_stage_model.decode, latents, step)
         if tiling is not None:
-            return self._run(lambda part: vae.decode_tiled(part, **_given(tiling)), [latents], step)
+            return self._run(lambda part: vae.decode_tiled(part, **tiling.given()), [latents], step)
         parts = [latents] if self._mixes_frames else _singles(latents)
         return self._run(lambda part: vae.decode(part, **_options_of(options)), parts, step)
 
@@ -339,11 +339,6 @@ def _dtype(precision: str) -> Any:
     import torch
 
     return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
-
-
-def _given(tiling: Tiling) -> dict[str, int]:
-    values = {name: getattr(tiling, name) for name in tiling.__struct_fields__}
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def _options_of(options: dict[str, Any] | None) -> dict[str, Any]:

@@ -210,9 +210,13 @@ class Worker:
     def _reply(self, job: m.Job, result: compute.Result) -> None:
         refs: list[m.TensorRef] = []
         payload: list[memoryview] = []
-        inline = 0
+        inline, grant = 0, job.grant
         for ref, data in result.tensors:
-            slot = self._slot(job, ref.nbytes)
+            slot: m.TensorRef | None = None
+            if grant is not None and grant.nbytes == ref.nbytes:
+                slot, grant = grant, None  # good for one tensor
+            elif ref.nbytes > _INLINE_BYTES:
+                slot = self._reserve(ref.nbytes)
             if slot is not None and self.arena is not None:
                 self.arena.slice(slot.segment, slot.offset, ref.nbytes)[:] = data
                 refs.append(ref.placed(slot.offset, slot.slot, slot.segment))
@@ -221,12 +225,6 @@ class Worker:
                 payload.append(data)
                 inline += ref.nbytes
         self.channel.send(m.Reply(job.id, result.value, refs, result.notes), payload)
-
-    def _slot(self, job: m.Job, nbytes: int) -> m.TensorRef | None:
-        """Where a result goes: the slot that came with the job if it fits, or one that is asked for."""
-        if job.grant is not None and job.grant.nbytes == nbytes:
-            return job.grant
-        return self._reserve(nbytes) if nbytes > _INLINE_BYTES else None
 
     def _reserve(self, nbytes: int) -> m.TensorRef | None:
         """A slot for a result; ``None`` when shared memory is full, and the bytes go by the socket."""

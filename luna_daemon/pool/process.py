@@ -149,9 +149,7 @@ class WorkerProcess:
             pieces += patch.pieces
         refs, inline = self._placed(pieces)
         slot = work.reserve() if self.sees_arena else None
-        grant = None
-        if slot is not None:
-            grant = m.TensorRef("uint8", (slot.nbytes,), slot.nbytes, slot.offset, self.leases.add(slot), slot.segment)
+        grant = self.leases.lend(slot) if slot is not None else None
         self.connection.send(m.Job(job, work.call, work.spec, refs, unload, patches, grant), inline)
 
     def _placed(self, pieces: list[Piece]) -> tuple[list[m.TensorRef], list[Slot]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from ..core import LunaError
 from ..wire.arena import Slot
 from ..wire.messages import LoadSpec, TensorRef
 
-__all__ = ["Outcome", "PatchSet", "Piece", "Waiter", "Work"]
+__all__ = ["Outcome", "PatchSet", "Piece", "Waiter", "Work", "release"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,12 @@ class Piece:
 
     ref: TensorRef
     slot: Slot
+
+
+def release(pieces: Iterable[Piece]) -> None:
+    """Give back one use of the memory behind each."""
+    for piece in pieces:
+        piece.slot.release()
 
 
 @dataclass(frozen=True)
@@ -42,8 +48,7 @@ class Outcome:
     notes: list[str]
 
     def release(self) -> None:
-        for piece in self.pieces:
-            piece.slot.release()
+        release(self.pieces)
 
 
 class Waiter(Protocol):
@@ -103,8 +108,9 @@ class Work:
             waiter.progress(stage, step, total)
 
     def release_inputs(self) -> None:
-        for piece in [*self.pieces, *(piece for patch in self.patches for piece in patch.pieces)]:
-            piece.slot.release()
+        release(self.pieces)
+        for patch in self.patches:
+            release(patch.pieces)
         self.pieces, self.patches = [], []
 
     def finish(self, outcome: Outcome) -> None:

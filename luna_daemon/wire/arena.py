@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..core import BadRequest, LimitExceeded, logger
+from .messages import TensorRef
 
 __all__ = ["Arena", "ArenaUnavailable", "ArenaView", "Leases", "Slot", "default_folder", "open_arena", "process_space"]
 
@@ -121,6 +122,10 @@ class Leases:
         self._held[number] = slot
         self.nbytes += slot.nbytes
         return number
+
+    def lend(self, slot: Slot) -> TensorRef:
+        """Hand a use of ``slot`` to the peer: the descriptor that it gets."""
+        return TensorRef("uint8", (slot.nbytes,), slot.nbytes, slot.offset, self.add(slot), slot.segment)
 
     def get(self, number: int) -> Slot:
         """The slot behind a number.

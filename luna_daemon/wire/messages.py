@@ -96,6 +96,11 @@ class Tiling(msgspec.Struct, frozen=True):
     tile_t: int | None = None
     overlap_t: int | None = None
 
+    def given(self) -> dict[str, int]:
+        """The arguments that are not ``None``: whoever computes has defaults of its own."""
+        values = {name: getattr(self, name) for name in self.__struct_fields__}
+        return {name: value for name, value in values.items() if value is not None}
+
 
 class FileId(msgspec.Struct, frozen=True):
     """A model file as the client sees it. Size and mtime (and inode, on one host) must agree with the daemon's."""
