@@ -40,6 +40,8 @@ class DaemonClient:
         runtime_dir: where its token is, if the daemon was started with ``--runtime-dir``.
         use_arena: take tensors through shared memory where both sides see it.
         name: how ``info`` names this client.
+        tls_ca: for a daemon of another user or machine that has TLS: the PEM file of its authority, or ``system``;
+            ``LUNA_TLS_CA`` by default.
 
     Every method raises ``DaemonConnectionError`` when no daemon answers and the daemon's own errors otherwise.
     Model names (``vae_type``, ``clip_type``) are those of the daemon's configuration, ``sdxl`` by default.
@@ -53,6 +55,7 @@ class DaemonClient:
         runtime_dir: Path | str | None = None,
         use_arena: bool = True,
         name: str = "",
+        tls_ca: Path | str = "",
     ) -> None:
         if host is None or port is None:
             from .config import load_settings
@@ -66,6 +69,7 @@ class DaemonClient:
         self.runtime_dir = Path(runtime_dir) if runtime_dir else None
         self.use_arena = use_arena
         self.name = name or Path(sys.argv[0] or "python").name
+        self.tls_ca = str(tls_ca) or os.environ.get("LUNA_TLS_CA", "")
         self._link: Link | None = None
         self._lock = threading.Lock()
         self._pid = os.getpid()
@@ -81,7 +85,7 @@ class DaemonClient:
                     self._link.close()
                 self._link = None
             if self._link is None or self._link.broken is not None:
-                self._link = Link(self.host, self.port, self.runtime_dir, self.name, self.use_arena)
+                self._link = Link(self.host, self.port, self.runtime_dir, self.name, self.use_arena, self.tls_ca)
             return self._link
 
     def call(

@@ -10,13 +10,11 @@ if __name__ == "__main__" and not __package__:
     run_as_module("luna_daemon.daemon_server")
 
 import asyncio
-import errno
 import json
 import os
 import secrets
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,8 +25,9 @@ from typing import Any
 
 from .config import Settings, load_settings
 from .core import ConfigError, DaemonConnectionError, LunaError, PortInUse, ServiceType, logger
+from .listening import bind, facts_of, tls_of
 from .models import ModelResolver
-from .runtime import Runtime, dial_host, read_facts, runtime_folder
+from .runtime import Runtime, dial_host, runtime_folder
 from .service import Service
 from .shared_memory import SharedMemory
 from .wire.arena import Arena, ArenaUnavailable, open_arena
@@ -38,6 +37,7 @@ __all__ = ["LunaDaemon"]
 
 _TIDY_S = 5.0
 _SEND_S = 5.0
+_HANDSHAKE_S = 5.0
 _LINGER_S = 0.1
 """Lets clients map the last results before the shared memory goes."""
 _LEGACY_SERVICE = {"full": "full", "vae_only": "vae", "clip_only": "clip", "vae": "vae", "clip": "clip"}
@@ -191,11 +191,12 @@ class LunaDaemon:
         self._stopping, self._loop = asyncio.Event(), asyncio.get_running_loop()
         async with AsyncExitStack() as ends:  # unwound from the last to the first
             ends.callback(self._catch_signals())
-            listener = _bind(self.settings)
+            tls = tls_of(self.settings)
+            listener = bind(self.settings)
             ends.callback(listener.close)
             self.port = listener.getsockname()[1]
             runtime = Runtime(self.port, self.settings.runtime_dir)
-            runtime.open({"pid": os.getpid(), "port": self.port, "ws_port": self.settings.ws_port})
+            runtime.open(facts_of(self.settings, self.port))
             ends.callback(runtime.close)
             arena, why = self._open_arena()
             if arena is not None:
@@ -203,8 +204,14 @@ class LunaDaemon:
             pool = WorkerPool(self.settings, runtime.folder)
             service = self._service(pool, SharedMemory(arena, why), runtime)
             ends.push_async_callback(_close, service)
-            server = await self._loop.create_server(service.connect, sock=listener, backlog=1024)
-            pool.open(dial_host(self.settings.host), self.port)
+            server = await self._loop.create_server(
+                service.connect,
+                sock=listener,
+                backlog=1024,
+                ssl=tls,
+                ssl_handshake_timeout=_HANDSHAKE_S if tls else None,
+            )
+            pool.open(*await self._workers_address(service, tls is not None, ends))
             ends.push_async_callback(pool.close, self.settings.drain_timeout_sec)
             ends.callback(server.close)
             logger.info("Luna Daemon listens on %s:%d", self.settings.host, self.port)
@@ -213,6 +220,15 @@ class LunaDaemon:
             await self._stopping.wait()
             logger.info("stopping: %d requests in flight", pool.in_flight)
         logger.info("stopped")
+
+    async def _workers_address(self, service: Service, tls: bool, ends: AsyncExitStack) -> tuple[str, int]:
+        """Where workers dial. They are on this machine and have one-time tokens: TLS would only cost time."""
+        if not tls:
+            return dial_host(self.settings.host), self.port
+        assert self._loop is not None
+        plain = await self._loop.create_server(service.connect, "127.0.0.1", 0)
+        ends.callback(plain.close)
+        return "127.0.0.1", int(plain.sockets[0].getsockname()[1])
 
     def _service(self, pool: WorkerPool, memory: SharedMemory, runtime: Runtime) -> Service:
         from .monitoring import collect_info
@@ -274,46 +290,6 @@ def _as_text(name: str, value: Any) -> str:
 
 def _taken(text: str) -> bool:
     return "is in use by" in text or "already uses port" in text
-
-
-def _bind(settings: Settings) -> socket.socket:
-    """Take the port, or say who has it.
-
-    Raises:
-        PortInUse: taken, or not ours to take.
-    """
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    exclusive = getattr(socket, "SO_EXCLUSIVEADDRUSE", None)
-    # On Windows SO_REUSEADDR would let two daemons share the port; elsewhere it only skips TIME_WAIT.
-    listener.setsockopt(socket.SOL_SOCKET, exclusive or socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((settings.host, settings.port))
-    except OSError as error:
-        listener.close()
-        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-            raise ConfigError(
-                f"setting 'host' is {settings.host!r}: {error.strerror or error}", "Use an address of this machine"
-            ) from error
-        raise PortInUse(
-            f"port {settings.port} on {settings.host} is in use by {_who_listens(settings)}",
-            "Stop it, or choose another --port",
-        ) from error
-    listener.setblocking(False)
-    return listener
-
-
-def _who_listens(settings: Settings) -> str:
-    import psutil
-
-    facts = read_facts(settings.port, settings.runtime_dir)
-    if facts.get("pid") and psutil.pid_exists(int(facts["pid"])):
-        return f"another Luna Daemon of yours (pid {facts['pid']})"
-    with suppress(psutil.Error, OSError):
-        for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == settings.port and connection.pid:
-                return f"{psutil.Process(connection.pid).name()!r} (pid {connection.pid})"
-    return "a process of another user"
 
 
 async def _tidy(service: Service) -> None:

@@ -29,13 +29,14 @@ from .core import (
     RequestCancelled,
     error_from_code,
 )
-from .runtime import find_token
+from .runtime import find_token, read_facts
 from .wire import messages as m
 from .wire.arena import ArenaUnavailable, ArenaView, process_space
 from .wire.buffers import Buffers
 from .wire.channel import Channel
 from .wire.codec import check_ref, describe, tensor_bytes, tensor_from
 from .wire.frame import encode_call
+from .wire.tls import TlsSocket, client_context, pinned_context
 
 if TYPE_CHECKING:
     import torch
@@ -83,9 +84,12 @@ class Link:
 
     Args:
         use_arena: take tensors through shared memory where both sides see it.
+        tls_ca: whom to trust, as ``wire.tls.client_context`` takes it; empty: as the runtime folder says.
     """
 
-    def __init__(self, host: str, port: int, runtime_dir: Path | None, name: str, use_arena: bool) -> None:
+    def __init__(
+        self, host: str, port: int, runtime_dir: Path | None, name: str, use_arena: bool, tls_ca: str = ""
+    ) -> None:
         self.waiting: dict[int, _Waiting] = {}
         self.released: deque[int] = deque()
         self._leased: dict[int, int] = {}
@@ -100,7 +104,7 @@ class Link:
         self._next_id = 1
         self._id_lock = threading.Lock()
         self.arena: ArenaView | None = None
-        self.channel, self.welcome = _shake_hands(host, port, runtime_dir, name)
+        self.channel, self.welcome = _shake_hands(host, port, runtime_dir, name, tls_ca)
         self.transport, self.transport_why = "tcp", self.welcome.arena_why
         if use_arena:
             try:
@@ -408,7 +412,25 @@ class Link:
         self._break(DaemonConnectionError("the client was closed"))
 
 
-def _shake_hands(host: str, port: int, runtime_dir: Path | None, name: str) -> tuple[Channel, m.Welcome]:
+def _dial(host: str, port: int, runtime_dir: Path | None, tls_ca: str) -> socket.socket | TlsSocket:
+    """Connect, with TLS if an authority is named or the daemon's runtime folder names its certificate."""
+    try:
+        sock = socket.create_connection((host, port), timeout=_CONNECT_S)
+    except OSError as error:
+        raise DaemonConnectionError(
+            f"no Luna Daemon answers on {host}:{port} ({error.strerror or error})", "Start it with 'luna-daemon serve'"
+        ) from error
+    try:
+        if tls_ca:
+            return TlsSocket(sock, client_context(tls_ca), host)
+        pinned = read_facts(port, runtime_dir).get("tls_cert")
+        return TlsSocket(sock, pinned_context(Path(pinned)), host) if pinned else sock
+    except LunaError:
+        sock.close()
+        raise
+
+
+def _shake_hands(host: str, port: int, runtime_dir: Path | None, name: str, tls_ca: str) -> tuple[Channel, m.Welcome]:
     """Connect, say hello, read the welcome.
 
     Raises:
@@ -416,13 +438,7 @@ def _shake_hands(host: str, port: int, runtime_dir: Path | None, name: str) -> t
         AuthenticationError, VersionMismatch: the daemon refused; says why.
     """
     token = find_token(port, runtime_dir)
-    try:
-        sock = socket.create_connection((host, port), timeout=_CONNECT_S)
-    except OSError as error:
-        raise DaemonConnectionError(
-            f"no Luna Daemon answers on {host}:{port} ({error.strerror or error})", "Start it with 'luna-daemon serve'"
-        ) from error
-    channel = Channel(sock)
+    channel = Channel(_dial(host, port, runtime_dir, tls_ca))
     hello = m.Hello(PROTOCOL_VERSION, token, "client", name, os.getpid(), __version__)
     try:
         channel.send(hello)
@@ -437,7 +453,8 @@ def _shake_hands(host: str, port: int, runtime_dir: Path | None, name: str) -> t
     except DaemonConnectionError as error:
         channel.close()
         raise DaemonConnectionError(
-            f"whatever listens on {host}:{port} closed the connection instead of greeting", error.message
+            f"whatever listens on {host}:{port} closed the connection instead of greeting",
+            f"{error.message}. A daemon with TLS needs LUNA_TLS_CA",
         ) from error
     message = received[0] if received else None
     if isinstance(message, m.Welcome):

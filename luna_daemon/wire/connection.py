@@ -78,8 +78,9 @@ class Connection(asyncio.BufferedProtocol):
         self.transport = transport
         self.remote = str(transport.get_extra_info("peername"))
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # Paused means "not all of it has left": a slot may be reused only once the kernel has its bytes.
-        transport.set_write_buffer_limits(high=0)
+        # Paused means "not all of it has left": a slot may be reused only once the kernel has its bytes. TLS pauses at
+        # the limit, not above it, and would never go on from 0.
+        transport.set_write_buffer_limits(high=1 if transport.get_extra_info("sslcontext") else 0)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         if self._refused:
