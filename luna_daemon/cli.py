@@ -52,6 +52,7 @@ _KIND = typer.Option(metavar="KIND", help="What to load of it: vae, clip or all.
 _PIN = typer.Option("--pin", help="Keep it loaded until it is unloaded.")
 _TIMEOUT = typer.Option(metavar="SECONDS", help="How long to wait for its end.", min=0)
 _ROUNDS = typer.Option(metavar="COUNT", help="How often each call is timed.", min=1)
+_RENEW = typer.Option("--renew", help="Make another; whoever has the old one is locked out.")
 _JSON = typer.Option("--json", help="Print one JSON document and nothing else.")
 
 Host = Annotated[str | None, _HOST]
@@ -202,6 +203,48 @@ def unload(
         print_json({"unloaded": gone})
     else:
         typer.echo(f"unloaded {count(gone, 'model')}")
+
+
+@app.command()
+def token(
+    renew: Annotated[bool, _RENEW] = False,
+    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Print the token that lets clients in."""
+    from .runtime import find_token
+    from .wire.messages import TokenRenew
+
+    with _dial(host, port, config, runtime_dir) as client:
+        if renew:
+            client.call(TokenRenew())
+        found = find_token(client.port, client.runtime_dir, {})
+    if not found:
+        raise AuthenticationError(
+            f"the token of {client.host}:{client.port} is not on this machine", "Ask on the daemon's own"
+        )
+    if as_json:
+        print_json({"token": found, "renewed": renew})
+    else:
+        typer.echo(found)
+
+
+@app.command()
+def reload(
+    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Take new settings without a stop."""
+    from .wire.messages import Reload
+
+    with _dial(host, port, config, runtime_dir) as client:
+        found = client.call(Reload()).result
+    if as_json:
+        print_json(found)
+        return
+    typer.echo(f"taken: {', '.join(found['taken']) or 'nothing has changed'}")
+    if found["restart"]:
+        typer.echo(f"only after a restart: {', '.join(found['restart'])}")
 
 
 @app.command()

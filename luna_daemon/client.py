@@ -13,7 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .core import BadRequest, DaemonConnectionError, LunaError, ModelKind, ModelMismatchError, Priority
+from .core import (
+    AuthenticationError,
+    BadRequest,
+    DaemonConnectionError,
+    LunaError,
+    ModelKind,
+    ModelMismatchError,
+    Priority,
+)
 from .link import Answer, IsCancelled, Link, OnProgress
 from .runtime import dial_host
 from .wire import messages as m
@@ -108,7 +116,15 @@ class DaemonClient:
             on_progress: told of queueing, loading and tiles, on the calling thread.
             is_cancelled: asked ten times a second; ``True`` stops the call with ``RequestCancelled``.
         """
-        return self.link().call(call, tensors, deadline_s, priority, on_progress, is_cancelled)
+        how = (deadline_s, priority, on_progress, is_cancelled)
+        link = self.link()
+        try:
+            return link.call(call, tensors, *how)
+        except AuthenticationError:  # the token was renewed meanwhile: nothing has been done
+            with self._lock:
+                if self._link is link:
+                    self._link = None
+        return self.link().call(call, tensors, *how)
 
     def close(self) -> None:
         """Close the connection; the next call makes a new one."""

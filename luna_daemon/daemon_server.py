@@ -89,6 +89,7 @@ class LunaDaemon:
         self._process: subprocess.Popen[bytes] | None = None
         self._stopping: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._live: Service | None = None
         self._start_id = ""
 
     # --- in a process of its own ---
@@ -184,7 +185,7 @@ class LunaDaemon:
         try:
             asyncio.run(self._serve())
         finally:
-            self._stopping, self._loop = None, None
+            self._stopping, self._loop, self._live = None, None, None
 
     async def _serve(self) -> None:
         # First of all: a signal from here on ends in order, whatever has been made by then.
@@ -212,7 +213,7 @@ class LunaDaemon:
                 ssl_handshake_timeout=_HANDSHAKE_S if tls else None,
             )
             pool.open(*await self._workers_address(service, tls is not None, ends))
-            ends.push_async_callback(pool.close, self.settings.drain_timeout_sec)
+            ends.push_async_callback(_drain, pool)
             ends.callback(server.close)
             logger.info("Luna Daemon listens on %s:%d", self.settings.host, self.port)
             for task in (_tidy(service), _monitor(service, self.settings)):
@@ -235,10 +236,24 @@ class LunaDaemon:
 
         base = self.settings.toml_path.parent if self.settings.toml_path else None
         assert self._stopping is not None
-        return Service(
+        self._live = Service(
             self.settings, pool, ModelResolver(self.settings, base), memory, runtime.token,
-            str(runtime.folder / "token"), collect_info, self._stopping.set,
+            str(runtime.folder / "token"), collect_info, self._stopping.set, self._reload, runtime.renew,
         )  # fmt: skip
+        return self._live
+
+    def _reload(self) -> dict[str, Any]:
+        """Read the settings anew, as at the start.
+
+        Raises:
+            ConfigError: one is wrong; nothing has changed.
+        """
+        from .reloading import take
+
+        assert self._live is not None
+        taken = take(self._live, load_settings(self.overrides, self.environ, self.config_file))
+        self.settings = self._live.settings
+        return taken
 
     def _open_arena(self) -> tuple[Arena | None, str]:
         if not self.settings.arena:
@@ -248,6 +263,12 @@ class LunaDaemon:
         except ArenaUnavailable as error:
             logger.warning("no shared memory: %s; tensors go by TCP", error)
             return None, str(error)
+
+    def _reload_or_say(self) -> None:
+        try:
+            self._reload()
+        except ConfigError as error:
+            logger.error("the settings stay as they were: %s", error)
 
     def _catch_signals(self) -> Callable[[], None]:
         """First signal drains, the second ends at once; handlers only set flags. What puts the old ones back."""
@@ -259,8 +280,13 @@ class LunaDaemon:
                 os._exit(128 + number)
             loop.call_soon_threadsafe(stopping.set)
 
+        def reload(number: int, frame: object) -> None:
+            loop.call_soon_threadsafe(self._reload_or_say)
+
         try:
             before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+            if hasattr(signal, "SIGHUP"):  # elsewhere 'luna-daemon reload' does it
+                before[signal.SIGHUP] = signal.signal(signal.SIGHUP, reload)
         except ValueError:  # not the main thread: whoever runs us there stops us by stop()
             return lambda: None
 
@@ -290,6 +316,10 @@ def _as_text(name: str, value: Any) -> str:
 
 def _taken(text: str) -> bool:
     return "is in use by" in text or "already uses port" in text
+
+
+async def _drain(pool: WorkerPool) -> None:
+    await pool.close(pool.settings.drain_timeout_sec)
 
 
 async def _tidy(service: Service) -> None:

@@ -132,6 +132,15 @@ def _report(service: Service, request: ClientRequest, call: m.Report) -> None:
     request.answer(None)
 
 
+def _reload(service: Service, request: ClientRequest, call: m.Reload) -> None:
+    request.answer(service.on_reload())
+
+
+def _renew(service: Service, request: ClientRequest, call: m.TokenRenew) -> None:
+    ended = service.renew_token()
+    request.answer({"connections": ended})
+
+
 def _drain(service: Service, request: ClientRequest, call: m.Drain) -> None:
     service.pool.accepting = False
     request.answer({"in_flight": service.pool.in_flight})
@@ -146,6 +155,7 @@ HANDLERS: dict[type, Callable[..., None]] = {
     m.Ping: _ping, m.Info: _info, m.ArenaProof: _prove, m.Alloc: _alloc,
     m.ModelsList: _models, m.ModelUnload: _unload, m.PatchPut: _patch_put,
     m.LoraPut: _lora_put, m.LoraGet: _lora_get, m.LoraCheck: _lora_check, m.LoraStats: _lora_stats,
-    m.Register: _register, m.Report: _report, m.Drain: _drain, m.Shutdown: _shutdown,
+    m.Register: _register, m.Report: _report,
+    m.Reload: _reload, m.TokenRenew: _renew, m.Drain: _drain, m.Shutdown: _shutdown,
 }  # fmt: skip
 """By the type of the call; every other op is computed by a worker."""

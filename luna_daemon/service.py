@@ -72,6 +72,8 @@ class Service:
         token: what a client must present; ``token_place`` says where it lies.
         collect_info: makes the ``info`` answer.
         on_shutdown: called when a client asks the daemon to end.
+        on_reload: reads the settings anew; what it took is the answer.
+        make_token: makes another token and leaves it where clients find it.
     """
 
     def __init__(
@@ -84,6 +86,8 @@ class Service:
         token_place: str,
         collect_info: Callable[[Service], dict[str, Any]],
         on_shutdown: Callable[[], None],
+        on_reload: Callable[[], dict[str, Any]],
+        make_token: Callable[[], str],
     ) -> None:
         self.settings = settings
         self.pool = pool
@@ -93,6 +97,8 @@ class Service:
         self.token_place = token_place
         self.collect_info = collect_info
         self.on_shutdown = on_shutdown
+        self.on_reload = on_reload
+        self.make_token = make_token
         self.cache = ConditioningCache(settings.conditioning_cache_mb << 20)
         self.patches = LoRACache(_PATCH_BYTES, _PATCH_SETS)
         self.loras = LoRACache(int(settings.lora_cache_gb * (1 << 30)), settings.lora_cache_entries)
@@ -211,6 +217,20 @@ class Service:
                 "Run as that user, or set LUNA_TOKEN or LUNA_TOKEN_FILE",
             )
 
+    def renew_token(self) -> int:
+        """Let nobody in with the old token, and nobody stay with it; how many connections that ends."""
+        self.token = self.make_token()
+        for session in self.sessions.values():
+            session.outdated = True
+        asyncio.get_running_loop().call_soon(self._close_outdated)
+        return len(self.sessions)
+
+    def _close_outdated(self) -> None:
+        """Those that wait for an answer get it first."""
+        for session in list(self.sessions.values()):
+            if session.outdated and not session.requests:
+                session.connection.close()
+
     def spawn(self, coroutine: Any) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
@@ -248,6 +268,8 @@ class Service:
             raise ProtocolError(f"request id {message.id} is {'in use' if message.id > 0 else 'not positive'}")
         request = ClientRequest(session, message, payload, self)
         try:
+            if session.outdated:
+                raise AuthenticationError("the token was renewed", "Connect anew with the new one")
             call = _decode(message.call)
             request.op = str(type(call).__struct_config__.tag)
             HANDLERS.get(type(call), compute)(self, request, call)
@@ -319,6 +341,7 @@ class Service:
     def tidy(self) -> None:
         """Give unused shared memory back, cut off who does not read; called every few seconds."""
         self.memory.tidy()
+        self._close_outdated()
         for connection in list(self._connections):
             if connection.stalled_s > _STALL_S:
                 logger.warning("%s has read nothing for %.0f s and is cut off", connection.remote, connection.stalled_s)

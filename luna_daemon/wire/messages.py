@@ -44,12 +44,14 @@ __all__ = [
     "Progress",
     "Register",
     "Release",
+    "Reload",
     "Reply",
     "Report",
     "Request",
     "Shutdown",
     "TensorRef",
     "Tiling",
+    "TokenRenew",
     "Tokens",
     "Unload",
     "VaeDecode",
@@ -276,6 +278,14 @@ class Report(msgspec.Struct, tag_field="op", tag="report", frozen=True):
     materialised: int = 0
 
 
+class Reload(msgspec.Struct, tag_field="op", tag="reload", frozen=True):
+    """Read the settings anew and take those that can be taken while requests run."""
+
+
+class TokenRenew(msgspec.Struct, tag_field="op", tag="token.renew", frozen=True):
+    """A new token: connections that greeted with the old one end with what they are doing."""
+
+
 class Drain(msgspec.Struct, tag_field="op", tag="drain", frozen=True):
     """Take nothing new; finish what runs."""
 
@@ -286,7 +296,8 @@ class Shutdown(msgspec.Struct, tag_field="op", tag="shutdown", frozen=True):
 
 Call = Union[
     Ping, Info, ArenaProof, Alloc, Echo, VaeEncode, VaeDecode, ClipTokenize, ClipEncode, ModelsList, ModelLoad,
-    ModelUnload, PatchPut, LoraPut, LoraGet, LoraCheck, LoraStats, Register, Report, Drain, Shutdown,
+    ModelUnload, PatchPut, LoraPut, LoraGet, LoraCheck, LoraStats, Register, Report, Reload,
+    TokenRenew, Drain, Shutdown,
 ]  # fmt: skip
 
 
