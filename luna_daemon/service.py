@@ -116,7 +116,8 @@ class Service:
             settings.max_header_mb << 20, settings.max_tensor_mb << 20, settings.arena_client_mb << 20,
             settings.queue_limit, settings.max_clients,
         )  # fmt: skip
-        self._connections: set[Connection] = set()
+        self._connections: dict[Connection, asyncio.TimerHandle] = {}
+        """Everybody who is connected, and the alarm that ends who does not greet."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._numbers = 0
 
@@ -125,12 +126,12 @@ class Service:
     def connect(self) -> Connection:
         """A connection for a socket that was just accepted."""
         connection = Connection(self, _HELLO_BYTES, self.limits.tensor_bytes)
-        self._connections.add(connection)
-        asyncio.get_running_loop().call_later(_GREET_S, self._expect_hello, connection)
+        alarm = asyncio.get_running_loop().call_later(_GREET_S, self._expect_hello, connection)
+        self._connections[connection] = alarm
         return connection
 
     def _expect_hello(self, connection: Connection) -> None:
-        if connection in self._connections and connection not in self.sessions and connection not in self.workers:
+        if connection not in self.sessions and connection not in self.workers:
             connection.close()
 
     def place(self, connection: Connection, nbytes: int) -> Slot:
@@ -160,7 +161,8 @@ class Service:
 
     def lost(self, connection: Connection, why: str) -> None:
         """A connection is gone: nobody computes for its requests any more, and its memory is free."""
-        self._connections.discard(connection)
+        if (alarm := self._connections.pop(connection, None)) is not None:
+            alarm.cancel()  # it would keep the connection, and its buffer, until then
         worker, session = self.workers.pop(connection, None), self.sessions.pop(connection, None)
         if worker is not None:
             self.pool.lost(worker, why)
