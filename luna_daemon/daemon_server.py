@@ -38,6 +38,8 @@ __all__ = ["LunaDaemon"]
 _TIDY_S = 5.0
 _SEND_S = 5.0
 _HANDSHAKE_S = 5.0
+_AT_ONCE, _BACKLOG = 64, 1024
+"""asyncio takes so many connections before it looks at any of them; the system may keep more waiting."""
 _LINGER_S = 0.1
 """Lets clients map the last results before the shared memory goes."""
 _LEGACY_SERVICE = {"full": "full", "vae_only": "vae", "clip_only": "clip", "vae": "vae", "clip": "clip"}
@@ -208,10 +210,11 @@ class LunaDaemon:
             server = await self._loop.create_server(
                 service.connect,
                 sock=listener,
-                backlog=1024,
+                backlog=_AT_ONCE,
                 ssl=tls,
                 ssl_handshake_timeout=_HANDSHAKE_S if tls else None,
             )
+            listener.listen(_BACKLOG)
             pool.open(*await self._workers_address(service, tls is not None, ends))
             ends.push_async_callback(_drain, pool)
             ends.callback(server.close)

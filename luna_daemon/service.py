@@ -57,6 +57,8 @@ _GREET_S = 5.0
 _STALL_S = 60.0
 """A peer that reads nothing for so long is cut off: what waits for it costs memory."""
 _READS_S = 1.0
+_MOST_STRANGERS = 256
+"""Connections that have not greeted yet; the oldest goes first. A client greets within milliseconds."""
 _HELLO_BYTES = 64 << 10
 """Largest message before the greeting: strangers make nobody allocate."""
 
@@ -116,8 +118,9 @@ class Service:
             settings.max_header_mb << 20, settings.max_tensor_mb << 20, settings.arena_client_mb << 20,
             settings.queue_limit, settings.max_clients,
         )  # fmt: skip
-        self._connections: dict[Connection, asyncio.TimerHandle] = {}
-        """Everybody who is connected, and the alarm that ends who does not greet."""
+        self._connections: set[Connection] = set()
+        self._strangers: dict[Connection, asyncio.TimerHandle] = {}
+        """Those that have not greeted, oldest first, and the alarm that ends them."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._numbers = 0
 
@@ -126,13 +129,21 @@ class Service:
     def connect(self) -> Connection:
         """A connection for a socket that was just accepted."""
         connection = Connection(self, _HELLO_BYTES, self.limits.tensor_bytes)
-        alarm = asyncio.get_running_loop().call_later(_GREET_S, self._expect_hello, connection)
-        self._connections[connection] = alarm
+        self._connections.add(connection)
+        alarm = asyncio.get_running_loop().call_later(_GREET_S, self._turn_away, connection)
+        self._strangers[connection] = alarm
+        if len(self._strangers) > _MOST_STRANGERS:
+            self._turn_away(next(iter(self._strangers)))
         return connection
 
-    def _expect_hello(self, connection: Connection) -> None:
-        if connection not in self.sessions and connection not in self.workers:
-            connection.close()
+    def _turn_away(self, stranger: Connection) -> None:
+        self._known(stranger)
+        stranger.abort()
+
+    def _known(self, connection: Connection) -> None:
+        """It has greeted, or is gone: its alarm would keep it, and its buffer, until then."""
+        if (alarm := self._strangers.pop(connection, None)) is not None:
+            alarm.cancel()
 
     def place(self, connection: Connection, nbytes: int) -> Slot:
         """Memory for an inline payload: shared if there is some, so that a worker need not get it by socket again."""
@@ -161,8 +172,8 @@ class Service:
 
     def lost(self, connection: Connection, why: str) -> None:
         """A connection is gone: nobody computes for its requests any more, and its memory is free."""
-        if (alarm := self._connections.pop(connection, None)) is not None:
-            alarm.cancel()  # it would keep the connection, and its buffer, until then
+        self._connections.discard(connection)
+        self._known(connection)
         worker, session = self.workers.pop(connection, None), self.sessions.pop(connection, None)
         if worker is not None:
             self.pool.lost(worker, why)
@@ -208,6 +219,7 @@ class Service:
             self._numbers += 1
             self.sessions[connection] = Session(self._numbers, connection, hello)
             connection.max_header = self.limits.header_bytes
+        self._known(connection)
         connection.send(m.Welcome(self._numbers, __version__, self.limits, self.memory.info, self.memory.why))
 
     def _check_token(self, token: str) -> None:
