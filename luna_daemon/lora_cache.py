@@ -1,4 +1,4 @@
-"""LoRAs in RAM, shared by all clients: what is kept, who uses it, and what goes first. Knows no files and no sockets."""
+"""LoRAs in RAM, shared by all clients: what is kept, who uses it, what goes first. Knows neither disk nor socket."""
 
 from __future__ import annotations
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import weakref
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,8 +98,6 @@ def _open(result: dict[str, Any], arena: ArenaView | None) -> dict[str, _Map]:
 
 
 def _map_file(file: dict[str, Any]) -> mmap.mmap:
-    import os
-
     with Path(file["path"]).open("rb") as opened:
         if not same_file(os.fstat(opened.fileno()), file["size"], file["mtime_ns"], file["inode"]):
             raise ValueError(f"{file['path']} here is not the daemon's")
@@ -105,19 +105,16 @@ def _map_file(file: dict[str, Any]) -> mmap.mmap:
 
 
 def _tensors(table: list[list[Any]], maps: dict[str, _Map]) -> dict[str, torch.Tensor]:
-    """Views of each run's memory: one call per tensor, since a LoRA has thousands."""
+    """Views of each run's memory: one call per tensor and no loop of ours around it, since a LoRA has thousands."""
     import torch
 
     found: dict[str, torch.Tensor] = {}
     for segment, name, offset, keys, shapes in table:
         dtype: torch.dtype = getattr(torch, name)
         item = ITEM_SIZES[name]
-        counts = [math.prod(shape) for shape in shapes]
-        flat = _run(maps[segment], offset, sum(counts), item, dtype)
-        at = 0
-        for key, shape, count in zip(keys, shapes, counts):
-            found[key] = flat.as_strided(shape, _strides(shape), at)
-            at += count
+        starts = list(accumulate(map(math.prod, shapes), initial=0))
+        flat = _run(maps[segment], offset, starts[-1], item, dtype)
+        found.update(zip(keys, map(flat.as_strided, shapes, map(_strides, shapes), starts)))
     return found
 
 
@@ -133,7 +130,7 @@ def _run(place: _Map, offset: int, count: int, item: int, dtype: torch.dtype) ->
 
 
 def _strides(shape: list[int]) -> list[int]:
-    if len(shape) == 2:
+    if len(shape) == 2:  # most of them
         return [shape[1] or 1, 1]
     strides, step = [], 1
     for size in reversed(shape):
@@ -155,5 +152,3 @@ def _keep(link: Link, answer: Any, maps: dict[str, _Map]) -> None:
         link.give_back(answer)
     for place in maps.values():
         weakref.finalize(place.memory, gone).atexit = False
-
-

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,7 +16,9 @@ from .core import BadRequest, ModelLoadError
 from .wire.codec import ITEM_SIZES
 from .wire.messages import FileId, TensorRef
 
-__all__ = ["NamedRef", "columns", "facts_of", "is_on_network", "parse_header", "read_header", "read_through", "same_file", "total"]
+__all__ = [
+    "NamedRef", "columns", "facts_of", "is_on_network", "parse_header", "read_header", "read_through", "same_file",
+]  # fmt: skip
 
 NamedRef = tuple[str, TensorRef]
 """A tensor's key and its place: ``offset`` counts from the start of the file, or of the memory that holds it."""
@@ -32,7 +34,7 @@ _DTYPES = {
     "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
     "BOOL": "bool",
 }  # fmt: skip
-_NETWORK = ("nfs", "cifs", "smb", "afs", "ncpfs", "9p", "ceph", "gluster", "lustre", "virtiofs", "webdav", "drvfs", "fuse")
+_NETWORK = ("nfs", "cifs", "smb", "afs", "9p", "ceph", "gluster", "lustre", "virtiofs", "webdav", "drvfs", "fuse")
 """Beginnings of file systems whose bytes come from elsewhere; what FUSE holds, nobody knows."""
 
 
@@ -147,7 +149,7 @@ def read_through(file: BinaryIO, into: memoryview | None, size: int, start: int 
         BadRequest: the file has become shorter meanwhile.
     """
     file.seek(start)
-    spare = None if into is not None else memoryview(bytearray(min(size, _CHUNK)))
+    spare = memoryview(bytearray(min(size, _CHUNK) if into is None else 0))
     done = 0
     while done < size:
         part = into[done : min(done + _CHUNK, size)] if into is not None else spare[: min(_CHUNK, size - done)]
@@ -176,8 +178,3 @@ def _is_below(path: Path, mount: str) -> bool:
         return path.is_relative_to(mount)
     except (ValueError, OSError):
         return False
-
-
-def total(refs: Sequence[NamedRef]) -> int:
-    """Bytes of all tensors."""
-    return sum(ref.nbytes for _, ref in refs)

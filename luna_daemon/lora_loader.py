@@ -52,9 +52,7 @@ class LoRALoader:
         self._converting = asyncio.Lock()
         self._rewarmed = time.monotonic()
 
-    async def use(
-        self, name: str, client: int = 0, file: Any = None, copy: bool = False
-    ) -> tuple[LoRAEntry, Slot]:
+    async def use(self, name: str, client: int = 0, file: Any = None, copy: bool = False) -> tuple[LoRAEntry, Slot]:
         """An entry, and one use of it for that client, which ends with the slot's release.
 
         Args:

@@ -356,9 +356,7 @@ def _open_segment(folder: Path, name: str) -> mmap.mmap:
 
 def _open_privately(folder: Path, name: str, start: int, nbytes: int) -> mmap.mmap:
     if sys.platform == "win32":
-        return mmap.mmap(
-            -1, nbytes, tagname=f"Local\\{folder.name}-{name}", access=mmap.ACCESS_COPY, offset=start
-        )
+        return mmap.mmap(-1, nbytes, tagname=f"Local\\{folder.name}-{name}", access=mmap.ACCESS_COPY, offset=start)
     file = os.open(folder / name, os.O_RDONLY)
     try:
         return mmap.mmap(file, nbytes, access=mmap.ACCESS_COPY, offset=start)
