@@ -36,8 +36,10 @@ from .core import (
     logger,
 )
 from .lora_cache import LoRACache
+from .lora_loader import LoRALoader
 from .models import DigestUnknown, ModelResolver
 from .ops import HANDLERS
+from .patch_sets import PatchSets
 from .pool.process import WorkerProcess
 from .pool.work import Piece, release
 from .session import ClientRequest, Session
@@ -102,7 +104,7 @@ class Service:
         self.on_reload = on_reload
         self.make_token = make_token
         self.cache = ConditioningCache(settings.conditioning_cache_mb << 20)
-        self.patches = LoRACache(_PATCH_BYTES, _PATCH_SETS)
+        self.patches = PatchSets(_PATCH_BYTES, _PATCH_SETS)
         self.loras = LoRACache(int(settings.lora_cache_gb * (1 << 30)), settings.lora_cache_entries)
         self.sessions: dict[Connection, Session] = {}
         self.workers: dict[Connection, WorkerProcess] = {}
@@ -118,6 +120,7 @@ class Service:
             settings.max_header_mb << 20, settings.max_tensor_mb << 20, settings.arena_client_mb << 20,
             settings.queue_limit, settings.max_clients,
         )  # fmt: skip
+        self.lora_loader = LoRALoader(settings, self.loras, memory, self.limits.tensor_bytes)
         self._connections: set[Connection] = set()
         self._strangers: dict[Connection, asyncio.TimerHandle] = {}
         """Those that have not greeted, oldest first, and the alarm that ends them."""
@@ -356,6 +359,7 @@ class Service:
         """Give unused shared memory back, cut off who does not read; called every few seconds."""
         self.memory.tidy()
         self._close_outdated()
+        self.lora_loader.tidy()
         for connection in list(self._connections):
             if connection.stalled_s > _STALL_S:
                 logger.warning("%s has read nothing for %.0f s and is cut off", connection.remote, connection.stalled_s)
@@ -370,7 +374,7 @@ class Service:
         """Close every connection and forget every cache."""
         self.cache.clear()
         self.patches.clear()
-        self.loras.clear()
+        self.lora_loader.close()
         for connection in list(self._connections):
             connection.close()
 
