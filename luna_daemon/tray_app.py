@@ -33,7 +33,7 @@ from .core import LunaError, logger
 from .daemon_server import LunaDaemon
 from .runtime import dial_host, state_folder
 from .tray_icon import draw_icon
-from .tray_state import Action, Preferences, View, figures, menu, notice, title
+from .tray_state import Action, Entry, Preferences, View, figures, menu, notice, title
 from .tray_watch import Watch, Wish
 
 __all__ = ["Tray", "TrayRunning", "TrayUnavailable", "run_tray"]
@@ -67,8 +67,8 @@ def run_tray(make: Callable[[], LunaDaemon]) -> None:
         TrayRunning: this user has one already.
         ConfigError: a setting is wrong.
     """
-    pystray = _load_pystray()
     first = make()
+    pystray = _load_pystray()
     folder = state_folder(first.settings.port, first.settings.runtime_dir)
     with _only_one(folder), _log_into(folder / "tray.log"):
         Tray(pystray, first, make, folder).run()
@@ -88,8 +88,10 @@ class Tray:
         self._file = folder / "tray.json"
         self._preferences = Preferences.load(self._file)
         self._watch = Watch(first, make, lambda: self._preferences.restart, self._show)
+        self._watching = threading.Thread(target=self._watch.run, name="watch over the daemon", daemon=True)
         self._view = View()
         self._told = ""
+        self._entries: list[Entry] = []
         self._menu_made = 0.0
         self._closing = False
         self._gone = False
@@ -107,24 +109,24 @@ class Tray:
         except Exception as error:
             # Once we are closing, what a desktop without notifications complains about does not matter.
             if not self._closing:
-                raise TrayUnavailable(f"the tray icon cannot be shown: {_one_line(error)}") from error
+                raise TrayUnavailable(f"the tray icon cannot be shown: {error}") from error
         finally:
             self._gone = True
-            if self._watch.ident is None:  # pystray's thread waits for a loop that never began
+            if self._watching.ident is None:  # pystray's thread waits for a loop that never began
                 self._icon._mark_ready()
             if not self._closing:  # the desktop went first
                 self._leave()
-            if self._watch.ident is not None:
-                self._watch.join(self._watch.settings.drain_timeout_sec + 10)
+            if self._watching.ident is not None:
+                self._watching.join(self._watch.settings.drain_timeout_sec + 10)
 
     def _begin(self, icon: Any) -> None:
         if self._gone:
             return
         icon.visible = True
         logger.info("the tray icon is shown")
-        self._watch.start()
-        while self._watch.is_alive() and not self._gone:
-            self._watch.join(0.1)
+        self._watching.start()
+        while self._watching.is_alive() and not self._gone:
+            self._watching.join(0.1)
         if not self._gone:  # the watch ends when the user leaves; without its loop the icon cannot be told
             icon.stop()
 
@@ -140,11 +142,20 @@ class Tray:
             self._icon.icon = self._image()
         if title(view) != self._icon.title:
             self._icon.title = title(view)
-        figures_changed = view != before and time.monotonic() - self._menu_made > _FIGURES_S
-        if view.state is not before.state or figures_changed:
-            self._menu_made = time.monotonic()
-            self._icon.update_menu()
+        self._update_menu()
         self._tell(notice(before, view, self._preferences.restart))
+
+    def _update_menu(self) -> None:
+        entries, shown = self._menu(), self._entries
+        others = [[entry for entry in of if entry.action is not Action.STATUS] for of in (entries, shown)]
+        soon = time.monotonic() - self._menu_made < _FIGURES_S
+        if entries == shown or (others[0] == others[1] and soon):
+            return
+        self._entries, self._menu_made = entries, time.monotonic()
+        self._icon.update_menu()
+
+    def _menu(self) -> list[Entry]:
+        return menu(self._view, self._preferences, self._watch.log.is_file())
 
     def _image(self) -> Any:
         return draw_icon(self._view.state, self._transparent)
@@ -163,7 +174,7 @@ class Tray:
     # --- the menu ---
 
     def _items(self) -> Iterator[Any]:
-        for entry in menu(self._view, self._preferences, self._watch.log.is_file()):
+        for entry in self._menu():
             if not entry.text:
                 yield self._pystray.Menu.SEPARATOR
                 continue
@@ -228,26 +239,43 @@ def _load_pystray() -> Any:
         )
     if not (importlib.util.find_spec("pystray") and importlib.util.find_spec("PIL")):
         raise TrayUnavailable("the tray icon needs pystray and Pillow", "pip install luna-daemon[tray]")
-    if linux and not _session_bus():
-        # The backends with a menu talk to the session bus and end without one.
-        os.environ.setdefault("PYSTRAY_BACKEND", "xorg")
-    try:
-        import pystray
-    except Exception as error:  # each backend has its own ways to say that there is no display
-        raise TrayUnavailable(f"no display for a tray icon: {_one_line(error)}") from error
+    pystray = _first_backend(_backends(linux))
     logging.getLogger("pystray").setLevel(logging.CRITICAL)  # it logs tracebacks about a panel that restarts
     if pystray.Icon.__module__ == "pystray._xorg":
         _wait_for_a_panel()
     return pystray
 
 
-def _session_bus() -> bool:
+def _backends(linux: bool) -> list[str | None]:
+    """Which of pystray's to try, in this order; ``None`` is its own choice.
+
+    On Linux its own choice ends at the first that is half installed, and the two with a menu end without a session bus.
+    """
+    if not linux or os.environ.get("PYSTRAY_BACKEND"):
+        return [None]
     folder = os.environ.get("XDG_RUNTIME_DIR")
-    return bool(os.environ.get("DBUS_SESSION_BUS_ADDRESS")) or bool(folder and (Path(folder) / "bus").exists())
+    bus = os.environ.get("DBUS_SESSION_BUS_ADDRESS") or (folder and (Path(folder) / "bus").exists())
+    return ["appindicator", "gtk", "xorg"] if bus else ["xorg"]
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _first_backend(names: list[str | None]) -> Any:
+    """The module with the first backend that works.
+
+    Raises:
+        TrayUnavailable: none does; says what the last one lacks.
+    """
+    why = ""
+    for name in names:
+        if name is not None:
+            os.environ["PYSTRAY_BACKEND"] = name
+        try:
+            return importlib.import_module("pystray")
+        except Exception as error:  # each backend has its own ways to say that something is missing
+            why = " ".join(str(error).split()) or type(error).__name__
+        finally:
+            if name is not None:
+                del os.environ["PYSTRAY_BACKEND"]
+    raise TrayUnavailable(f"no display for a tray icon: {why}", "Use 'luna-daemon serve' on a machine without one")
 
 
 def _wait_for_a_panel() -> None:

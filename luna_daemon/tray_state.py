@@ -27,6 +27,8 @@ __all__ = [
 CLIENT_NAME = "luna-daemon tray"
 """How the tray's own connection is called in the daemon's list of clients."""
 SILENT = "its process lives but does not answer"
+_PATIENCE_S = 5.0
+"""One that is about to end closes its connections a moment before."""
 _TITLE_LETTERS = 120
 """Windows takes 127 for a tooltip."""
 
@@ -62,6 +64,8 @@ class Sight:
     """Its ``info``, if it answered."""
     alive: bool = False
     """Its process is there."""
+    silent_s: float = 0.0
+    """For how long nothing was heard of it."""
     exit_code: int | None = None
     """How it ended, if it was started by this tray."""
     left_behind: bool = False
@@ -94,6 +98,8 @@ def judge(before: View, sight: Sight) -> View:
     if sight.alive:
         if before.state in (TrayState.STARTING, TrayState.STOPPING):
             return replace(before, info=None)
+        if before.state is TrayState.RUNNING and sight.silent_s < _PATIENCE_S:
+            return before
         return View(TrayState.STARTING) if before.state is TrayState.STOPPED else View(TrayState.ERROR, SILENT)
     known = before.state is TrayState.STOPPED or (before.state is TrayState.ERROR and before.detail != SILENT)
     if known:

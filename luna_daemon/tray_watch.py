@@ -1,4 +1,4 @@
-"""The tray's watch over the daemon, in one thread: whatever has to wait for the daemon waits here.
+"""The tray's watch over the daemon, in a thread of its own: whatever has to wait for the daemon waits here.
 
 It attaches to a daemon that answers or starts one as a process of its own, looks at it every second, and starts it
 again after a crash.
@@ -7,7 +7,6 @@ again after a crash.
 from __future__ import annotations
 
 import queue
-import threading
 import time
 from collections.abc import Callable, Mapping
 from enum import Enum
@@ -42,14 +41,14 @@ class Wish(Enum):
     EXIT_AND_STOP = "exit and stop"
 
 
-class Watch(threading.Thread):
+class Watch:
     """Brings the daemon up and keeps what is shown true.
 
     Args:
         first: the daemon as it is to be started; nothing of it has been opened yet.
         make: the same, made anew with the settings as they are then. May raise ``ConfigError``.
         may_restart: whether a daemon that crashed is to be started again.
-        show: told what is to be shown, on this thread, whenever it changed.
+        show: told what is to be shown, on the thread that is in ``run``, after each look.
     """
 
     def __init__(
@@ -59,7 +58,6 @@ class Watch(threading.Thread):
         may_restart: Callable[[], bool],
         show: Callable[[View], None],
     ) -> None:
-        super().__init__(name="watch over the daemon", daemon=True)
         self.settings: Settings = first.settings
         self.view = View()
         self._make = make
@@ -70,6 +68,7 @@ class Watch(threading.Thread):
         self._ours: LunaDaemon | None = None
         self._backoff = Backoff(_FIRST_RESTART_S, _MOST_RESTART_S)
         self._up_since = 0.0
+        self._heard = time.monotonic()
 
     def wish(self, wish: Wish) -> None:
         """Ask for something, from any thread; it is done in its turn."""
@@ -130,15 +129,17 @@ class Watch(threading.Thread):
     def _sight(self) -> Sight:
         info = self._info()
         if info is not None:
+            self._heard = time.monotonic()
             return Sight(info)
+        silent_s = time.monotonic() - self._heard
         exit_code = self._ours.exit_code if self._ours is not None else None
         if self._ours is not None and exit_code is None:
-            return Sight(alive=True)
+            return Sight(alive=True, silent_s=silent_s)
         pid = read_facts(self.settings.port, self.settings.runtime_dir).get("pid")
         if pid is None:
             return Sight(exit_code=exit_code)
         gone = has_ended(pid, runtime_folder(self.settings.port, self.settings.runtime_dir))
-        return Sight(alive=not gone, exit_code=exit_code, left_behind=gone)
+        return Sight(alive=not gone, silent_s=silent_s, exit_code=exit_code, left_behind=gone)
 
     def _info(self) -> Mapping[str, Any] | None:
         info: Mapping[str, Any] | None = self._ask(m.Info())
