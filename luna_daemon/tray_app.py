@@ -99,6 +99,8 @@ class Tray:
         # Backends without a menu (plain X11) know no transparency either.
         self._transparent = bool(pystray.Icon.HAS_MENU)
         self._icon = pystray.Icon(_NAME, self._image(), title(self._view), pystray.Menu(self._items))
+        if _is_plain_x11(pystray):
+            _ask_for_clicks(self._icon)
 
     def run(self) -> None:
         """Show the icon until Exit, SIGTERM, or the end of the desktop."""
@@ -241,7 +243,7 @@ def _load_pystray() -> Any:
         raise TrayUnavailable("the tray icon needs pystray and Pillow", "pip install luna-daemon[tray]")
     pystray = _first_backend(_backends(linux))
     logging.getLogger("pystray").setLevel(logging.CRITICAL)  # it logs tracebacks about a panel that restarts
-    if pystray.Icon.__module__ == "pystray._xorg":
+    if _is_plain_x11(pystray):
         _wait_for_a_panel()
     return pystray
 
@@ -276,6 +278,18 @@ def _first_backend(names: list[str | None]) -> Any:
             if name is not None:
                 del os.environ["PYSTRAY_BACKEND"]
     raise TrayUnavailable(f"no display for a tray icon: {why}", "Use 'luna-daemon serve' on a machine without one")
+
+
+def _is_plain_x11(pystray: Any) -> bool:
+    return bool(pystray.Icon.__module__ == "pystray._xorg")
+
+
+def _ask_for_clicks(icon: Any) -> None:
+    """Have X11 send clicks on the icon: pystray 0.19 handles them, but does not ask for them."""
+    from Xlib import X
+
+    icon._window.change_attributes(event_mask=X.ExposureMask | X.StructureNotifyMask | X.ButtonPressMask)
+    icon._display.flush()
 
 
 def _wait_for_a_panel() -> None:
