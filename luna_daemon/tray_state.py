@@ -173,7 +173,7 @@ class Preferences:
     def load(cls, path: Path) -> Preferences:
         """As saved; the defaults where there is no file, or one that cannot be understood."""
         try:
-            saved = json.loads(path.read_text("utf-8"))
+            saved = dict(json.loads(path.read_text("utf-8")))
             return cls(**{field.name: bool(saved[field.name]) for field in fields(cls) if field.name in saved})
         except FileNotFoundError:
             return cls()

@@ -22,7 +22,7 @@ import pytest
 
 from luna_daemon.client import DaemonClient
 from luna_daemon.core import LunaError
-from luna_daemon.runtime import read_facts
+from luna_daemon.runtime import has_ended, read_facts
 from luna_daemon.tray_icon import COLOURS
 from luna_daemon.tray_state import Action, Preferences, TrayState, View, menu
 from luna_daemon.wire import messages as m
@@ -258,7 +258,8 @@ class Desk:
             family = [daemon, *daemon.children(recursive=True)]
             for one in family:
                 one.kill()
-            psutil.wait_procs(family, timeout=5)
+            # No children of ours: who has adopted them need not be quick to collect them.
+            wait_for(lambda: all(has_ended(one.pid, self.folder) for one in family))
 
 
 @pytest.fixture
