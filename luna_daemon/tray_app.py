@@ -96,16 +96,19 @@ class Tray:
         self._closing = False
         self._gone = False
         """The icon's loop has ended."""
+        self._over = False
+        """It is to end."""
         # Backends without a menu (plain X11) know no transparency either.
         self._transparent = bool(pystray.Icon.HAS_MENU)
         self._icon = pystray.Icon(_NAME, self._image(), title(self._view), pystray.Menu(self._items))
-        if _is_plain_x11(pystray):
+        self._plain_x11 = _is_plain_x11(pystray)
+        if self._plain_x11:
             _ask_for_clicks(self._icon)
 
     def run(self) -> None:
         """Show the icon until Exit, SIGTERM, or the end of the desktop."""
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: self._leave())
+            signal.signal(number, self._on_signal)
         try:
             self._icon.run(self._begin)
         except Exception as error:
@@ -124,13 +127,27 @@ class Tray:
     def _begin(self, icon: Any) -> None:
         if self._gone:
             return
+        if self._plain_x11:
+            threading.Thread(target=_keep_awake, args=(icon._window.id, lambda: self._gone), daemon=True).start()
         icon.visible = True
         logger.info("the tray icon is shown")
         self._watching.start()
         while self._watching.is_alive() and not self._gone:
             self._watching.join(0.1)
-        if not self._gone:  # the watch ends when the user leaves; without its loop the icon cannot be told
+        if self._gone:  # the watch ends when the user leaves; without its loop the icon cannot be told
+            return
+        if self._plain_x11:  # pystray's own stop gets lost now and then: see _keep_awake
+            self._over = True
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        else:
             icon.stop()
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self._gone:
+            return
+        if self._over:
+            raise InterruptedError("the icon's loop is over")
+        self._leave()
 
     # --- showing ---
 
@@ -290,6 +307,25 @@ def _ask_for_clicks(icon: Any) -> None:
 
     icon._window.change_attributes(event_mask=X.ExposureMask | X.StructureNotifyMask | X.ButtonPressMask)
     icon._display.flush()
+
+
+def _keep_awake(window_id: int, is_gone: Callable[[], bool]) -> None:
+    """Send the icon's window something to read, from a connection of our own.
+
+    An event that python-xlib read in one thread does not wake the loop that waits for it in another.
+    """
+    import Xlib.display
+    from Xlib.protocol.event import ClientMessage
+
+    display = Xlib.display.Display()
+    display.set_error_handler(lambda *_: None)
+    window = display.create_resource_object("window", window_id)
+    nothing = ClientMessage(window=window, client_type=display.intern_atom("_LUNA_WAKE"), data=(32, [0] * 5))
+    while not is_gone():
+        window.send_event(nothing)
+        display.flush()
+        time.sleep(0.2)
+    display.close()
 
 
 def _wait_for_a_panel() -> None:

@@ -194,7 +194,7 @@ class Desk:
         pixels = np.asarray(self.picture(name), dtype=int)[top : top + height, left : left + width]
         for state in (TrayState.RUNNING, TrayState.STARTING, TrayState.STOPPED, TrayState.ERROR):
             close = np.abs(pixels - COLOURS[state]).sum(axis=-1) < 24
-            if close.mean() > 1 / 6:
+            if close.sum() > close.size / 6 > 0:
                 return state
         return None
 
