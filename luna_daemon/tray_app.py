@@ -93,6 +93,7 @@ class Tray:
         self._told = ""
         self._entries: list[Entry] = []
         self._menu_made = 0.0
+        self._unsure = False
         self._closing = False
         self._gone = False
         """The icon's loop has ended."""
@@ -156,9 +157,12 @@ class Tray:
         before, self._view = self._view, view
         if self._gone:
             return
-        if view.state is not before.state:
+        changed = view.state is not before.state
+        if changed:
             logger.info("%s", title(view))
+        if changed or (self._unsure and self._plain_x11):  # there, now and then, the first is not drawn
             self._icon.icon = self._image()
+        self._unsure = changed
         if title(view) != self._icon.title:
             self._icon.title = title(view)
         self._update_menu()
