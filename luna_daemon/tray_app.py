@@ -93,7 +93,6 @@ class Tray:
         self._told = ""
         self._entries: list[Entry] = []
         self._menu_made = 0.0
-        self._unsure = False
         self._closing = False
         self._gone = False
         """The icon's loop has ended."""
@@ -157,12 +156,9 @@ class Tray:
         before, self._view = self._view, view
         if self._gone:
             return
-        changed = view.state is not before.state
-        if changed:
+        if view.state is not before.state:
             logger.info("%s", title(view))
-        if changed or (self._unsure and self._plain_x11):  # there, now and then, the first is not drawn
             self._icon.icon = self._image()
-        self._unsure = changed
         if title(view) != self._icon.title:
             self._icon.title = title(view)
         self._update_menu()
@@ -311,6 +307,9 @@ def _ask_for_clicks(icon: Any) -> None:
 
     icon._window.change_attributes(event_mask=X.ExposureMask | X.StructureNotifyMask | X.ButtonPressMask)
     icon._display.flush()
+    # It docks anew with each picture as well, and a panel may lose the icon then: once is enough.
+    dock = icon._dock_window
+    icon._dock_window = lambda: None if icon._systray_manager else dock()
 
 
 def _keep_awake(window_id: int, is_gone: Callable[[], bool]) -> None:
