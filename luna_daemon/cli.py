@@ -47,6 +47,7 @@ _MODEL_DIR = typer.Option(metavar="FOLDER", help="A folder with models; may be r
 _DEVICE = typer.Option(metavar="DEVICE", help="auto, cpu, cuda:1 or a GPU's UUID [auto].")
 _BACKEND = typer.Option(metavar="NAME", help="What runs the models: auto, comfy or diffusers [auto].")
 _SERVICE = typer.Option(metavar="NAME", help="What work to accept: full, vae or clip [full].")
+_PRECISION = typer.Option(metavar="NAME", help="auto, fp32, fp16 or bf16 [auto].")
 _LOG_LEVEL = typer.Option(metavar="LEVEL", help="DEBUG, INFO, WARNING or ERROR [INFO].")
 _KIND = typer.Option(metavar="KIND", help="What to load of it: vae, clip or all.")
 _PIN = typer.Option("--pin", help="Keep it loaded until it is unloaded.")
@@ -65,6 +66,8 @@ ComfyUIPython = Annotated[Path | None, _COMFYUI_PYTHON]
 ModelDirs = Annotated[list[Path] | None, _MODEL_DIR]
 Device = Annotated[str | None, _DEVICE]
 Backend = Annotated[str | None, _BACKEND]
+Precision = Annotated[str | None, _PRECISION]
+Service = Annotated[str | None, _SERVICE]
 AsJson = Annotated[bool, _JSON]
 
 
@@ -108,7 +111,7 @@ def serve(
     vae_device: Device = None,
     clip_device: Device = None,
     backend: Backend = None,
-    service_type: Annotated[str | None, _SERVICE] = None,
+    service_type: Service = None,
     log_level: Annotated[str | None, _LOG_LEVEL] = None,
     runtime_dir: Runtime = None,
 ) -> None:
@@ -330,6 +333,32 @@ def bench(
     show_numbers(numbers)
 
 
+@app.command()
+def tray(
+    host: Host = None, port: Port = None, ws_port: WsPort = None, config: Config = None,
+    comfyui: ComfyUI = None, comfyui_python: ComfyUIPython = None, model_dir: ModelDirs = None,
+    device: Device = None, vae_precision: Precision = None, clip_precision: Precision = None,
+    service_type: Service = None, runtime_dir: Runtime = None,
+) -> None:  # fmt: skip
+    """Start, watch and stop the daemon from a tray icon."""
+    logging.basicConfig(format=_LOG_FORMAT, datefmt="%Y-%m-%d %H:%M:%S", level=logging.INFO, force=True)
+    from .daemon_server import LunaDaemon
+    from .tray_app import TrayRunning, TrayUnavailable, run_tray
+
+    def daemon() -> LunaDaemon:
+        return LunaDaemon(
+            host, port, ws_port, device=device, clip_precision=clip_precision, vae_precision=vae_precision,
+            service_type=service_type, config_file=config, comfyui_path=comfyui, comfyui_python=comfyui_python,
+            model_dirs=model_dir or None, runtime_dir=runtime_dir,
+        )  # fmt: skip
+
+    try:
+        run_tray(daemon)
+    except (TrayUnavailable, TrayRunning) as error:
+        typer.echo(f"luna-daemon: {error}", err=True)
+        raise typer.Exit(1 if isinstance(error, TrayRunning) else 2) from None
+
+
 # --- reaching the daemon ---
 
 
@@ -341,7 +370,7 @@ def _dial(host: str | None, port: int | None, config: Path | None, runtime_dir: 
     """
     from .client import DaemonClient
     from .config import load_settings
-    from .runtime import dial_host, read_facts, runtime_folder
+    from .runtime import dial_host, has_ended, read_facts, runtime_folder
 
     settings = load_settings({"host": host, "port": port, "runtime_dir": runtime_dir}, config_file=config)
     address = dial_host(settings.host)
@@ -352,7 +381,7 @@ def _dial(host: str | None, port: int | None, config: Path | None, runtime_dir: 
         client.ping()
     except DaemonConnectionError as error:
         pid = read_facts(settings.port, folder).get("pid")
-        if pid is None or _has_ended(pid, folder / str(settings.port)):
+        if pid is None or has_ended(pid, folder / str(settings.port)):
             raise
         raise DaemonConnectionError(
             f"Luna Daemon (pid {pid}) does not answer on {address}:{settings.port}",
@@ -361,26 +390,12 @@ def _dial(host: str | None, port: int | None, config: Path | None, runtime_dir: 
     return client
 
 
-def _has_ended(pid: int, folder: Path) -> bool:
-    """Whether the daemon of this runtime folder is gone; its number may be another process' by now."""
-    import psutil
-
-    try:
-        process = psutil.Process(pid)
-        dead = process.status() == psutil.STATUS_ZOMBIE
-        return dead or (folder.exists() and process.create_time() > folder.stat().st_mtime + 1)
-    except (psutil.NoSuchProcess, OSError):
-        return True
-    except psutil.AccessDenied:
-        return False
-
-
 def _end_of(client: DaemonClient, pid: int) -> Callable[[], bool]:
     """Tells whether the daemon is gone: its process here, its socket on another machine."""
-    from .runtime import read_facts, runtime_folder
+    from .runtime import has_ended, read_facts, runtime_folder
 
     if read_facts(client.port, client.runtime_dir).get("pid") == pid:
-        return lambda: _has_ended(pid, runtime_folder(client.port, client.runtime_dir))
+        return lambda: has_ended(pid, runtime_folder(client.port, client.runtime_dir))
 
     return lambda: not _listens(client.host, client.port)
 

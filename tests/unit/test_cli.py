@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from luna_daemon import __version__, cli, doctor, terminal
+from luna_daemon import __version__, cli, doctor, runtime, terminal
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ["serve", "status", "models", "warm", "unload", "token", "reload", "stop", "doctor", "bench"]
+COMMANDS = ["serve", "status", "models", "warm", "unload", "token", "reload", "stop", "doctor", "bench", "tray"]
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +111,7 @@ def test_without_a_daemon_json_says_stopped(run, port, tmp_path, argv):
     assert str(port) in answer["message"]
 
 
-@pytest.mark.parametrize("command", ["serve", "status", "models", "unload", "token", "reload", "stop", "bench"])
+@pytest.mark.parametrize("command", ["serve", "status", "models", "unload", "token", "reload", "stop", "bench", "tray"])
 def test_bad_setting_ends_with_2(run, command):
     """Every command refuses a wrong setting with its name, its value and what is allowed."""
     code, out, err = run(command, "--port", "70000")
@@ -178,9 +178,9 @@ def test_kinds_of_a_name(name, kind, kinds):
 def test_a_taken_number_is_not_mistaken_for_the_daemon(tmp_path):
     """A process that started long after the runtime folder was last touched is not that daemon."""
     os.utime(tmp_path, (1, 1))
-    assert cli._has_ended(os.getpid(), tmp_path)
+    assert runtime.has_ended(os.getpid(), tmp_path)
     os.utime(tmp_path)
-    assert not cli._has_ended(os.getpid(), tmp_path)
+    assert not runtime.has_ended(os.getpid(), tmp_path)
 
 
 def test_status_fits_80_columns_without_colour_codes(capsys):
