@@ -56,11 +56,13 @@ def measure() -> dict[str, Result]:
             cold=cold_alone,
         ),
         "lora_ram_ratio": result(
-            own["daemon"] / size, "x", "<= 1.1", processes=PROCESSES, grown_mb=own["daemon"] / 1e6, one_copy_mb=size / 1e6
+            own["daemon"] / size, "x", "<= 1.1", processes=PROCESSES, grown_mb=own["daemon"] / 1e6,
+            one_copy_mb=size / 1e6,
         ),
         "lora_vs_load_file": result(
             warm["load_file"]["usable_ms"] / warm["daemon"]["usable_ms"], "x", ">= 3", processes=PROCESSES,
-            rival=version, warm=warm, cold=cold, until_all_is_read=warm["load_file"]["read_ms"] / warm["daemon"]["read_ms"],
+            rival=version, warm=warm, cold=cold,
+            until_all_is_read=warm["load_file"]["read_ms"] / warm["daemon"]["read_ms"],
             cold_until_all_is_read=cold["load_file"]["read_ms"] / cold["daemon"]["read_ms"],
         ),
         "lora_vs_load_file_ram": result(
