@@ -66,6 +66,8 @@ BROKEN = {
     "deep": file_of(b'{"a":' + b"[" * 100_000),
     "a key twice": file_of(b'{"a":{"dtype":"U8","shape":[8],"data_offsets":[0,8]},'
                            b'"a":{"dtype":"U8","shape":[8],"data_offsets":[8,16]}}'),
+    "a key twice, alike": file_of(b'{"a":{"dtype":"U8","shape":[16],"data_offsets":[0,16]},'
+                                  b'"a":{"dtype":"U8","shape":[16],"data_offsets":[0,16]}}'),
     "metadata of numbers": file_of({**GOOD, "__metadata__": {"a": 1}}),
     "metadata a list": file_of({**GOOD, "__metadata__": []}),
     "no entry": file_of({**GOOD, "a": 3}),
