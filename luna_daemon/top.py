@@ -116,15 +116,14 @@ def _head(info: dict[str, Any], address: str) -> Text:
 
 
 def _load(info: dict[str, Any]) -> Text:
-    queue, errors = info["queue"], sum(info["errors"].values())
-    lost = [(f"{info['crashes']} crashes", info["crashes"]), (f"{errors} errors", errors)]
+    queue = info["queue"]
     text = Text(
         f"{info['throughput_per_s']:.1f} requests/s, {info['in_flight']} in flight; queue {queue['waiting']} of "
         f"{queue['limit']}, oldest {queue['oldest_s']:.1f} s, average wait {1000 * queue['average_wait_s']:.0f} ms; "
     )
-    for words, count in lost:
-        text.append(f"{words}, ", style="bold red" if count else "")
-    text.append(f"{info['fallbacks']} fallbacks", style="bold yellow" if info["fallbacks"] else "")
+    losses = {"errors": sum(info["errors"].values()), "crashes": info["crashes"], "fallbacks": info["fallbacks"]}
+    for number, (name, count) in enumerate(losses.items()):
+        text.append(f"{', ' if number else ''}{name} {count}", style="bold red" if count else "")
     return text
 
 
