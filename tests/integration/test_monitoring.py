@@ -467,13 +467,14 @@ def test_a_reader_that_never_reads_is_dropped(start_daemon):
     daemon = start_daemon()
     daemon.wait_for(lambda info: info["ws_port"] is not None)
     alone = latency_ms(daemon)
+    client = daemon.client()
     with open_socket(daemon, 4096) as sock:
         end = time.monotonic() + 60
         with pytest.raises(OSError):  # cut off: what is sent meets a reset
             while time.monotonic() < end:
                 sock.sendall(frame('{"type": "get_status"}') * 50)
                 time.sleep(0.05)
-                assert daemon.client().ping() < 1
+                assert client.ping() < 1
         assert samples(daemon)["luna_watchers_dropped_total"] == 1
 
     async def hear() -> None:
@@ -496,7 +497,7 @@ def test_a_thousand_watchers(start_daemon):
         for _ in range(1000):
             sockets.append(open_socket(daemon))
         answers = [first_line(sock) for sock in sockets]
-        assert answers.count(b"HTTP/1.1 101") == 64 and set(answers) <= {b"HTTP/1.1 101", b"HTTP/1.1 503", b""}
+        assert answers.count(b"HTTP/1.1 101") == 64 and answers.count(b"HTTP/1.1 503") == 936
         crowded = latency_ms(daemon)
         assert samples(daemon)["luna_watchers"] == 64
         call = daemon.client().call(m.Echo(4096, 0))
