@@ -81,7 +81,7 @@ def span(seconds: float) -> str:
 
 def loaded_rows(listing: dict[str, Any]) -> list[tuple[str, ...]]:
     pinned = listing["pinned"]
-    return [(key, size(size), "yes" if key in pinned else "") for key, size in listing["loaded"].items()]
+    return [(key, size(nbytes), "yes" if key in pinned else "") for key, nbytes in listing["loaded"].items()]
 
 
 def show_status(info: dict[str, Any], address: str, page: str) -> None:
