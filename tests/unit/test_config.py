@@ -116,7 +116,7 @@ def test_named_models_of_toml_and_environment(tmp_path):
 
 
 def test_allowed_origins(tmp_path):
-    """A list in luna.toml, separated by spaces or commas in the environment; the object hands them on to its process."""
+    """A list in luna.toml, separated by spaces or commas in the environment; LunaDaemon hands them on."""
     here, there = "https://pictures.example", "http://10.0.0.1:8188"
     text = 'allowed_origins = ["HTTPS://Pictures.example", "http://10.0.0.1:8188"]'
     assert load_settings({}, {}, _toml(tmp_path, text)).allowed_origins == [here, there]
