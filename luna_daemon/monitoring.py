@@ -27,6 +27,8 @@ __all__ = ["Monitor", "collect_info", "open_info"]
 
 _KEEPALIVE_S = 15.0
 _CLOSE_S = 1.0
+_GREET_S = 5.0
+"""A connection that has asked for nothing by then is closed."""
 _CONNECTIONS = 512
 """Most HTTP connections, watchers included: each costs a file descriptor, which the socket's clients need too."""
 
@@ -141,6 +143,8 @@ class Monitor:
         self.host = host
         self.port = port
         self._runner: web.AppRunner | None = None
+        self._silent: set[Any] = set()
+        """Connections that have not asked for anything yet."""
         self._ends = AsyncExitStack()
 
     async def start(self) -> None:
@@ -156,7 +160,9 @@ class Monitor:
 
         service, loop = self.service, asyncio.get_running_loop()
         watchers = Watchers(lambda: open_info(service), service.settings.max_watchers)
-        app = make_app(service, watchers, lambda: open_info(service), lambda: (self.host, self.port))
+        app = make_app(
+            service, watchers, lambda: open_info(service), lambda: (self.host, self.port), self._silent.discard
+        )
         async with AsyncExitStack() as ends:
             self._runner = web.AppRunner(
                 app, access_log=None, keepalive_timeout=_KEEPALIVE_S, shutdown_timeout=_CLOSE_S
@@ -179,8 +185,17 @@ class Monitor:
     def _connect(self) -> asyncio.BaseProtocol:
         """A connection for a socket that was just accepted; past the limit one that hangs up."""
         assert self._runner is not None and self._runner.server is not None
-        server = self._runner.server
-        return server() if len(server.connections) < _CONNECTIONS else _Full()
+        if len(self._runner.server.connections) >= _CONNECTIONS:
+            return _Full()
+        connection = self._runner.server()
+        self._silent.add(connection)
+        asyncio.get_running_loop().call_later(_GREET_S, self._expect_request, connection)
+        return connection
+
+    def _expect_request(self, connection: Any) -> None:
+        if connection in self._silent:
+            self._silent.discard(connection)
+            connection.force_close()
 
 
 class _Full(asyncio.Protocol):

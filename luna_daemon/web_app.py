@@ -70,16 +70,21 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def make_app(
-    service: Service, watchers: Watchers, info: Callable[[], dict[str, Any]], address: Callable[[], tuple[str, int]]
+    service: Service,
+    watchers: Watchers,
+    info: Callable[[], dict[str, Any]],
+    address: Callable[[], tuple[str, int]],
+    has_asked: Callable[[Any], None],
 ) -> web.Application:
     """The application.
 
     Args:
         info: what everybody may read about the daemon.
         address: host and port that it is told to listen on, once it does.
+        has_asked: told of the connection of each request.
     """
     handlers = _Handlers(service, watchers, info)
-    guard = _Guard(address, service.settings.allowed_origins)
+    guard = _Guard(address, service.settings.allowed_origins, has_asked)
     app = web.Application(middlewares=[guard.check], client_max_size=_BODY_BYTES)
     app.router.add_get("/", handlers.front)
     app.router.add_get("/ws", handlers.socket)
@@ -95,8 +100,11 @@ def make_app(
 class _Guard:
     """Who may be asked for, and from which pages."""
 
-    def __init__(self, address: Callable[[], tuple[str, int]], allowed: list[str]) -> None:
+    def __init__(
+        self, address: Callable[[], tuple[str, int]], allowed: list[str], has_asked: Callable[[Any], None]
+    ) -> None:
         self._address = address
+        self._has_asked = has_asked
         self._allowed = {
             *allowed, *(f"{s}://{host}:{_COMFYUI_PORT}" for host in _LOOPBACK for s in ("http", "https"))
         }  # fmt: skip
@@ -108,6 +116,7 @@ class _Guard:
 
         @web.middleware
         async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+            self._has_asked(request.protocol)
             why = self._objection(request)
             response = web.Response(status=403, text=f"{why}\n") if why else await handler(request)
             if not response.prepared:

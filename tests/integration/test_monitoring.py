@@ -524,6 +524,22 @@ def test_a_thousand_watchers(start_daemon):
         time.sleep(0.2)
 
 
+def test_connections_that_ask_for_nothing(start_daemon):
+    """They are hung up on before long, and what is too many at once; the daemon's clients do not notice."""
+    daemon = start_daemon()
+    daemon.wait_for(lambda info: info["ws_port"] is not None)
+    sockets = [socket.create_connection(("127.0.0.1", daemon.ws_port), timeout=15) for _ in range(700)]
+    try:
+        assert daemon.client().ping() < 1
+        with pytest.raises(aiohttp.ClientError):
+            ask(daemon, "/healthz")
+        assert all(first_line(sock) == b"" for sock in sockets)
+        assert ask(daemon, "/healthz")[0] == 200
+    finally:
+        for sock in sockets:
+            sock.close()
+
+
 def first_line(sock: socket.socket) -> bytes:
     try:
         return sock.recv(12)
