@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -55,6 +55,7 @@ _KIND = typer.Option(metavar="KIND", help="What to load of it: vae, clip or all.
 _PIN = typer.Option("--pin", help="Keep it loaded until it is unloaded.")
 _TIMEOUT = typer.Option(metavar="SECONDS", help="How long to wait for its end.", min=0)
 _ROUNDS = typer.Option(metavar="COUNT", help="How often each call is timed.", min=1)
+_RENEW = typer.Option("--renew", help="Make another; whoever has the old one is locked out.")
 _JSON = typer.Option("--json", help="Print one JSON document and nothing else.")
 
 Host = Annotated[str | None, _HOST]
@@ -142,7 +143,7 @@ def status(
         if as_json:
             print_json(info)
         else:
-            show_status(info, f"{client.host}:{client.port}", _status_page(client, info["ws_port"], ws_port))
+            show_status(info, f"{client.host}:{client.port}", _status_page(client, info, ws_port))
 
 
 @app.command()
@@ -226,6 +227,48 @@ def unload(
         print_json({"unloaded": gone})
     else:
         typer.echo(f"unloaded {count(gone, 'model')}")
+
+
+@app.command()
+def token(
+    renew: Annotated[bool, _RENEW] = False,
+    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Print the token that lets clients in."""
+    from .runtime import find_token
+    from .wire.messages import TokenRenew
+
+    with _dial(host, port, config, runtime_dir) as client:
+        if renew:
+            client.call(TokenRenew())
+        found = find_token(client.port, client.runtime_dir, {})
+    if not found:
+        raise AuthenticationError(
+            f"the token of {client.host}:{client.port} is not on this machine", "Ask on the daemon's own"
+        )
+    if as_json:
+        print_json({"token": found, "renewed": renew})
+    else:
+        typer.echo(found)
+
+
+@app.command()
+def reload(
+    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Take new settings without a stop."""
+    from .wire.messages import Reload
+
+    with _dial(host, port, config, runtime_dir) as client:
+        found = client.call(Reload()).result
+    if as_json:
+        print_json(found)
+        return
+    typer.echo(f"taken: {', '.join(found['taken']) or 'nothing has changed'}")
+    if found["restart"]:
+        typer.echo(f"only after a restart: {', '.join(found['restart'])}")
 
 
 @app.command()
@@ -382,16 +425,18 @@ def _listens(host: str, port: int) -> bool:
     return True
 
 
-def _status_page(client: DaemonClient, ws_port: int | None, asked: int | None) -> str:
+def _status_page(client: DaemonClient, info: dict[str, Any], asked: int | None) -> str:
     """Where the daemon says that its page is; a port of the command line is tried instead, for a forwarded one."""
+    ws_port, scheme = info["ws_port"], "https" if info["tls"] else "http"
     if asked is not None and asked != ws_port:
-        address = _page_address(client.host, asked)
+        address = _page_address(scheme, client.host, asked)
         return address if _listens(client.host, asked) else f"{address} does not answer"
-    return _page_address(client.host, ws_port) if ws_port else "none: its port is taken, or the daemon has just started"
+    starts = "none: its port is taken, or the daemon has just started"
+    return _page_address(scheme, client.host, ws_port) if ws_port else starts
 
 
-def _page_address(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+def _page_address(scheme: str, host: str, port: int) -> str:
+    return f"{scheme}://[{host}]:{port}/" if ":" in host else f"{scheme}://{host}:{port}/"
 
 
 def _kinds(client: DaemonClient, name: str, kind: str) -> list[str]:

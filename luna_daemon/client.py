@@ -13,7 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .core import BadRequest, DaemonConnectionError, LunaError, ModelKind, ModelMismatchError, Priority
+from .core import (
+    AuthenticationError,
+    BadRequest,
+    DaemonConnectionError,
+    LunaError,
+    ModelKind,
+    ModelMismatchError,
+    Priority,
+)
 from .link import Answer, IsCancelled, Link, OnProgress
 from .runtime import dial_host
 from .wire import messages as m
@@ -40,6 +48,8 @@ class DaemonClient:
         runtime_dir: where its token is, if the daemon was started with ``--runtime-dir``.
         use_arena: take tensors through shared memory where both sides see it.
         name: how ``info`` names this client.
+        tls_ca: for a daemon of another user or machine that has TLS: the PEM file of its authority, or ``system``;
+            ``LUNA_TLS_CA`` by default.
 
     Every method raises ``DaemonConnectionError`` when no daemon answers and the daemon's own errors otherwise.
     Model names (``vae_type``, ``clip_type``) are those of the daemon's configuration, ``sdxl`` by default.
@@ -53,6 +63,7 @@ class DaemonClient:
         runtime_dir: Path | str | None = None,
         use_arena: bool = True,
         name: str = "",
+        tls_ca: Path | str = "",
     ) -> None:
         if host is None or port is None:
             from .config import load_settings
@@ -66,6 +77,7 @@ class DaemonClient:
         self.runtime_dir = Path(runtime_dir) if runtime_dir else None
         self.use_arena = use_arena
         self.name = name or Path(sys.argv[0] or "python").name
+        self.tls_ca = str(tls_ca) or os.environ.get("LUNA_TLS_CA", "")
         self._link: Link | None = None
         self._lock = threading.Lock()
         self._pid = os.getpid()
@@ -81,7 +93,7 @@ class DaemonClient:
                     self._link.close()
                 self._link = None
             if self._link is None or self._link.broken is not None:
-                self._link = Link(self.host, self.port, self.runtime_dir, self.name, self.use_arena)
+                self._link = Link(self.host, self.port, self.runtime_dir, self.name, self.use_arena, self.tls_ca)
             return self._link
 
     def call(
@@ -104,7 +116,15 @@ class DaemonClient:
             on_progress: told of queueing, loading and tiles, on the calling thread.
             is_cancelled: asked ten times a second; ``True`` stops the call with ``RequestCancelled``.
         """
-        return self.link().call(call, tensors, deadline_s, priority, on_progress, is_cancelled)
+        how = (deadline_s, priority, on_progress, is_cancelled)
+        link = self.link()
+        try:
+            return link.call(call, tensors, *how)
+        except AuthenticationError:  # the token was renewed meanwhile: nothing has been done
+            with self._lock:
+                if self._link is link:
+                    self._link = None
+        return self.link().call(call, tensors, *how)
 
     def close(self) -> None:
         """Close the connection; the next call makes a new one."""
@@ -284,8 +304,8 @@ class DaemonClient:
         return bool(self._plain(m.LoraCheck(lora_name))["exists"])
 
     def lora_cache_stats(self) -> dict[str, Any]:
-        """Figures of the LoRA cache."""
-        return self._plain(m.LoraStats())
+        """Legacy name of ``lora_stats``."""
+        return self.lora_stats()
 
     def has_lora(self, lora_hash: str) -> bool:
         """Legacy name of ``lora_cache_check``."""
@@ -294,6 +314,44 @@ class DaemonClient:
     def upload_lora(self, lora_hash: str, weights: StateDict) -> dict[str, Any]:
         """Legacy name of ``lora_cache_put``."""
         return {"success": self.lora_cache_put(lora_hash, weights)}
+
+    def load_lora(
+        self, name: str, on_progress: OnProgress | None = None, is_cancelled: IsCancelled | None = None
+    ) -> StateDict:
+        """A LoRA file's tensors, which the daemon keeps in RAM for all: mapped, copied only where they are written to.
+
+        Args:
+            name: as ComfyUI lists it, or a full path; then this very file is meant.
+
+        Raises:
+            ModelNotFound, ModelMismatchError, ModelLoadError: no such file, not the daemon's, or corrupt.
+        """
+        from . import lora_client
+
+        return lora_client.load(self.link(), name, on_progress, is_cancelled)
+
+    def put_lora(self, name: str, state_dict: StateDict) -> int:
+        """Keep a state dict under a name of your own, for ``load_lora`` of every client; its bytes."""
+        answer = self.call(m.LoraPut(name, list(state_dict)), list(state_dict.values()))
+        nbytes: int = answer.result["bytes"]
+        return nbytes
+
+    def warm_lora(self, name: str, on_progress: OnProgress | None = None) -> dict[str, Any]:
+        """Load a LoRA file into the daemon's cache: ``name, kind, bytes, load_s, kept, was_kept``."""
+        result: dict[str, Any] = self.call(m.LoraWarm(name), on_progress=on_progress).result
+        return result
+
+    def pin_lora(self, name: str, pinned: bool = True) -> str:
+        """Keep a LoRA until it is unpinned or evicted by name; the name by which the cache has it."""
+        return str(self._plain(m.LoraPin(name, pinned))["name"])
+
+    def evict_lora(self, name: str | None = None) -> list[str]:
+        """Forget one LoRA, or all that are not pinned; which. Tensors that clients hold stay theirs."""
+        return list(self._plain(m.LoraEvict(name))["evicted"])
+
+    def lora_stats(self) -> dict[str, Any]:
+        """Figures of the LoRA cache: totals, and per LoRA in ``loras``."""
+        return self._plain(m.LoraStats())
 
 
 def _named(kind: ModelKind, name: str) -> m.ModelRef:

@@ -131,7 +131,7 @@ def _model_of(call: m.Call) -> m.ModelRef:
 
 def is_same(work: Work, spec: m.LoadSpec, call: msgspec.Raw, pieces: list[Piece]) -> bool:
     """Whether other work computes exactly this."""
-    if work.spec.key != spec.key or bytes(work.call) != bytes(call) or spec.kind == ModelKind.ECHO:
+    if spec.kind == ModelKind.ECHO or work.spec.key != spec.key or bytes(work.call) != bytes(call):
         return False
     if len(work.pieces) != len(pieces) or work.pin:
         return False

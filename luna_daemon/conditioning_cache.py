@@ -49,6 +49,12 @@ class ConditioningCache:
         self._kept[key] = outcome
         self.nbytes += size
 
+    def resize(self, max_bytes: int) -> None:
+        """Another limit from now on."""
+        self.max_bytes = max_bytes
+        while self.nbytes > max_bytes:
+            self._drop(next(iter(self._kept)))
+
     def clear(self) -> None:
         for key in list(self._kept):
             self._drop(key)

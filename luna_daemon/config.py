@@ -60,11 +60,20 @@ VRAM_SAFETY_MARGIN_GB = 1.0
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?|GPU-[0-9a-fA-F-]+)$")]
 Port = Annotated[int, Field(ge=0, le=65535)]
 _DEVICES = "must be auto, cpu, cuda, cuda:1 (any number), mps, xpu, xpu:1 or a GPU's UUID (GPU-...)"
-_PATHS = ("comfyui_path", "comfyui_python", "arena_dir", "runtime_dir", "log_file", "model_dirs")
+_PATHS = (
+    "comfyui_path", "comfyui_python", "arena_dir", "runtime_dir", "log_file", "model_dirs", "tls_cert", "tls_key",
+)  # fmt: skip
 _MAY_BE_EMPTY = ("vae_path", "clip_l_path", "clip_g_path")
 """Set to nothing these mean "none"; other variables that are set to nothing count as not set."""
 _PATHS_OF_ENV = os.pathsep
-_NOT_SETTINGS = {"LUNA_CONFIG", "LUNA_START_FROM_COMFYUI", "LUNA_START_ID", "LUNA_TOKEN", "LUNA_TOKEN_FILE"}
+_NOT_SETTINGS = {
+    "LUNA_CONFIG",
+    "LUNA_START_FROM_COMFYUI",
+    "LUNA_START_ID",
+    "LUNA_TLS_CA",
+    "LUNA_TOKEN",
+    "LUNA_TOKEN_FILE",
+}
 
 
 class NamedModel(BaseModel):
@@ -93,6 +102,10 @@ class Settings(BaseSettings):
     )
     port: Port = Field(DAEMON_PORT, description="The daemon's socket.")
     ws_port: Port = Field(DAEMON_WS_PORT, description="HTTP: status page, WebSocket, metrics, health.")
+    tls_cert: Path | None = Field(
+        None, description="PEM certificate: both ports speak TLS, as they should beyond this machine."
+    )
+    tls_key: Path | None = Field(None, description="Its private key, where tls_cert does not hold it.")
     service_type: ServiceType = Field(ServiceType.FULL, description="full, vae or clip: which work is accepted.")
     config_only: bool = Field(False, description="Serve only models named in the configuration, no files by path.")
 
@@ -147,6 +160,9 @@ class Settings(BaseSettings):
     conditioning_cache_mb: int = Field(512, ge=0, description="Answers to repeated prompts; 0 turns it off.")
     lora_cache_gb: float = Field(8.0, ge=0, description="LoRA files kept in RAM.")
     lora_cache_entries: int = Field(100, ge=0, description="Most LoRA files kept.")
+    lora_copy: Literal["auto", "always", "never"] = Field(
+        "auto", description="Hold a copy of a LoRA file instead of mapping it; auto copies from network disks."
+    )
     drain_timeout_sec: float = Field(30.0, ge=0, description="How long a stop waits for running requests.")
     runtime_dir: Path | None = Field(None, description="Folder of the token; one per user and port by default.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="How much is logged.")

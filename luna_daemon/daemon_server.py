@@ -10,13 +10,12 @@ if __name__ == "__main__" and not __package__:
     run_as_module("luna_daemon.daemon_server")
 
 import asyncio
-import errno
 import json
 import os
 import secrets
 import shlex
 import signal
-import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -29,8 +28,9 @@ from typing import Any
 from .config import Settings, load_settings
 from .core import ConfigError, DaemonConnectionError, LunaError, PortInUse, ServiceType, logger
 from .gpu import gpu_memory
+from .listening import bind, facts_of, tls_of
 from .models import ModelResolver
-from .runtime import Runtime, dial_host, read_facts, runtime_folder
+from .runtime import Runtime, dial_host, runtime_folder
 from .service import Service
 from .shared_memory import SharedMemory
 from .wire.arena import Arena, ArenaUnavailable, open_arena
@@ -41,6 +41,9 @@ __all__ = ["LunaDaemon"]
 _TIDY_S = 5.0
 _GPUS_S = 3.0
 _SEND_S = 5.0
+_HANDSHAKE_S = 5.0
+_AT_ONCE, _BACKLOG = 64, 1024
+"""asyncio takes so many connections before it looks at any of them; the system may keep more waiting."""
 _LINGER_S = 0.1
 """Lets clients map the last results before the shared memory goes."""
 _LEGACY_SERVICE = {"full": "full", "vae_only": "vae", "clip_only": "clip", "vae": "vae", "clip": "clip"}
@@ -92,6 +95,7 @@ class LunaDaemon:
         self._process: subprocess.Popen[bytes] | None = None
         self._stopping: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._live: Service | None = None
         self._start_id = ""
 
     # --- in a process of its own ---
@@ -187,18 +191,19 @@ class LunaDaemon:
         try:
             asyncio.run(self._serve())
         finally:
-            self._stopping, self._loop = None, None
+            self._stopping, self._loop, self._live = None, None, None
 
     async def _serve(self) -> None:
         # First of all: a signal from here on ends in order, whatever has been made by then.
         self._stopping, self._loop = asyncio.Event(), asyncio.get_running_loop()
         async with AsyncExitStack() as ends:  # unwound from the last to the first
             ends.callback(self._catch_signals())
-            listener = _bind(self.settings)
+            tls = tls_of(self.settings)
+            listener = bind(self.settings)
             ends.callback(listener.close)
             self.port = listener.getsockname()[1]
             runtime = Runtime(self.port, self.settings.runtime_dir)
-            runtime.open({"pid": os.getpid(), "port": self.port, "ws_port": self.settings.ws_port})
+            runtime.open(facts_of(self.settings, self.port))
             ends.callback(runtime.close)
             arena, why = self._open_arena()
             if arena is not None:
@@ -206,27 +211,57 @@ class LunaDaemon:
             pool = WorkerPool(self.settings, runtime.folder)
             service = self._service(pool, SharedMemory(arena, why), runtime)
             ends.push_async_callback(_close, service)
-            server = await self._loop.create_server(service.connect, sock=listener, backlog=1024)
-            pool.open(dial_host(self.settings.host), self.port)
-            ends.push_async_callback(pool.close, self.settings.drain_timeout_sec)
+            server = await self._loop.create_server(
+                service.connect,
+                sock=listener,
+                backlog=_AT_ONCE,
+                ssl=tls,
+                ssl_handshake_timeout=_HANDSHAKE_S if tls else None,
+            )
+            listener.listen(_BACKLOG)
+            pool.open(*await self._workers_address(service, tls is not None, ends))
+            ends.push_async_callback(_drain, pool)
             ends.callback(server.close)
             logger.info("Luna Daemon listens on %s:%d", self.settings.host, self.port)
             ends.callback(_watch_gpus(service))
-            for task in (_tidy(service), _monitor(service, self.settings)):
+            for task in (_tidy(service), _monitor(service, self.settings, tls)):
                 ends.push_async_callback(_end, asyncio.create_task(task))
             await self._stopping.wait()
             logger.info("stopping: %d requests in flight", pool.in_flight)
         logger.info("stopped")
+
+    async def _workers_address(self, service: Service, tls: bool, ends: AsyncExitStack) -> tuple[str, int]:
+        """Where workers dial. They are on this machine and have one-time tokens: TLS would only cost time."""
+        if not tls:
+            return dial_host(self.settings.host), self.port
+        assert self._loop is not None
+        plain = await self._loop.create_server(service.connect, "127.0.0.1", 0)
+        ends.callback(plain.close)
+        return "127.0.0.1", int(plain.sockets[0].getsockname()[1])
 
     def _service(self, pool: WorkerPool, memory: SharedMemory, runtime: Runtime) -> Service:
         from .monitoring import collect_info
 
         base = self.settings.toml_path.parent if self.settings.toml_path else None
         assert self._stopping is not None
-        return Service(
+        self._live = Service(
             self.settings, pool, ModelResolver(self.settings, base), memory, runtime.token,
-            str(runtime.folder / "token"), collect_info, self._stopping.set,
+            str(runtime.folder / "token"), collect_info, self._stopping.set, self._reload, runtime.renew,
         )  # fmt: skip
+        return self._live
+
+    def _reload(self) -> dict[str, Any]:
+        """Read the settings anew, as at the start.
+
+        Raises:
+            ConfigError: one is wrong; nothing has changed.
+        """
+        from .reloading import take
+
+        assert self._live is not None
+        taken = take(self._live, load_settings(self.overrides, self.environ, self.config_file))
+        self.settings = self._live.settings
+        return taken
 
     def _open_arena(self) -> tuple[Arena | None, str]:
         if not self.settings.arena:
@@ -236,6 +271,12 @@ class LunaDaemon:
         except ArenaUnavailable as error:
             logger.warning("no shared memory: %s; tensors go by TCP", error)
             return None, str(error)
+
+    def _reload_or_say(self) -> None:
+        try:
+            self._reload()
+        except ConfigError as error:
+            logger.error("the settings stay as they were: %s", error)
 
     def _catch_signals(self) -> Callable[[], None]:
         """First signal drains, the second ends at once; handlers only set flags. What puts the old ones back."""
@@ -247,8 +288,13 @@ class LunaDaemon:
                 os._exit(128 + number)
             loop.call_soon_threadsafe(stopping.set)
 
+        def reload(number: int, frame: object) -> None:
+            loop.call_soon_threadsafe(self._reload_or_say)
+
         try:
             before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+            if hasattr(signal, "SIGHUP"):  # elsewhere 'luna-daemon reload' does it
+                before[signal.SIGHUP] = signal.signal(signal.SIGHUP, reload)
         except ValueError:  # not the main thread: whoever runs us there stops us by stop()
             return lambda: None
 
@@ -282,44 +328,8 @@ def _taken(text: str) -> bool:
     return "is in use by" in text or "already uses port" in text
 
 
-def _bind(settings: Settings) -> socket.socket:
-    """Take the port, or say who has it.
-
-    Raises:
-        PortInUse: taken, or not ours to take.
-    """
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    exclusive = getattr(socket, "SO_EXCLUSIVEADDRUSE", None)
-    # On Windows SO_REUSEADDR would let two daemons share the port; elsewhere it only skips TIME_WAIT.
-    listener.setsockopt(socket.SOL_SOCKET, exclusive or socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((settings.host, settings.port))
-    except OSError as error:
-        listener.close()
-        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-            raise ConfigError(
-                f"setting 'host' is {settings.host!r}: {error.strerror or error}", "Use an address of this machine"
-            ) from error
-        raise PortInUse(
-            f"port {settings.port} on {settings.host} is in use by {_who_listens(settings)}",
-            "Stop it, or choose another --port",
-        ) from error
-    listener.setblocking(False)
-    return listener
-
-
-def _who_listens(settings: Settings) -> str:
-    import psutil
-
-    facts = read_facts(settings.port, settings.runtime_dir)
-    if facts.get("pid") and psutil.pid_exists(int(facts["pid"])):
-        return f"another Luna Daemon of yours (pid {facts['pid']})"
-    with suppress(psutil.Error, OSError):
-        for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == settings.port and connection.pid:
-                return f"{psutil.Process(connection.pid).name()!r} (pid {connection.pid})"
-    return "a process of another user"
+async def _drain(pool: WorkerPool) -> None:
+    await pool.close(pool.settings.drain_timeout_sec)
 
 
 async def _tidy(service: Service) -> None:
@@ -344,7 +354,7 @@ def _watch_gpus(service: Service) -> Callable[[], None]:
     return over.set
 
 
-async def _monitor(service: Service, settings: Settings) -> None:
+async def _monitor(service: Service, settings: Settings, tls: ssl.SSLContext | None) -> None:
     """The status page, a convenience: that its port is taken or it cannot start is no reason not to serve."""
     # Imported in a thread: it takes longer than everything before it, and requests must not wait for it.
     try:
@@ -354,11 +364,11 @@ async def _monitor(service: Service, settings: Settings) -> None:
         return
     from .monitoring import Monitor
 
-    monitor = Monitor(service, settings.host, settings.ws_port)
+    monitor = Monitor(service, settings.host, settings.ws_port, tls)
     try:
         await monitor.start()
         service.ws_port = monitor.port
-        logger.info("status page on http://%s:%d/", settings.host, monitor.port)
+        logger.info("status page on %s://%s:%d/", "https" if tls else "http", settings.host, monitor.port)
         await asyncio.Event().wait()
     except OSError as error:
         logger.warning("no status page: port %d: %s", settings.ws_port, error.strerror or error)

@@ -40,6 +40,9 @@ class InsideCaller:
         if not self._answer.done():
             self._answer.set_result(message)
 
+    def close(self) -> None:
+        """What the service calls when the token was renewed; a call that shows the old one is refused before."""
+
     async def call(self, call: m.Call) -> m.Reply:
         """Ask once.
 

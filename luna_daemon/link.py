@@ -29,18 +29,19 @@ from .core import (
     RequestCancelled,
     error_from_code,
 )
-from .runtime import find_token
+from .runtime import find_token, read_facts
 from .wire import messages as m
 from .wire.arena import ArenaUnavailable, ArenaView, process_space
 from .wire.buffers import Buffers
 from .wire.channel import Channel
 from .wire.codec import check_ref, describe, tensor_bytes, tensor_from
 from .wire.frame import encode_call
+from .wire.tls import TlsSocket, client_context, pinned_context
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Answer", "IsCancelled", "Link", "OnProgress"]
+__all__ = ["Answer", "IsCancelled", "Link", "OnProgress", "Unopened"]
 
 _CONNECT_S = 1.0
 _GREETING_S = 0.8
@@ -65,6 +66,17 @@ class Answer:
         self.notes = notes
 
 
+class Unopened:
+    """An answer whose tensors have not been looked at; its slots are held until ``Link.give_back``."""
+
+    __slots__ = ("payload", "refs", "result")
+
+    def __init__(self, result: Any, refs: list[m.TensorRef], payload: memoryview) -> None:
+        self.result = result
+        self.refs = refs
+        self.payload = payload
+
+
 class _Waiting:
     """A request that has been sent."""
 
@@ -83,9 +95,13 @@ class Link:
 
     Args:
         use_arena: take tensors through shared memory where both sides see it.
+        tls_ca: whom to trust, as ``wire.tls.client_context`` takes it; empty: as the runtime folder says.
     """
 
-    def __init__(self, host: str, port: int, runtime_dir: Path | None, name: str, use_arena: bool) -> None:
+    def __init__(
+        self, host: str, port: int, runtime_dir: Path | None, name: str, use_arena: bool, tls_ca: str = ""
+    ) -> None:
+        self.use_arena = use_arena
         self.waiting: dict[int, _Waiting] = {}
         self.released: deque[int] = deque()
         self._leased: dict[int, int] = {}
@@ -100,7 +116,7 @@ class Link:
         self._next_id = 1
         self._id_lock = threading.Lock()
         self.arena: ArenaView | None = None
-        self.channel, self.welcome = _shake_hands(host, port, runtime_dir, name)
+        self.channel, self.welcome = _shake_hands(host, port, runtime_dir, name, tls_ca)
         self.transport, self.transport_why = "tcp", self.welcome.arena_why
         if use_arena:
             try:
@@ -165,6 +181,35 @@ class Link:
                 self._calls -= 1
             self._used = time.monotonic()
             self._hang_up_if_done()
+
+    def call_for_refs(
+        self, call: m.Call, on_progress: OnProgress | None = None, is_cancelled: IsCancelled | None = None
+    ) -> Unopened:
+        """Call without tensors; the answer's descriptors as they came, for whoever maps memory by himself."""
+        with self._id_lock:
+            self._calls += 1
+        try:
+            waiting = self._ask(call, [], [], on_progress=on_progress, is_cancelled=is_cancelled)
+            reply = _reply(waiting)
+            for ref in reply.tensors:
+                if ref.slot:
+                    self._leased.setdefault(ref.slot, 0)
+            return Unopened(reply.result, reply.tensors, waiting.payload)
+        finally:
+            with self._id_lock:
+                self._calls -= 1
+            self._used = time.monotonic()
+            self._hang_up_if_done()
+
+    def tensors(self, answer: Unopened) -> list[torch.Tensor]:
+        """The tensors of an answer, as ``call`` returns them."""
+        return self._open_all(answer.refs, answer.payload)
+
+    def give_back(self, answer: Unopened) -> None:
+        """What the answer describes is not used any more. May run in any thread, in the middle of anything."""
+        for ref in answer.refs:
+            if ref.slot:
+                self._let_go(ref.slot)
 
     def _ask(
         self,
@@ -297,20 +342,18 @@ class Link:
             self._break(DaemonConnectionError(f"the daemon has been silent for {silent:.0f} s"))
 
     def _unpack(self, waiting: _Waiting) -> Answer:
-        outcome = waiting.outcome
-        if isinstance(outcome, m.Failure):
-            raise error_from_code(outcome.code, outcome.message, outcome.hint, outcome.retry_after_s)
-        if not isinstance(outcome, m.Reply):
-            assert outcome is not None
-            raise outcome
+        reply = _reply(waiting)
+        return Answer(reply.result, self._open_all(reply.tensors, waiting.payload), reply.notes)
+
+    def _open_all(self, refs: list[m.TensorRef], payload: memoryview) -> list[torch.Tensor]:
         tensors: list[torch.Tensor] = []
         try:
-            for ref in outcome.tensors:
-                tensors.append(self._tensor(ref, waiting.payload))  # noqa: PERF401 (the part made before an error counts)
+            for ref in refs:
+                tensors.append(self._tensor(ref, payload))  # noqa: PERF401 (the part made before an error counts)
         except BaseException:
-            self._drop(outcome.tensors[len(tensors) :])
+            self._drop(refs[len(tensors) :])
             raise
-        return Answer(outcome.result, tensors, outcome.notes)
+        return tensors
 
     def _drop(self, refs: Sequence[m.TensorRef]) -> None:
         """Give back what arrived and is not wanted."""
@@ -408,7 +451,36 @@ class Link:
         self._break(DaemonConnectionError("the client was closed"))
 
 
-def _shake_hands(host: str, port: int, runtime_dir: Path | None, name: str) -> tuple[Channel, m.Welcome]:
+def _dial(host: str, port: int, runtime_dir: Path | None, tls_ca: str) -> socket.socket | TlsSocket:
+    """Connect, with TLS if an authority is named or the daemon's runtime folder names its certificate."""
+    try:
+        sock = socket.create_connection((host, port), timeout=_CONNECT_S)
+    except OSError as error:
+        raise DaemonConnectionError(
+            f"no Luna Daemon answers on {host}:{port} ({error.strerror or error})", "Start it with 'luna-daemon serve'"
+        ) from error
+    try:
+        if tls_ca:
+            return TlsSocket(sock, client_context(tls_ca), host)
+        pinned = read_facts(port, runtime_dir).get("tls_cert")
+        return TlsSocket(sock, pinned_context(Path(pinned)), host) if pinned else sock
+    except LunaError:
+        sock.close()
+        raise
+
+
+def _reply(waiting: _Waiting) -> m.Reply:
+    """The outcome, if it is no error."""
+    outcome = waiting.outcome
+    if isinstance(outcome, m.Failure):
+        raise error_from_code(outcome.code, outcome.message, outcome.hint, outcome.retry_after_s)
+    if not isinstance(outcome, m.Reply):
+        assert outcome is not None
+        raise outcome
+    return outcome
+
+
+def _shake_hands(host: str, port: int, runtime_dir: Path | None, name: str, tls_ca: str) -> tuple[Channel, m.Welcome]:
     """Connect, say hello, read the welcome.
 
     Raises:
@@ -416,13 +488,7 @@ def _shake_hands(host: str, port: int, runtime_dir: Path | None, name: str) -> t
         AuthenticationError, VersionMismatch: the daemon refused; says why.
     """
     token = find_token(port, runtime_dir)
-    try:
-        sock = socket.create_connection((host, port), timeout=_CONNECT_S)
-    except OSError as error:
-        raise DaemonConnectionError(
-            f"no Luna Daemon answers on {host}:{port} ({error.strerror or error})", "Start it with 'luna-daemon serve'"
-        ) from error
-    channel = Channel(sock)
+    channel = Channel(_dial(host, port, runtime_dir, tls_ca))
     hello = m.Hello(PROTOCOL_VERSION, token, "client", name, os.getpid(), __version__)
     try:
         channel.send(hello)
@@ -437,7 +503,8 @@ def _shake_hands(host: str, port: int, runtime_dir: Path | None, name: str) -> t
     except DaemonConnectionError as error:
         channel.close()
         raise DaemonConnectionError(
-            f"whatever listens on {host}:{port} closed the connection instead of greeting", error.message
+            f"whatever listens on {host}:{port} closed the connection instead of greeting",
+            f"{error.message}. A daemon with TLS needs LUNA_TLS_CA",
         ) from error
     message = received[0] if received else None
     if isinstance(message, m.Welcome):

@@ -18,6 +18,8 @@ from . import __version__
 from .events import base_name, without_folders
 
 if TYPE_CHECKING:
+    import ssl
+
     from aiohttp import web
 
     from .pool.process import WorkerProcess
@@ -27,6 +29,7 @@ __all__ = ["Monitor", "collect_info", "open_info"]
 
 _KEEPALIVE_S = 15.0
 _CLOSE_S = 1.0
+_AT_ONCE = 64
 _GREET_S = 5.0
 """A connection that has asked for nothing by then is closed."""
 _CONNECTIONS = 512
@@ -43,6 +46,7 @@ def collect_info(service: Service) -> dict[str, Any]:
         "pid": os.getpid(),
         "uptime_s": round(time.time() - service.born, 3),
         "ws_port": service.ws_port,
+        "tls": settings.tls_cert is not None,
         "start_id": os.environ.get("LUNA_START_ID", ""),
         "rss": psutil.Process().memory_info().rss,
         "service_type": settings.service_type.value,
@@ -136,12 +140,14 @@ class Monitor:
 
     Args:
         host, port: where to listen; ``port`` is the real one once it does.
+        tls: speak https and wss.
     """
 
-    def __init__(self, service: Service, host: str, port: int) -> None:
+    def __init__(self, service: Service, host: str, port: int, tls: ssl.SSLContext | None = None) -> None:
         self.service = service
         self.host = host
         self.port = port
+        self.tls = tls
         self._runner: web.AppRunner | None = None
         self._silent: set[Any] = set()
         """Connections that have not asked for anything yet."""
@@ -169,7 +175,7 @@ class Monitor:
             )
             await self._runner.setup()
             ends.push_async_callback(self._runner.cleanup)
-            server = await loop.create_server(self._connect, self.host, self.port, backlog=256)
+            server = await loop.create_server(self._connect, self.host, self.port, backlog=_AT_ONCE, ssl=self.tls)
             ends.callback(server.close)
             self.port = server.sockets[0].getsockname()[1]
             service.events.listen(watchers.hear)

@@ -137,10 +137,18 @@ class Runtime:
         self._write(_TOKEN, self.token)
         self._write(_FACTS, json.dumps(facts))
 
-    def _write(self, name: str, text: str) -> None:
-        file = os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(file, "w") as handle:
+    def renew(self) -> str:
+        """Another token in place of the old one."""
+        self.token = secrets.token_urlsafe(32)
+        fresh = self._write(_TOKEN + ".new", self.token)
+        fresh.replace(self.folder / _TOKEN)
+        return self.token
+
+    def _write(self, name: str, text: str) -> Path:
+        path = self.folder / name
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as handle:
             handle.write(text)
+        return path
 
     def close(self) -> None:
         """Remove the folder and give the lock back."""

@@ -36,8 +36,10 @@ from .core import (
     logger,
 )
 from .lora_cache import LoRACache
+from .lora_loader import LoRALoader
 from .models import DigestUnknown, ModelResolver
 from .ops import HANDLERS
+from .patch_sets import PatchSets
 from .pool.process import WorkerProcess
 from .pool.work import Piece, release
 from .session import ClientRequest, Session
@@ -57,6 +59,8 @@ _GREET_S = 5.0
 _STALL_S = 60.0
 """A peer that reads nothing for so long is cut off: what waits for it costs memory."""
 _READS_S = 1.0
+_MOST_STRANGERS = 256
+"""Connections that have not greeted yet; the oldest goes first. A client greets within milliseconds."""
 _HELLO_BYTES = 64 << 10
 """Largest message before the greeting: strangers make nobody allocate."""
 
@@ -72,6 +76,8 @@ class Service:
         token: what a client must present; ``token_place`` says where it lies.
         collect_info: makes the ``info`` answer.
         on_shutdown: called when a client asks the daemon to end.
+        on_reload: reads the settings anew; what it took is the answer.
+        make_token: makes another token and leaves it where clients find it.
     """
 
     def __init__(
@@ -84,6 +90,8 @@ class Service:
         token_place: str,
         collect_info: Callable[[Service], dict[str, Any]],
         on_shutdown: Callable[[], None],
+        on_reload: Callable[[], dict[str, Any]],
+        make_token: Callable[[], str],
     ) -> None:
         self.settings = settings
         self.pool = pool
@@ -94,8 +102,10 @@ class Service:
         self.token_place = token_place
         self.collect_info = collect_info
         self.on_shutdown = on_shutdown
+        self.on_reload = on_reload
+        self.make_token = make_token
         self.cache = ConditioningCache(settings.conditioning_cache_mb << 20)
-        self.patches = LoRACache(_PATCH_BYTES, _PATCH_SETS)
+        self.patches = PatchSets(_PATCH_BYTES, _PATCH_SETS)
         self.loras = LoRACache(int(settings.lora_cache_gb * (1 << 30)), settings.lora_cache_entries)
         self.sessions: dict[Connection, Session] = {}
         self.workers: dict[Connection, WorkerProcess] = {}
@@ -113,7 +123,10 @@ class Service:
             settings.max_header_mb << 20, settings.max_tensor_mb << 20, settings.arena_client_mb << 20,
             settings.queue_limit, settings.max_clients,
         )  # fmt: skip
+        self.lora_loader = LoRALoader(settings, self.loras, memory, self.limits.tensor_bytes)
         self._connections: set[Connection] = set()
+        self._strangers: dict[Connection, asyncio.TimerHandle] = {}
+        """Those that have not greeted, oldest first, and the alarm that ends them."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._numbers = 0
 
@@ -123,12 +136,20 @@ class Service:
         """A connection for a socket that was just accepted."""
         connection = Connection(self, _HELLO_BYTES, self.limits.tensor_bytes)
         self._connections.add(connection)
-        asyncio.get_running_loop().call_later(_GREET_S, self._expect_hello, connection)
+        alarm = asyncio.get_running_loop().call_later(_GREET_S, self._turn_away, connection)
+        self._strangers[connection] = alarm
+        if len(self._strangers) > _MOST_STRANGERS:
+            self._turn_away(next(iter(self._strangers)))
         return connection
 
-    def _expect_hello(self, connection: Connection) -> None:
-        if connection in self._connections and connection not in self.sessions and connection not in self.workers:
-            connection.close()
+    def _turn_away(self, stranger: Connection) -> None:
+        self._known(stranger)
+        stranger.abort()
+
+    def _known(self, connection: Connection) -> None:
+        """It has greeted, or is gone: its alarm would keep it, and its buffer, until then."""
+        if (alarm := self._strangers.pop(connection, None)) is not None:
+            alarm.cancel()
 
     def place(self, connection: Connection, nbytes: int) -> Slot:
         """Memory for an inline payload: shared if there is some, so that a worker need not get it by socket again."""
@@ -158,6 +179,7 @@ class Service:
     def lost(self, connection: Connection, why: str) -> None:
         """A connection is gone: nobody computes for its requests any more, and its memory is free."""
         self._connections.discard(connection)
+        self._known(connection)
         worker, session = self.workers.pop(connection, None), self.sessions.pop(connection, None)
         if worker is not None:
             self.pool.lost(worker, why)
@@ -203,6 +225,7 @@ class Service:
                 raise Busy(f"{len(self.sessions)} clients are connected, the most allowed", "Raise max_clients", 5.0)
             self.enter(connection, hello)
             connection.max_header = self.limits.header_bytes
+        self._known(connection)
         connection.send(m.Welcome(self._numbers, __version__, self.limits, self.memory.info, self.memory.why))
 
     def enter(self, connection: Connection, hello: m.Hello) -> None:
@@ -223,6 +246,20 @@ class Service:
                 f"and its token lies in {self.token_place}",
                 "Run as that user, or set LUNA_TOKEN or LUNA_TOKEN_FILE",
             )
+
+    def renew_token(self) -> int:
+        """Let nobody in with the old token, and nobody stay with it; how many connections that ends."""
+        self.token = self.make_token()
+        for session in self.sessions.values():
+            session.outdated = True
+        asyncio.get_running_loop().call_soon(self._close_outdated)
+        return len(self.sessions)
+
+    def _close_outdated(self) -> None:
+        """Those that wait for an answer get it first."""
+        for session in list(self.sessions.values()):
+            if session.outdated and not session.requests:
+                session.connection.close()
 
     def spawn(self, coroutine: Any) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -262,6 +299,8 @@ class Service:
             raise ProtocolError(f"request id {message.id} is {'in use' if message.id > 0 else 'not positive'}")
         request = ClientRequest(session, message, payload, self)
         try:
+            if session.outdated:
+                raise AuthenticationError("the token was renewed", "Connect anew with the new one")
             call = _decode(message.call)
             request.op = str(type(call).__struct_config__.tag)
             HANDLERS.get(type(call), compute)(self, request, call)
@@ -333,6 +372,8 @@ class Service:
     def tidy(self) -> None:
         """Give unused shared memory back, cut off who does not read; called every few seconds."""
         self.memory.tidy()
+        self._close_outdated()
+        self.lora_loader.tidy()
         for connection in list(self._connections):
             if connection.stalled_s > _STALL_S:
                 logger.warning("%s has read nothing for %.0f s and is cut off", connection.remote, connection.stalled_s)
@@ -347,7 +388,7 @@ class Service:
         """Close every connection and forget every cache."""
         self.cache.clear()
         self.patches.clear()
-        self.loras.clear()
+        self.lora_loader.close()
         for connection in list(self._connections):
             connection.close()
 

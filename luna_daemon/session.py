@@ -31,6 +31,8 @@ class Session:
         self.since = time.time()
         self.sees_arena = False
         self.said_bye = False
+        self.outdated = False
+        """Its token is no longer good: it may finish what it asked, and greet anew."""
         self.reserving = 0
         """Bytes of shared memory asked for and not yet granted."""
         self.leases = Leases()

@@ -136,13 +136,21 @@ class WorkerPool:
         if not self.accepting:
             raise ShuttingDown("the daemon is shutting down", "The local model can step in")
         if len(self.queue) >= self.settings.queue_limit:
-            retry = max(0.1, self.average_wait_s)
-            raise Busy(f"the queue is full ({len(self.queue)} requests wait)", f"Ask again in {retry:.1f} s", retry)
+            self._make_place(work)
         backoff = self._backoffs.get(self.key_of(work))
         if backoff is not None and backoff.wait_s and not any(w.key == self.key_of(work) for w in self.workers):
             raise backoff.error()
         self.queue.append(work)
         self.schedule()
+
+    def _make_place(self, work: Work) -> None:
+        """A full queue: whoever has most of it comes back later, if that is not this one."""
+        retry = max(0.1, self.average_wait_s)
+        busy = Busy(f"the queue is full ({len(self.queue)} requests wait)", f"Ask again in {retry:.1f} s", retry)
+        index = policy.displaced([waiting.client for waiting in self.queue], work.client)
+        if index is None:
+            raise busy
+        self.queue.pop(index).fail(busy)
 
     def cancel(self, work: Work, waiter: Waiter) -> None:
         """One waiter has left; the last one takes the work with it."""

@@ -9,7 +9,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["Facts", "Limits", "Pending", "choose_evictions", "fair_order", "has_room", "idle_action", "route"]
+__all__ = [
+    "Facts", "Limits", "Pending", "choose_evictions", "displaced", "fair_order", "has_room", "idle_action", "route",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,24 @@ def fair_order(
         turns[item.priority, item.client] += 1
         keys.append((item.priority, turn, (served or {}).get(item.client, 0.0), index))
     return [index for *_, index in sorted(keys)]
+
+
+def displaced(waiting: Sequence[int], newcomer: int) -> int | None:
+    """Who leaves a full queue for a newcomer: an index of ``waiting``, or ``None`` if the newcomer must come back.
+
+    The last request of whoever has most in the queue, if that is more than the newcomer would have: a client with a
+    thousand requests fills the queue, and another's single one is not refused for it.
+
+    Args:
+        waiting: the client of each request in the queue.
+    """
+    counts = Counter(waiting)
+    if not counts:
+        return None
+    greediest, most = max(counts.items(), key=lambda item: item[1])
+    if most <= counts[newcomer] + 1:
+        return None
+    return max(index for index, client in enumerate(waiting) if client == greediest)
 
 
 def route(

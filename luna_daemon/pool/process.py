@@ -15,6 +15,7 @@ from ..wire import messages as m
 from ..wire.arena import Leases, Slot
 from ..wire.connection import Connection
 from ..wire.frame import encode_call
+from .orphans import hold
 from .work import Piece, Work
 
 __all__ = ["WorkerProcess"]
@@ -87,6 +88,7 @@ class WorkerProcess:
                 creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
             )
         self.pid = self._process.pid
+        hold(self._process)
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(config).encode() + b"\n")
         self._process.stdin.close()

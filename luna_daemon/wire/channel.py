@@ -6,12 +6,13 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..core import DaemonConnectionError, LunaError
 from .buffers import Buffers
 from .frame import MAX_HEADER, PREFIX_SIZE, decode_message, encode_frame, parse_prefix
 from .messages import Message
+from .tls import TlsSocket
 
 __all__ = ["Channel"]
 
@@ -21,13 +22,13 @@ _SEND_STALL_S = 60.0
 
 
 class Channel:
-    """Frames over a connected socket.
+    """Frames over a connected socket, with or without TLS.
 
     Args:
         max_payload: most inline bytes accepted in one frame.
     """
 
-    def __init__(self, sock: socket.socket, max_payload: int = 1 << 40) -> None:
+    def __init__(self, sock: socket.socket | TlsSocket, max_payload: int = 1 << 40) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.settimeout(_SEND_STALL_S)
         self._sock = sock
@@ -91,6 +92,8 @@ class Channel:
                 while not self._complete():
                     if self._closed:
                         raise ConnectionResetError("it was closed here")
+                    if self._take_decrypted():
+                        continue
                     left = None if deadline is None else max(0.0, deadline - time.monotonic())
                     if not self._selector.select(left):
                         return None
@@ -115,7 +118,12 @@ class Channel:
     def ended(self) -> bool:
         """Whether the other side has closed, and nothing is left to read; looks without waiting."""
         try:
-            return bool(self._selector.select(0)) and self._sock.recv(1, socket.MSG_PEEK) == b""
+            if not self._selector.select(0):
+                return False
+            if isinstance(self._sock, TlsSocket):
+                self._sock.feed()
+                return self._sock.ended()
+            return self._sock.recv(1, socket.MSG_PEEK) == b""
         except (OSError, ValueError):
             return True
 
@@ -163,12 +171,25 @@ class Channel:
         return self._filled == self._payload.nbytes
 
     def _read_some(self) -> None:
+        """Take what the socket has; a selector has said that there is something."""
+        if isinstance(self._sock, TlsSocket):
+            self._sock.feed()
+        else:
+            self._fill(self._sock.recv_into)
+
+    def _take_decrypted(self) -> bool:
+        """Whether TLS had something that arrived before: the selector does not see it."""
+        return isinstance(self._sock, TlsSocket) and self._fill(self._sock.take)
+
+    def _fill(self, read: Callable[[memoryview], int | None]) -> bool:
+        """Read into the frame's payload if it is its turn, else into the buffer; whether there was something."""
         if self._message is not None:
-            got = self._sock.recv_into(self._payload[self._filled :])
-            self._filled += got
+            got = read(self._payload[self._filled :])
+            self._filled += got or 0
         else:
             with memoryview(self._buffer) as view:
-                got = self._sock.recv_into(view[self._have :])
-            self._have += got
+                got = read(view[self._have :])
+            self._have += got or 0
         if got == 0:
             raise ConnectionResetError("the other side closed the connection")
+        return got is not None

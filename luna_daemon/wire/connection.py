@@ -9,6 +9,7 @@ import asyncio
 import socket
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 from ..core import InternalError, LunaError, ProtocolError, logger
@@ -23,6 +24,8 @@ _CHUNK = 512 << 10
 _HTTP = (b"GET ", b"POST", b"HEAD", b"PUT ", b"OPTI")
 _LINGER_S = 1.0
 """How long a refused peer may take to read why."""
+_AT_ONCE = 32
+"""Frames of one peer that are handled before others have their turn."""
 _MOST_QUEUED = 64
 """Frames waiting for a slow reader before we stop reading its requests."""
 
@@ -70,6 +73,8 @@ class Connection(asyncio.BufferedProtocol):
         self._paused_at = 0.0
         self._closing = False
         self._refused = False
+        self._resting = False
+        """Frames of this peer wait here while others have their turn."""
 
     # --- asyncio's side ---
 
@@ -78,8 +83,11 @@ class Connection(asyncio.BufferedProtocol):
         self.transport = transport
         self.remote = str(transport.get_extra_info("peername"))
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # Paused means "not all of it has left": a slot may be reused only once the kernel has its bytes.
-        transport.set_write_buffer_limits(high=0)
+        # Paused means "not all of it has left": a slot may be reused only once the kernel has its bytes. TLS pauses at
+        # the limit, not above it, and would never go on from 0.
+        transport.set_write_buffer_limits(high=1 if transport.get_extra_info("sslcontext") else 0)
+        if self._closing:
+            transport.abort()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         if self._refused:
@@ -91,13 +99,17 @@ class Connection(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         if self._refused:
             return
+        if self._payload is not None:
+            self._filled += nbytes
+            self._handle(self._finish_payload)
+        else:
+            self._have += nbytes
+            self._handle(self._take_frames)
+
+    def _handle(self, work: Callable[[], None]) -> None:
+        """Whatever a peer sent, it harms no more than its own connection."""
         try:
-            if self._payload is not None:
-                self._filled += nbytes
-                self._finish_payload()
-            else:
-                self._have += nbytes
-                self._take_frames()
+            work()
         except LunaError as error:
             self._refuse(error)
         except Exception as error:
@@ -127,8 +139,7 @@ class Connection(asyncio.BufferedProtocol):
     def resume_writing(self) -> None:
         self._paused = False
         self._pump()
-        if self.transport is not None and not self._closing and len(self._outbox) < _MOST_QUEUED:
-            self.transport.resume_reading()
+        self._read_on()
 
     # --- the owner's side ---
 
@@ -173,10 +184,31 @@ class Connection(asyncio.BufferedProtocol):
 
     # --- receiving ---
 
+    def _read_on(self) -> None:
+        if self.transport is not None and not self._closing and not self._resting and not self.crowded:
+            self.transport.resume_reading()
+
+    def _rest(self) -> None:
+        """Let others have their turn before the frames that are here already."""
+        assert self.transport is not None
+        self._resting = True
+        self.transport.pause_reading()
+        asyncio.get_running_loop().call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        self._resting = False
+        if not self._refused and not self._closing:
+            self._handle(self._take_frames)
+            self._read_on()
+
     def _take_frames(self) -> None:
-        start = 0
+        start = taken = 0
         view = memoryview(self._buffer)
         while self._have - start >= PREFIX_SIZE and self._payload is None and not self._closing:
+            if taken == _AT_ONCE:
+                self._rest()
+                break
+            taken += 1
             header, payload = parse_prefix(view[start:], self.max_header, self.max_payload)
             end = start + PREFIX_SIZE + header
             if self._have < end:

@@ -29,9 +29,13 @@ __all__ = [
     "Limits",
     "LoadSpec",
     "LoraCheck",
+    "LoraEvict",
     "LoraGet",
+    "LoraLoad",
+    "LoraPin",
     "LoraPut",
     "LoraStats",
+    "LoraWarm",
     "Message",
     "ModelLoad",
     "ModelRef",
@@ -44,12 +48,14 @@ __all__ = [
     "Progress",
     "Register",
     "Release",
+    "Reload",
     "Reply",
     "Report",
     "Request",
     "Shutdown",
     "TensorRef",
     "Tiling",
+    "TokenRenew",
     "Tokens",
     "Unload",
     "VaeDecode",
@@ -262,6 +268,36 @@ class LoraStats(msgspec.Struct, tag_field="op", tag="lora.stats", frozen=True):
     """Figures of the LoRA cache."""
 
 
+class LoraLoad(msgspec.Struct, tag_field="op", tag="lora.load", frozen=True):
+    """A LoRA file's tensors, as it lies or as a copy in shared memory: for the client to map copy-on-write."""
+
+    name: str
+    """As ComfyUI lists it, or a full path; or what was put under this name."""
+    file: FileId | None = None
+    """The client's own file, where it has it: the daemon's must be the same."""
+    copy: bool = False
+    """The client cannot open the daemon's file: bytes, by shared memory or by the socket."""
+
+
+class LoraWarm(msgspec.Struct, tag_field="op", tag="lora.warm", frozen=True):
+    """Load a LoRA file into the cache."""
+
+    name: str
+
+
+class LoraPin(msgspec.Struct, tag_field="op", tag="lora.pin", frozen=True):
+    """Load a LoRA and keep it until it is evicted by name; or let it go first again."""
+
+    name: str
+    pinned: bool = True
+
+
+class LoraEvict(msgspec.Struct, tag_field="op", tag="lora.evict", frozen=True):
+    """Forget a LoRA, pinned or not; ``None`` forgets all that are not pinned."""
+
+    name: str | None = None
+
+
 class Register(msgspec.Struct, tag_field="op", tag="register", frozen=True):
     """The predecessor's registration calls: they succeed and do nothing."""
 
@@ -276,6 +312,14 @@ class Report(msgspec.Struct, tag_field="op", tag="report", frozen=True):
     materialised: int = 0
 
 
+class Reload(msgspec.Struct, tag_field="op", tag="reload", frozen=True):
+    """Read the settings anew and take those that can be taken while requests run."""
+
+
+class TokenRenew(msgspec.Struct, tag_field="op", tag="token.renew", frozen=True):
+    """A new token: connections that greeted with the old one end with what they are doing."""
+
+
 class Drain(msgspec.Struct, tag_field="op", tag="drain", frozen=True):
     """Take nothing new; finish what runs."""
 
@@ -286,7 +330,8 @@ class Shutdown(msgspec.Struct, tag_field="op", tag="shutdown", frozen=True):
 
 Call = Union[
     Ping, Info, ArenaProof, Alloc, Echo, VaeEncode, VaeDecode, ClipTokenize, ClipEncode, ModelsList, ModelLoad,
-    ModelUnload, PatchPut, LoraPut, LoraGet, LoraCheck, LoraStats, Register, Report, Drain, Shutdown,
+    ModelUnload, PatchPut, LoraPut, LoraGet, LoraCheck, LoraStats, LoraLoad, LoraWarm, LoraPin, LoraEvict,
+    Register, Report, Reload, TokenRenew, Drain, Shutdown,
 ]  # fmt: skip
 
 

@@ -33,7 +33,7 @@ async def served(folder):
     info = {"text": "x" * 100_000}
     service = Service(
         settings, WorkerPool(settings, folder), ModelResolver(settings), SharedMemory(arena, ""), "token", "nowhere",
-        lambda service: info, lambda: None,
+        lambda service: info, lambda: None, dict, lambda: "another",
     )  # fmt: skip
     server = await asyncio.get_running_loop().create_server(service.connect, "127.0.0.1", 0)
     try:

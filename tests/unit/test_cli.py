@@ -16,7 +16,7 @@ import pytest
 from luna_daemon import __version__, cli, doctor, terminal
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ["serve", "status", "top", "models", "warm", "unload", "stop", "doctor", "bench"]
+COMMANDS = ["serve", "status", "top", "models", "warm", "unload", "token", "reload", "stop", "doctor", "bench"]
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +111,7 @@ def test_without_a_daemon_json_says_stopped(run, port, tmp_path, argv):
     assert str(port) in answer["message"]
 
 
-@pytest.mark.parametrize("command", ["serve", "status", "models", "unload", "stop", "bench"])
+@pytest.mark.parametrize("command", ["serve", "status", "models", "unload", "token", "reload", "stop", "bench"])
 def test_bad_setting_ends_with_2(run, command):
     """Every command refuses a wrong setting with its name, its value and what is allowed."""
     code, out, err = run(command, "--port", "70000")

@@ -26,7 +26,7 @@ def service(tmp_path) -> Service:
     pool = WorkerPool(settings, tmp_path)
     return Service(
         settings, pool, ModelResolver(settings), SharedMemory(None, "off"), "token", "nowhere",
-        lambda service: {}, lambda: None,
+        lambda service: {}, lambda: None, lambda: {}, lambda: "token",
     )  # fmt: skip
 
 

@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luna_daemon.pool.policy import Facts, Limits, Pending, choose_evictions, fair_order, has_room, idle_action, route
+from luna_daemon.pool.policy import (
+    Facts,
+    Limits,
+    Pending,
+    choose_evictions,
+    displaced,
+    fair_order,
+    has_room,
+    idle_action,
+    route,
+)
 
 # --- order -------------------------------------------------------------------------------------------------------
 
@@ -52,6 +62,37 @@ def test_nothing_is_lost_and_priorities_hold(pending, running):
     assert sorted(result) == list(range(len(pending)))
     priorities = [pending[index][0] for index in result]
     assert priorities == sorted(priorities)
+
+
+# --- a full queue ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "waiting, newcomer, leaves",
+    [
+        ([], 1, None),
+        ([1, 1, 1], 1, None),
+        ([1, 1, 1], 2, 2),
+        ([1, 2, 1, 1, 3], 4, 3),
+        ([1, 2, 1, 2], 1, None),
+        ([1, 1, 2], 2, None),
+        ([1, 1, 1, 2], 2, 2),
+        ([1, 2, 3], 4, None),
+    ],
+)
+def test_who_leaves_a_full_queue(waiting, newcomer, leaves):
+    """The last one of whoever has most, and only if the newcomer has fewer even then."""
+    assert displaced(waiting, newcomer) == leaves
+
+
+@given(st.lists(st.integers(1, 4), max_size=12), st.integers(1, 5))
+def test_a_full_queue_becomes_fairer(waiting, newcomer):
+    """Whoever leaves has at least as many left as the newcomer then has: they cannot push each other out in turns."""
+    index = displaced(waiting, newcomer)
+    if index is not None:
+        loser = waiting[index]
+        after = [*waiting[:index], *waiting[index + 1 :], newcomer]
+        assert loser != newcomer and after.count(loser) >= after.count(newcomer)
 
 
 # --- route -------------------------------------------------------------------------------------------------------

@@ -120,9 +120,54 @@ def test_frames_byte_by_byte_over_a_real_socket():
 
 def test_many_frames_in_one_read():
     """A thousand frames that arrive together are all handed out, in order."""
-    peer = Peer()
-    feed(Connection(peer, MAX_HEADER, MAX_PAYLOAD), b"".join(encode_frame(m.Cancel(n)) for n in range(1000)))
-    assert [message.id for message, _ in peer.frames] == list(range(1000))
+
+    async def work() -> None:
+        peer = Peer()
+        async with served(peer) as (_, writer):
+            writer.write(b"".join(encode_frame(m.Cancel(n)) for n in range(1000)))
+            await until(lambda: len(peer.frames) == 1000)
+        assert [message.id for message, _ in peer.frames] == list(range(1000))
+
+    asyncio.run(work())
+
+
+def test_peers_take_turns():
+    """A peer's thousand frames are not handled in one go: others' come in between."""
+
+    async def work() -> None:
+        peer = Peer()
+        async with served(peer) as (_, greedy):
+            connection = peer.connections[0]
+            told = []
+            asyncio.get_running_loop().call_soon(told.append, 0)
+            connection.buffer_updated = lambda nbytes, was=connection.buffer_updated: (
+                asyncio.get_running_loop().call_soon(lambda: told.append(len(peer.frames))), was(nbytes))  # fmt: skip
+            greedy.write(b"".join(encode_frame(m.Cancel(n)) for n in range(1000)))
+            await until(lambda: len(peer.frames) == 1000)
+        assert 0 < told[1] <= 64, "others had to wait for all of them"
+
+    asyncio.run(work())
+
+
+def test_a_peer_that_is_refused_while_it_rests():
+    """What is left of its frames is not handled any more."""
+
+    async def work() -> None:
+        peer = Peer()
+        async with served(peer) as (reader, writer):
+            connection, handed_out = peer.connections[0], peer.received
+
+            def received(*frame: object) -> None:
+                handed_out(*frame)
+                if len(peer.frames) == 32:
+                    asyncio.get_running_loop().call_soon(connection.close)
+
+            peer.received = received
+            writer.write(b"".join(encode_frame(m.Cancel(n)) for n in range(100)))
+            assert await reader.read() == b""
+        assert len(peer.frames) <= 64
+
+    asyncio.run(work())
 
 
 def test_the_payload_goes_straight_into_the_slot():
@@ -142,12 +187,16 @@ def test_the_payload_goes_straight_into_the_slot():
 @pytest.mark.parametrize("before", [b"", SMALL, SMALL * 2000])
 def test_a_message_larger_than_the_buffer(before):
     """A message of 150 KB arrives whole, alone or behind others, and so does what follows it."""
-    peer = Peer()
     text = "x" * 150_000
-    connection = Connection(peer, MAX_HEADER, MAX_PAYLOAD)
-    feed(connection, before + encode_frame(m.Reply(1, text)) + FRAME)
-    assert peer.frames[-2:] == [(m.Reply(1, text), None), (m.Reply(7, {"a": 1}), PAYLOAD)]
-    assert len(peer.frames) == 2 + len(before) // len(SMALL)
+
+    async def work() -> None:
+        peer = Peer()
+        async with served(peer) as (_, writer):
+            writer.write(before + encode_frame(m.Reply(1, text)) + FRAME)
+            await until(lambda: len(peer.frames) == 2 + len(before) // len(SMALL))
+        assert peer.frames[-2:] == [(m.Reply(1, text), None), (m.Reply(7, {"a": 1}), PAYLOAD)]
+
+    asyncio.run(work())
 
 
 def test_a_payload_of_sixteen_megabytes():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import struct
 import typing
 
@@ -22,28 +21,7 @@ from luna_daemon.wire.frame import (
     encode_frame,
     parse_prefix,
 )
-
-MODEL = m.ModelRef("vae", files=(m.FileId("/m/a.safetensors", 5, 6, 7, "sha256:00"),), type="sdxl")
-TILING = m.Tiling(1, None, 3, 4, None)
-SPEC = m.LoadSpec("vae:sdxl:0", "vae", "sdxl", ("/m/a",), "cuda:1", "bf16")
-REF = m.TensorRef("bfloat16", (1, 2, 3), 12, 4096, 9, "seg-1", True)
-RAW = encode_call(m.VaeDecode(MODEL, TILING))
-
-CALLS: list[m.Call] = [
-    m.Ping(), m.Info(), m.ArenaProof("ab"), m.Alloc(1 << 40),
-    m.PatchPut("ab12", {"w": [1.0]}), m.Echo(8, 0.5), m.VaeEncode(MODEL),
-    m.VaeDecode(MODEL, TILING), m.ClipTokenize(MODEL, "a (cat:1.3), ein Käfer, 猫"),
-    m.ClipEncode(MODEL, None, {"l": [[(49406, 1.0), (320, 1.3)]], "g": []}, -2, True), m.ModelsList(),
-    m.ModelLoad(MODEL, True), m.ModelUnload(None), m.LoraPut("x", ["a.weight"]), m.LoraGet("x"), m.LoraCheck("x"),
-    m.LoraStats(), m.Register("vae", "sdxl"), m.Report(1, 2), m.Drain(), m.Shutdown(),
-]  # fmt: skip
-MESSAGES: list[m.Message] = [
-    m.Hello(1, "token", "client", "me", 1, "0.1"), m.Request(1 << 40, RAW, [REF, REF], 0.5, 0), m.Cancel(3),
-    m.Release([1, 2, 3]), m.Bye(), m.WorkerReady("echo", {"torch": "2"}, ["cuda:0", "cpu"], True),
-    m.WorkerStatus({"vae:sdxl:0": 1 << 35}, 5), m.Welcome(1, "0.1", m.Limits(1, 2, 3, 4, 5), m.ArenaInfo("/f", "n")),
-    m.Reply(1, {"a": [1, 2.5, None, "x", b"y", True]}, [REF], ["tiled"]), m.Failure(1, "busy", "full", "wait", 1.5),
-    m.Progress(1, "tile", 3, 9), m.Job(1, RAW, SPEC, [REF], ["vae:old:1"]), m.Unload(["vae:old:1"]),
-]  # fmt: skip
+from tests.unit.wire.examples import CALLS, MESSAGES
 
 
 def test_the_examples_are_complete():
@@ -209,13 +187,16 @@ def test_well_formed_nonsense(fields, tag):
     only_our_errors(decode_call, msgspec.Raw(data))
 
 
-def test_damaged_messages():
+VALID = [encode_frame(message)[PREFIX_SIZE:] for message in MESSAGES] + [bytes(encode_call(call)) for call in CALLS]
+DAMAGE = st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), min_size=1, max_size=3)
+
+
+@settings(max_examples=20_000)
+@given(st.sampled_from(VALID), DAMAGE)
+def test_damaged_messages(valid, damage):
     """Twenty thousand valid messages with up to three bytes changed give only typed errors."""
-    chance = random.Random(7)
-    valid = [encode_frame(message)[PREFIX_SIZE:] for message in MESSAGES] + [bytes(encode_call(call)) for call in CALLS]
-    for _ in range(20_000):
-        data = bytearray(chance.choice(valid))
-        for _ in range(chance.randint(1, 3)):
-            data[chance.randrange(len(data))] = chance.randrange(256)
-        only_our_errors(decode_message, bytes(data))
-        only_our_errors(decode_call, msgspec.Raw(bytes(data)))
+    data = bytearray(valid)
+    for place, value in damage:
+        data[place % len(data)] = value
+    only_our_errors(decode_message, bytes(data))
+    only_our_errors(decode_call, msgspec.Raw(bytes(data)))

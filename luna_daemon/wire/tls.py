@@ -1,0 +1,170 @@
+"""TLS: contexts for both sides, and the socket of the blocking side.
+
+OpenSSL's objects must not be used by two threads at once, and a client does just that: one thread sends while another
+receives. So the client encrypts in memory, under a lock, and touches the socket outside it.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import threading
+from pathlib import Path
+
+from ..core import AuthenticationError, ConfigError, DaemonConnectionError
+
+__all__ = ["TlsSocket", "client_context", "pinned_context", "server_context"]
+
+_READ = 256 << 10
+
+
+def server_context(cert: Path, key: Path | None) -> ssl.SSLContext:
+    """The daemon's side.
+
+    Args:
+        cert: PEM file with the certificate, and those between it and its authority.
+        key: PEM file with the private key, without a passphrase; ``None`` if ``cert`` holds it too.
+
+    Raises:
+        ConfigError: a file cannot be read or is not what it should be.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    for name, path in (("tls_cert", cert), ("tls_key", key)):
+        if path is not None and not path.is_file():
+            raise ConfigError(f"setting {name!r} is {str(path)!r}: no such file", "Name a PEM file")
+    try:
+        context.load_cert_chain(cert, key, password=_no_passphrase)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "reason", None) or error
+        raise ConfigError(
+            f"setting 'tls_cert' is {str(cert)!r}, 'tls_key' {str(key or cert)!r}: {why}",
+            "Name a certificate and the private key that belongs to it, both PEM, the key without a passphrase",
+        ) from error
+    return context
+
+
+def _no_passphrase() -> str:
+    raise ValueError("the private key asks for a passphrase")
+
+
+def client_context(authority: str) -> ssl.SSLContext:
+    """A client that checks the daemon's certificate and name.
+
+    Args:
+        authority: PEM file of the authority, or of the daemon's own certificate; ``system`` is the system's list.
+
+    Raises:
+        AuthenticationError: the file cannot be read.
+    """
+    if authority == "system":
+        return ssl.create_default_context()
+    try:
+        context = ssl.create_default_context(cafile=authority)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise AuthenticationError(f"LUNA_TLS_CA {authority!r}: {why}", "Name a PEM file, or 'system'") from error
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    return context
+
+
+def pinned_context(cert: Path) -> ssl.SSLContext:
+    """A client of the daemon's own user: trusts the very certificate that the runtime folder names, whatever its name.
+
+    Raises:
+        AuthenticationError: the file cannot be read.
+    """
+    context = client_context(str(cert))
+    context.check_hostname = False
+    return context
+
+
+class TlsSocket:
+    """A connected socket with TLS on it. One thread may send while one receives.
+
+    Raises:
+        AuthenticationError: the other side's certificate is not trusted.
+        DaemonConnectionError: the other side does not speak TLS.
+    """
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext, host: str) -> None:
+        self._sock = sock
+        self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._in, self._out, server_hostname=host)
+        self._lock = threading.Lock()
+        self._early = b""
+        """What ``ended`` had to read."""
+        self._shake_hands()
+
+    def _shake_hands(self) -> None:
+        try:
+            while True:
+                try:
+                    self._tls.do_handshake()
+                    break
+                except ssl.SSLWantReadError:
+                    self._flush()
+                    self.feed()
+            self._flush()
+        except ssl.SSLCertVerificationError as error:
+            raise AuthenticationError(
+                f"the daemon's certificate is not trusted: {error.verify_message}",
+                "Set LUNA_TLS_CA to its authority's PEM file, and name the daemon as the certificate does",
+            ) from error
+        except (ssl.SSLError, OSError) as error:
+            why = getattr(error, "reason", None) or error
+            raise DaemonConnectionError(
+                f"no TLS handshake: {why}", "If the daemon has no TLS, leave LUNA_TLS_CA away"
+            ) from error
+
+    def _flush(self) -> None:
+        self._sock.sendall(self._out.read())
+
+    # --- what a channel needs of a socket ---
+
+    def setsockopt(self, *option: int) -> None:
+        self._sock.setsockopt(*option)
+
+    def settimeout(self, seconds: float | None) -> None:
+        self._sock.settimeout(seconds)
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def sendall(self, data: bytes | memoryview) -> None:
+        with self._lock:
+            self._tls.write(data)
+            sealed = self._out.read()
+        self._sock.sendall(sealed)
+
+    def feed(self) -> None:
+        """Take from the socket what is there; waits if nothing is."""
+        data = self._sock.recv(_READ)
+        with self._lock:
+            self._in.write(data) if data else self._in.write_eof()
+
+    def take(self, view: memoryview) -> int | None:
+        """Bytes that have been decrypted into ``view``; 0 at the end, ``None`` if more has to be fed first."""
+        if self._early:
+            view[:1], self._early = self._early, b""
+            return 1
+        with self._lock:
+            try:
+                return int(self._tls.read(len(view), view))  # with a buffer it answers their number
+            except ssl.SSLWantReadError:
+                return None
+            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+                return 0
+
+    def ended(self) -> bool:
+        """After ``feed``: whether the other side has closed, and nothing is left to read."""
+        first = bytearray(1)
+        got = self.take(memoryview(first))
+        self._early = bytes(first[:got]) if got else b""
+        return got == 0
+
+    def shutdown(self, how: int) -> None:
+        self._sock.shutdown(how)
+
+    def close(self) -> None:
+        self._sock.close()
