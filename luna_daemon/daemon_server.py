@@ -15,8 +15,10 @@ import os
 import secrets
 import shlex
 import signal
+import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, suppress
@@ -25,6 +27,7 @@ from typing import Any
 
 from .config import Settings, load_settings
 from .core import ConfigError, DaemonConnectionError, LunaError, PortInUse, ServiceType, logger
+from .gpu import gpu_memory
 from .listening import bind, facts_of, tls_of
 from .models import ModelResolver
 from .runtime import Runtime, dial_host, runtime_folder
@@ -36,6 +39,7 @@ from .workers import WorkerPool
 __all__ = ["LunaDaemon"]
 
 _TIDY_S = 5.0
+_GPUS_S = 3.0
 _SEND_S = 5.0
 _HANDSHAKE_S = 5.0
 _AT_ONCE, _BACKLOG = 64, 1024
@@ -224,7 +228,8 @@ class LunaDaemon:
             ends.push_async_callback(_drain, pool)
             ends.callback(server.close)
             logger.info("Luna Daemon listens on %s:%d", self.settings.host, self.port)
-            for task in (_tidy(service), _monitor(service, self.settings)):
+            ends.callback(_watch_gpus(service))
+            for task in (_tidy(service), _monitor(service, self.settings, tls)):
                 ends.push_async_callback(_end, asyncio.create_task(task))
             await self._stopping.wait()
             logger.info("stopping: %d requests in flight", pool.in_flight)
@@ -315,6 +320,8 @@ def _service_type(value: Any) -> ServiceType | str | None:
 def _as_text(name: str, value: Any) -> str:
     if name == "comfyui_args":
         return shlex.join(value)
+    if name == "allowed_origins":
+        return " ".join(value)
     if isinstance(value, (list, tuple)):
         return os.pathsep.join(str(part) for part in value)
     if isinstance(value, dict):
@@ -336,17 +343,37 @@ async def _tidy(service: Service) -> None:
         service.tidy()
 
 
-async def _monitor(service: Service, settings: Settings) -> None:
+def _watch_gpus(service: Service) -> Callable[[], None]:
+    """Ask the driver now and then; whoever wants to know gets the last answer. Returns what ends it.
+
+    In a thread that nobody waits for: a driver whose GPU has failed may never answer.
+    """
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.is_set():
+            service.gpus = gpu_memory()
+            over.wait(_GPUS_S)
+
+    threading.Thread(target=watch, name="gpus", daemon=True).start()
+    return over.set
+
+
+async def _monitor(service: Service, settings: Settings, tls: ssl.SSLContext | None) -> None:
     """The status page, a convenience: that its port is taken or it cannot start is no reason not to serve."""
     # Imported in a thread: it takes longer than everything before it, and requests must not wait for it.
-    await asyncio.get_running_loop().run_in_executor(None, _import_aiohttp)
+    try:
+        await asyncio.get_running_loop().run_in_executor(None, _import_web)
+    except ImportError as error:
+        logger.warning("no status page: %s; 'luna-daemon doctor' says what to install", error)
+        return
     from .monitoring import Monitor
 
-    monitor = Monitor(service, settings.host, settings.ws_port)
+    monitor = Monitor(service, settings.host, settings.ws_port, tls)
     try:
         await monitor.start()
         service.ws_port = monitor.port
-        logger.info("status on http://%s:%d/api/info", settings.host, monitor.port)
+        logger.info("status page on %s://%s:%d/", "https" if tls else "http", settings.host, monitor.port)
         await asyncio.Event().wait()
     except OSError as error:
         logger.warning("no status page: port %d: %s", settings.ws_port, error.strerror or error)
@@ -374,8 +401,8 @@ async def _end(task: "asyncio.Task[None]") -> None:
         logger.exception("a background task failed")
 
 
-def _import_aiohttp() -> None:
-    import aiohttp.web  # noqa: F401
+def _import_web() -> None:
+    from . import web_app  # noqa: F401
 
 
 def main() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import socket
+import ssl
 import subprocess
 import threading
 import time
 
+import aiohttp
 import psutil
 import pytest
 import torch
@@ -50,6 +53,25 @@ def stranger(daemon, tmp_path, monkeypatch, **options):
     token = (daemon.runtime_dir / str(daemon.port) / "token").read_text()
     monkeypatch.setenv("LUNA_TOKEN", token)
     return DaemonClient("127.0.0.1", daemon.port, runtime_dir=tmp_path, **options)
+
+
+def test_the_page_is_behind_tls_too(daemon, certificates):
+    """https and wss with the same certificate; plain http gets nothing."""
+    daemon.wait_for(lambda info: info["ws_port"] is not None)
+    trust = ssl.create_default_context(cafile=str(certificates["daemon"][0]))
+
+    async def go():
+        url = f"//127.0.0.1:{daemon.ws_port}/"
+        async with aiohttp.ClientSession() as session:
+            async with session.get(f"https:{url}api/info", ssl=trust) as answer:
+                assert (await answer.json())["tls"] is True
+            own = {"Origin": f"https:{url}"[:-1]}
+            async with session.ws_connect(f"wss:{url}ws", ssl=trust, headers=own) as websocket:
+                assert (await websocket.receive_json(timeout=5))["type"] == "status"
+            with pytest.raises(aiohttp.ClientError):
+                await session.get(f"http:{url}healthz")
+
+    asyncio.run(go())
 
 
 @pytest.mark.parametrize("use_arena", [True, False])

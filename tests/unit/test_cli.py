@@ -16,7 +16,7 @@ import pytest
 from luna_daemon import __version__, cli, doctor, runtime, terminal
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ["serve", "status", "models", "warm", "unload", "token", "reload", "stop", "doctor", "bench", "tray"]
+COMMANDS = ["serve", "status", "top", "models", "warm", "unload", "token", "reload", "stop", "doctor", "bench", "tray"]
 
 
 @pytest.fixture(autouse=True)
@@ -147,13 +147,13 @@ def test_options_of_serve_reach_the_settings(monkeypatch, tmp_path, run):
 )
 def test_sizes(nbytes, text):
     """Sizes are read at a glance: at most four characters and a unit."""
-    assert terminal._size(nbytes) == text
+    assert terminal.size(nbytes) == text
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(4.2, "4 s"), (61, "1 min"), (7260, "2 h 1 min")])
 def test_times(seconds, text):
     """Times have the unit that fits them."""
-    assert terminal._span(seconds) == text
+    assert terminal.span(seconds) == text
 
 
 @pytest.mark.parametrize(
