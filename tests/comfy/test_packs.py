@@ -206,21 +206,25 @@ SAMPLING = {
 # --- text encoders ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["stable_diffusion", "sdxl"])
 @pytest.mark.parametrize(
-    ("normalization", "interpretation"),
-    [("none", "comfy++"), ("length+mean", "A1111"), ("mean", "compel"), ("length", "down_weight")],
-)
+    ("family", "normalization", "interpretation"),
+    [
+        ("stable_diffusion", "none", "comfy++"), ("stable_diffusion", "length+mean", "A1111"),
+        ("stable_diffusion", "none", "compel"), ("stable_diffusion", "length", "down_weight"),
+        ("sdxl", "none", "comfy++"), ("sdxl", "length+mean", "A1111"),
+    ],
+)  # fmt: skip
 def test_adv_clip_emb(bench, family, normalization, interpretation):
     """Its own weighting of prompts, on one encoder and, by the type of the network, on SDXL's two."""
     bench.need("ComfyUI_ADV_CLIP_emb")
     if family == "sdxl":
         needs_sdxl()
     node = bench.node(
-        "BNK_CLIPTextEncodeAdvanced", clip=["clip", 0], text="a (storm:1.4)", token_normalization=normalization,
+        "BNK_CLIPTextEncodeAdvanced", clip=["clip", 0], text="a (storm:1.4), [sea]", token_normalization=normalization,
         weight_interpretation=interpretation,
     )  # fmt: skip
-    bench.same({"node": node}, {"cond": ["node", 0]}, clip=family, clip_encode=1)
+    requests = 2 if family == "sdxl" else 1
+    bench.same({"node": node}, {"cond": ["node", 0]}, clip=family, clip_encode=requests)
 
 
 def test_tinyterra(bench):
