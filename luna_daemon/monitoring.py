@@ -13,6 +13,7 @@ import psutil
 
 from . import __version__
 from .gpu import gpu_memory
+from .pool.launch import backend_of
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -36,7 +37,7 @@ def collect_info(service: Service) -> dict[str, Any]:
         "start_id": os.environ.get("LUNA_START_ID", ""),
         "rss": psutil.Process().memory_info().rss,
         "service_type": settings.service_type.value,
-        "backend": pool.backend,
+        "backend": backend_of(settings),
         "idle_timeout_s": settings.idle_timeout_sec,
         "requests": dict(service.requests),
         "errors": dict(service.errors),
@@ -83,7 +84,13 @@ def _worker(worker: WorkerProcess, now: float) -> dict[str, Any]:
         "idle_s": 0.0 if worker.work else round(now - worker.idle_since, 3),
         "threads": worker.threads,
         "versions": worker.versions,
+        "comfyui": _comfyui(worker),
     }
+
+
+def _comfyui(worker: WorkerProcess) -> dict[str, Any] | None:
+    comfy = worker.comfy
+    return None if comfy is None else {"root": comfy.root, "python": comfy.python, "flags": list(comfy.flags)}
 
 
 def _arena(service: Service) -> dict[str, Any]:

@@ -12,13 +12,13 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import psutil
 
 from . import __version__
+from .comfy_roots import ComfyRoots
 from .computing import compute
 from .conditioning_cache import ConditioningCache
 from .config import Settings
@@ -36,7 +36,7 @@ from .core import (
     logger,
 )
 from .lora_cache import LoRACache
-from .models import DigestUnknown, ModelResolver
+from .models import LookFirst, ModelResolver
 from .ops import HANDLERS
 from .pool.process import WorkerProcess
 from .pool.work import Piece, release
@@ -53,6 +53,8 @@ __all__ = ["Service"]
 
 _PATCH_BYTES, _PATCH_SETS = 2 << 30, 256
 """Patch sets kept for clients: what is dropped is put again when it is needed."""
+_MOST_COMFY = 64
+"""ComfyUIs of one client that are remembered: one and the same process has hardly more than one."""
 _GREET_S = 5.0
 _STALL_S = 60.0
 """A peer that reads nothing for so long is cut off: what waits for it costs memory."""
@@ -93,6 +95,7 @@ class Service:
         self.token_place = token_place
         self.collect_info = collect_info
         self.on_shutdown = on_shutdown
+        self.roots = ComfyRoots(settings)
         self.cache = ConditioningCache(settings.conditioning_cache_mb << 20)
         self.patches = LoRACache(_PATCH_BYTES, _PATCH_SETS)
         self.loras = LoRACache(int(settings.lora_cache_gb * (1 << 30)), settings.lora_cache_entries)
@@ -251,8 +254,8 @@ class Service:
             call = _decode(message.call)
             request.op = str(type(call).__struct_config__.tag)
             HANDLERS.get(type(call), compute)(self, request, call)
-        except DigestUnknown as missing:
-            self.spawn(self._hash_first(missing.path, session, message, payload.retain() if payload else None))
+        except LookFirst as missing:
+            self.spawn(self._look_first(missing.look, session, message, payload.retain() if payload else None))
         except LunaError as error:
             request.fail(error)
         except Exception as error:
@@ -261,19 +264,46 @@ class Service:
                 self.pool.cancel(request.work, request)
             request.fail(InternalError(f"{type(error).__name__}: {error}", "The daemon's log has the traceback"))
 
-    async def _hash_first(self, path: Path, session: Session, message: m.Request, payload: Slot | None) -> None:
-        """A file was named by its content: hash it off the event loop, then take the request up again."""
+    async def _look_first(
+        self, look: Callable[[], object], session: Session, message: m.Request, payload: Slot | None
+    ) -> None:
+        """Hash a file or look at a ComfyUI, off the event loop; then take the request up again."""
         try:
-            await asyncio.get_running_loop().run_in_executor(None, self.resolver.hash, path)
+            await asyncio.get_running_loop().run_in_executor(None, look)
             if session.connection in self.sessions:
                 self._request(session, message, payload)
         except OSError as error:
-            ClientRequest(session, message, None, self).fail(ModelLoadError(f"{path}: {error.strerror or error}"))
+            why = f"{error.filename}: {error.strerror or error}"
+            ClientRequest(session, message, None, self).fail(ModelLoadError(why))
         except LunaError as error:
             ClientRequest(session, message, None, self).fail(error)
         finally:
             if payload is not None:
                 payload.release()
+
+    def resolve(self, request: ClientRequest, ref: m.ModelRef) -> m.LoadSpec:
+        """The model that a request names, and the ComfyUI that computes it for this client.
+
+        Raises:
+            ComfyRefused: no worker runs the client's own.
+            LookFirst: it was not looked at yet.
+            ModelError: see ``ModelResolver.resolve``.
+        """
+        return self.resolver.resolve(ref, self._comfy_for(request.session, ref.comfy))
+
+    def _comfy_for(self, session: Session, given: m.ComfyId | None) -> m.ComfyId | None:
+        if given is None or not self.roots.for_clients:
+            return self.roots.own
+        accepted = session.comfy.get(given)
+        if accepted is None:
+            raise LookFirst(f"ComfyUI {given.root}", lambda: self._look_at(session, given))
+        return accepted
+
+    def _look_at(self, session: Session, given: m.ComfyId) -> None:
+        accepted = self.roots.check(given, session.is_here)
+        if len(session.comfy) >= _MOST_COMFY:
+            session.comfy.clear()
+        session.comfy[given] = accepted
 
     def pieces(self, request: ClientRequest) -> list[Piece]:
         """Check a request's descriptors and take a use of the memory behind each.

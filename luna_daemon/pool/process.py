@@ -26,7 +26,7 @@ class WorkerProcess:
     """A worker from its start to its end.
 
     Args:
-        key: backend and device; work is routed by it.
+        key: backend and device, with ComfyUI its folder, interpreter and flags; work is routed by it.
         config: what the child reads from standard input, without address and token.
         log: file for what the child prints.
     """
@@ -53,6 +53,8 @@ class WorkerProcess:
         self.kinds: dict[str, str] = {}
         """Per such model its kind."""
         self.versions: dict[str, str] = {}
+        self.comfy: m.ComfyId | None = None
+        """The ComfyUI that it runs, if any."""
         self.devices: list[str] = []
         self.sees_arena = False
         self.work: Work | None = None
