@@ -64,25 +64,23 @@ class ComfyRoots:
             raise ComfyRefused(f"ComfyUI {given.root!r} with interpreter {given.python!r}: not absolute paths", _CURE)
         try:
             root, python = Path(os.path.realpath(given.root)), canonical_python(Path(given.python))
-            if not self._is_registered_root(root):
-                self._may_be_foreign(f"ComfyUI {root}", here)
-                _refuse(why_unsafe_root(Path(given.root)))
-            if not self._is_registered_python(python):
-                self._may_be_foreign(f"interpreter {python}", here)
-                _refuse(why_unsafe_python(Path(given.python)))
+            foreign_root, foreign_python = not self._names(root), not self._names(python)
+            if foreign_root or foreign_python:
+                self._may_be_foreign(f"ComfyUI {root}" if foreign_root else f"interpreter {python}", here)
             _must_be_comfyui(root, python)
+            if foreign_root:
+                _refuse(why_unsafe_root(Path(given.root)))
+            if foreign_python:
+                _refuse(why_unsafe_python(Path(given.python)))
             _must_be_the_version(root, given.version)
         except OSError as error:
-            raise ComfyRefused(f"ComfyUI {given.root}: {error.strerror or error} ({error.filename})", _CURE) from error
+            raise ComfyRefused(f"{error.filename or given.root}: {error.strerror or error}", _CURE) from error
         return ComfyId(str(root), str(python), given.version, given.torch, flags)
 
-    def _is_registered_root(self, root: Path) -> bool:
-        own = self.own is not None and str(root) == self.own.root
-        return own or any(root.is_relative_to(folder) for folder in self._registered)
-
-    def _is_registered_python(self, python: Path) -> bool:
-        own = self.own is not None and str(python) == self.own.python
-        return own or any(python.is_relative_to(folder) for folder in self._registered)
+    def _names(self, path: Path) -> bool:
+        """Whether the settings name this ComfyUI or interpreter, or a folder that it lies in."""
+        own = self.own is not None and str(path) in (self.own.root, self.own.python)
+        return own or any(path.is_relative_to(folder) for folder in self._registered)
 
     def _may_be_foreign(self, what: str, here: bool) -> None:
         if not self.settings.client_roots:

@@ -80,7 +80,7 @@ def show_status(info: dict[str, Any], address: str, page: str) -> None:
     )
     tables(("", "what value", _status_rows(info, page)))
     workers = [
-        (str(w["number"]), str(w["pid"]), w["state"], w["device"], _runs(w), "\n".join(w["models"]), _size(w["rss"]),
+        (str(w["number"]), str(w["pid"]), w["state"], w["device"], "\n".join(w["models"]), _size(w["rss"]),
          str(w["requests"])) for w in info["workers"]
     ]  # fmt: skip
     loaded = {key: size for worker in info["workers"] for key, size in worker["models"].items()}
@@ -89,19 +89,22 @@ def show_status(info: dict[str, Any], address: str, page: str) -> None:
          str(c["in_flight"])) for c in info["clients"] if c["pid"] != os.getpid()
     ]  # fmt: skip
     gpus = [(str(g["index"]), g["name"], _size(g["used"]), _size(g["total"])) for g in info["gpus"]]
+    comfyuis = _comfyui_rows(info["workers"])
     tables(
-        ("Workers", "># >pid state device runs models >memory >requests", workers),
+        ("Workers", "># >pid state device models >memory >requests", workers),
+        *([("ComfyUIs", ">worker version torch folder flags", comfyuis)] if comfyuis else []),
         ("Loaded models", LOADED, loaded_rows({"loaded": loaded, "pinned": info["models"]["pinned"]})),
         ("Clients", "name >pid transport >holds >in_flight", clients),
         ("GPUs", "># name >used >total", gpus),
     )
 
 
-def _runs(worker: dict[str, Any]) -> str:
-    """What a worker runs: its versions, ComfyUI's folder and the flags that decide bits."""
-    versions = " ".join(f"{name} {version}" for name, version in worker["versions"].items())
-    comfyui = worker.get("comfyui")
-    return versions if comfyui is None else "\n".join([versions, comfyui["root"], *comfyui["flags"]])
+def _comfyui_rows(workers: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Per worker that runs a ComfyUI which one, by its folder and the flags that decide bits."""
+    return [
+        (str(w["number"]), w["versions"].get("comfyui", ""), w["versions"].get("torch", ""), w["comfyui"]["root"],
+         " ".join(w["comfyui"]["flags"])) for w in workers if w["comfyui"]
+    ]  # fmt: skip
 
 
 def _status_rows(info: dict[str, Any], page: str) -> list[tuple[str, str]]:
