@@ -18,6 +18,7 @@ from pathlib import Path
 from .comfy_flags import bits_of, checked
 from .config import Settings
 from .core import ComfyRefused
+from .models import LookFirst
 from .wire.messages import ComfyId
 
 __all__ = ["ComfyRoots", "canonical_python", "why_unsafe_python", "why_unsafe_root"]
@@ -26,6 +27,8 @@ _DATA = ("models", "input", "output", "temp", "user", "custom_nodes")
 """Folders of ComfyUI's that hold no code that a worker imports."""
 _CODE = (".py", ".pyc", ".so", ".pyd", ".dll", ".dylib", ".pth")
 _MOST_LINKS = 40
+_MOST_KNOWN = 64
+"""Per connection; one process hardly has more than one."""
 _VERSION = re.compile(r"""^__version__\s*=\s*["']([^"']+)["']""", re.MULTILINE)
 _CURE = "Add it to the daemon's comfyui_roots (LUNA_COMFYUI_ROOTS) if it may run it, or mend its owner or permissions"
 
@@ -44,10 +47,26 @@ class ComfyRoots:
         """For clients that run no ComfyUI; ``None`` if the daemon has none itself."""
         self._registered = [Path(os.path.realpath(folder)) for folder in settings.comfyui_roots]
 
-    @property
-    def for_clients(self) -> bool:
-        """Whether a client's own ComfyUI matters at all: not where another backend is set."""
-        return self.settings.backend in ("auto", "comfy")
+    def for_client(self, given: ComfyId | None, known: dict[ComfyId, ComfyId], here: bool) -> ComfyId | None:
+        """What a worker runs for a client that runs ``given``; ``None`` where another backend computes.
+
+        Args:
+            known: what was found for this connection; a new one looks anew, in case the files were changed.
+
+        Raises:
+            LookFirst: nothing was found yet; looking raises what ``check`` does.
+        """
+        if given is None or self.settings.backend == "diffusers":
+            return self.own
+        if given not in known:
+            raise LookFirst(f"ComfyUI {given.root}", lambda: self._look(given, known, here))
+        return known[given]
+
+    def _look(self, given: ComfyId, known: dict[ComfyId, ComfyId], here: bool) -> None:
+        accepted = self.check(given, here)
+        if len(known) >= _MOST_KNOWN:
+            known.clear()
+        known[given] = accepted
 
     def check(self, given: ComfyId, here: bool) -> ComfyId:
         """What a worker runs for a client with this ComfyUI. Looks at many files: not on the event loop.

@@ -53,8 +53,6 @@ __all__ = ["Service"]
 
 _PATCH_BYTES, _PATCH_SETS = 2 << 30, 256
 """Patch sets kept for clients: what is dropped is put again when it is needed."""
-_MOST_COMFY = 64
-"""ComfyUIs of one client that are remembered: one and the same process has hardly more than one."""
 _GREET_S = 5.0
 _STALL_S = 60.0
 """A peer that reads nothing for so long is cut off: what waits for it costs memory."""
@@ -289,21 +287,8 @@ class Service:
             LookFirst: it was not looked at yet.
             ModelError: see ``ModelResolver.resolve``.
         """
-        return self.resolver.resolve(ref, self._comfy_for(request.session, ref.comfy))
-
-    def _comfy_for(self, session: Session, given: m.ComfyId | None) -> m.ComfyId | None:
-        if given is None or not self.roots.for_clients:
-            return self.roots.own
-        accepted = session.comfy.get(given)
-        if accepted is None:
-            raise LookFirst(f"ComfyUI {given.root}", lambda: self._look_at(session, given))
-        return accepted
-
-    def _look_at(self, session: Session, given: m.ComfyId) -> None:
-        accepted = self.roots.check(given, session.is_here)
-        if len(session.comfy) >= _MOST_COMFY:
-            session.comfy.clear()
-        session.comfy[given] = accepted
+        session = request.session
+        return self.resolver.resolve(ref, self.roots.for_client(ref.comfy, session.comfy, session.is_here))
 
     def pieces(self, request: ClientRequest) -> list[Piece]:
         """Check a request's descriptors and take a use of the memory behind each.

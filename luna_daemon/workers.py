@@ -29,7 +29,7 @@ from .gpu import free_vram
 from .pool import launch, policy
 from .pool.process import WorkerProcess
 from .pool.supervisor import Backoff
-from .pool.work import Outcome, Piece, Waiter, Work
+from .pool.work import Waiter, Work
 from .wire import messages as m
 from .wire.arena import Slot
 from .wire.connection import Connection
@@ -339,23 +339,13 @@ class WorkerPool:
         return [worker for worker in self.workers if worker.key == key]
 
     def _finished(self, worker: WorkerProcess, message: m.Reply, payload: Slot | None) -> None:
-        pieces = []
-        for ref in message.tensors:
-            if ref.slot:
-                pieces.append(Piece(ref, worker.leases.take(ref.slot)))
-            elif payload is not None:
-                pieces.append(Piece(ref, payload.part(ref.offset, ref.nbytes)))
-            else:
-                pieces.append(Piece(ref, Slot.on_heap(0)))
-        if payload is not None:
-            payload.release()
-        outcome = Outcome(message.result, pieces, message.notes)
+        outcome = worker.outcome(message, payload)
         work = worker.done()
         if work is None:
             outcome.release()
             return
-        if len(pieces) == 1:
-            work.measured(pieces[0].ref.nbytes)
+        if len(outcome.pieces) == 1:
+            work.measured(outcome.pieces[0].ref.nbytes)
         if work.pin:
             self.pinned.add(work.spec.key)
         work.finish(outcome)

@@ -338,7 +338,8 @@ def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
 
     if len(parts) == 1:
         return parts[0]
-    order = sorted(range(parts[0].dim()), key=lambda dim: -parts[0].stride(dim))
+    strides = parts[0].stride()
+    order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
     joined = torch.cat([part.permute(order) for part in parts], dim=order.index(0))
     return joined.permute([order.index(dim) for dim in range(len(order))])
 

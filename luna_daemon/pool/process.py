@@ -15,7 +15,7 @@ from ..wire import messages as m
 from ..wire.arena import Leases, Slot
 from ..wire.connection import Connection
 from ..wire.frame import encode_call
-from .work import Piece, Work
+from .work import Outcome, Piece, Work
 
 __all__ = ["WorkerProcess"]
 
@@ -178,6 +178,20 @@ class WorkerProcess:
         if self.state in (WorkerState.BUSY, WorkerState.LOADING):
             self.state = WorkerState.IDLE
         return work
+
+    def outcome(self, message: m.Reply, payload: Slot | None) -> Outcome:
+        """Its answer with the memory behind each tensor; takes over the payload."""
+        pieces = []
+        for ref in message.tensors:
+            if ref.slot:
+                pieces.append(Piece(ref, self.leases.take(ref.slot)))
+            elif payload is not None:
+                pieces.append(Piece(ref, payload.part(ref.offset, ref.nbytes)))
+            else:
+                pieces.append(Piece(ref, Slot.on_heap(0)))
+        if payload is not None:
+            payload.release()
+        return Outcome(message.result, pieces, message.notes)
 
     def cancel(self) -> None:
         """Stop its job at the next tile."""
