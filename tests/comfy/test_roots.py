@@ -110,6 +110,25 @@ def test_flags_make_another_worker(start, clip_l, flag, differs):
     assert info["caches"]["conditioning"]["hits"] == 0
 
 
+def test_who_runs_other_versions_is_told_to_restart(start):
+    """torch was updated under an instance: a new worker finds out, the next calls are answered without another."""
+    from luna_daemon.core import ComfyRefused
+    from luna_daemon.models import file_id
+    from luna_daemon.wire.messages import ComfyId, ModelRef
+
+    daemon = start()
+    client = daemon.client()
+    for torch_version, expected in (("0.0.1", ComfyRefused), ("0.0.1", ComfyRefused), ("", None)):
+        comfy = ComfyId(FIRST, PYTHON, torch=torch_version)
+        ref = ModelRef("vae", files=(file_id(DEMO_VAE),), comfy=comfy)
+        if expected is None:
+            client.warm(ref)
+        else:
+            with pytest.raises(expected, match=r"torch 0\.0\.1, but .* Restart that ComfyUI"):
+                client.warm(ref)
+        assert [worker["number"] for worker in daemon.info()["workers"]] == [1]
+
+
 def test_an_installation_that_was_updated(start, clip_l, tmp_path):
     """Its files change while a worker of it runs: an instance started afterwards gets a new worker, not the old one."""
     import shutil
