@@ -13,10 +13,14 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import msgspec
+
 from .client import Answer, DaemonClient, get_client
+from .comfy_flags import rendered
 from .comfy_patches import Unsendable
 from .core import Busy, LunaError, ModelError, ModelNotFound, OutOfMemory, RequestCancelled, logger
 from .wire import messages as m
@@ -24,7 +28,7 @@ from .wire import messages as m
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Backing", "Skeleton", "comfy"]
+__all__ = ["Backing", "Skeleton", "comfy", "running_comfyui"]
 
 T = TypeVar("T")
 _MOST_BUSY_S = 5.0
@@ -38,6 +42,19 @@ _untold: weakref.WeakKeyDictionary[DaemonClient, int] = weakref.WeakKeyDictionar
 def comfy(name: str) -> Any:
     """A module of the ComfyUI that this process runs."""
     return importlib.import_module(f"comfy.{name}")
+
+
+def running_comfyui() -> m.ComfyId:
+    """The ComfyUI that this process runs, for the daemon to run the same."""
+    import torch
+
+    cli = comfy("cli_args")
+    try:
+        version = str(importlib.import_module("comfyui_version").__version__)
+    except (ImportError, AttributeError):  # older than its first release with a version
+        version = ""
+    root = Path(cli.__file__).resolve().parents[1]
+    return m.ComfyId(str(root), sys.executable, version, str(torch.__version__), rendered(cli.args))
 
 
 class Skeleton:
@@ -112,7 +129,7 @@ class Backing:
     def __init__(
         self, ref: m.ModelRef, client: DaemonClient | None, source: Any, network_of: Callable[[Any], Any], kind: str
     ) -> None:
-        self.model = ref
+        self.model = msgspec.structs.replace(ref, comfy=running_comfyui())
         self.kind = kind
         self.skeleton: Skeleton | None = None
         self.local = False

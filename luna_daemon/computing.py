@@ -31,7 +31,7 @@ _MOST_TEXT = 1_000_000
 def compute(service: Service, request: ClientRequest, call: m.Call) -> None:
     """Answer from the cache, join work that computes the same, or queue it."""
     message = request.message
-    spec = service.resolver.resolve(_model_of(call))
+    spec = service.resolve(request, _model_of(call))
     request.model = model_name(spec.key)
     _check_served(service, spec.kind)
     _check_call(service, call)
@@ -118,6 +118,8 @@ def cache_key(service: Service, spec: m.LoadSpec, call: m.Call, pieces: list[Pie
         return None  # too much to hash while others wait
     bare = msgspec.structs.replace(call, model=m.ModelRef(spec.kind))
     key = hashlib.blake2b(spec.key.encode() + b"\0" + bytes(encode_call(bare)), digest_size=16)
+    if spec.comfy is not None:  # an installation that was updated keeps its place, and so the model its key
+        key.update(f"\0{spec.comfy.version}|{spec.comfy.torch}".encode())
     for piece in pieces:
         key.update(f"\0{piece.ref.dtype}{list(piece.ref.shape)}{list(piece.ref.order)}".encode())
         key.update(piece.slot.view)

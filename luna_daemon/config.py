@@ -61,7 +61,8 @@ Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?|GP
 Port = Annotated[int, Field(ge=0, le=65535)]
 _DEVICES = "must be auto, cpu, cuda, cuda:1 (any number), mps, xpu, xpu:1 or a GPU's UUID (GPU-...)"
 _PATHS = (
-    "comfyui_path", "comfyui_python", "arena_dir", "runtime_dir", "log_file", "model_dirs", "tls_cert", "tls_key",
+    "comfyui_path", "comfyui_python", "arena_dir", "runtime_dir", "log_file", "model_dirs", "comfyui_roots",
+    "tls_cert", "tls_key",
 )  # fmt: skip
 _MAY_BE_EMPTY = ("vae_path", "clip_l_path", "clip_g_path")
 """Set to nothing these mean "none"; other variables that are set to nothing count as not set."""
@@ -121,6 +122,10 @@ class Settings(BaseSettings):
     comfyui_python: Path | None = Field(None, description="The interpreter that runs it; COMFYUI_PYTHON is read too.")
     comfyui_args: Annotated[list[str], NoDecode] = Field(
         [], description="ComfyUI's own flags for workers, such as --fp32-vae."
+    )
+    client_roots: bool = Field(True, description="Run a client's own ComfyUI, if nobody else could have changed it.")
+    comfyui_roots: Annotated[list[Path], NoDecode] = Field(
+        [], description="Folders whose ComfyUIs and interpreters clients may have run, whoever owns them."
     )
     backend: Literal["auto", "comfy", "diffusers"] = Field("auto", description="What runs the models.")
 
@@ -260,7 +265,7 @@ def _from_environ(cls: type[BaseSettings], environ: Mapping[str, str]) -> dict[s
             close = difflib.get_close_matches(name, fields, n=1)
             meant = f"; did you mean LUNA_{close[0].upper()}?" if close else ""
             logger.warning("%s is no setting and is ignored%s", variable, meant)
-        elif name == "model_dirs":
+        elif name in ("model_dirs", "comfyui_roots"):
             values[name] = _from_here(name, [part for part in text.split(_PATHS_OF_ENV) if part])
         elif name == "comfyui_args":
             values[name] = shlex.split(text)

@@ -17,6 +17,7 @@ The error tree. Each class has a stable wire ``code``; the client raises the cla
     │   ├── ModelNotFound       no such name or file                                (local model may step in)
     │   ├── ModelMismatchError  the client's file is not the daemon's               (local model may step in)
     │   └── ModelLoadError      the file is there and cannot be loaded              (local model may step in)
+    ├── ComfyRefused            no worker may, or can, run the client's own ComfyUI    (local model may step in)
     ├── Busy                    the queue is full; ``retry_after_s`` says when to ask again
     ├── DeadlineExceeded        the request's deadline passed before it was started
     ├── RequestCancelled        the caller cancelled it
@@ -37,6 +38,7 @@ __all__ = [
     "AuthenticationError",
     "BadRequest",
     "Busy",
+    "ComfyRefused",
     "ConfigError",
     "DaemonConnectionError",
     "DeadlineExceeded",
@@ -215,6 +217,13 @@ class PatchMissing(ModelError):
     """A request names a patch set that is not kept (any more): put it, then ask again."""
 
     code = "patch_missing"
+
+
+class ComfyRefused(LunaError):
+    """No worker may run the client's own ComfyUI, or none that runs could be it: other bits are no answer."""
+
+    code = "comfyui_refused"
+    local_ok = True
 
 
 class Busy(LunaError):

@@ -54,6 +54,13 @@ class LoRALoader:
         self._converting = asyncio.Lock()
         self._rewarmed = time.monotonic()
 
+    def take(self, settings: Settings) -> None:
+        """Other folders and limits from now on; what is kept and too much goes when room is next made."""
+        self.settings = settings
+        self.folders = LoRAFolders(settings)
+        self.cache.max_bytes = int(settings.lora_cache_gb * (1 << 30))
+        self.cache.max_entries = settings.lora_cache_entries
+
     async def use(self, name: str, client: int = 0, file: Any = None, copy: bool = False) -> tuple[LoRAEntry, Slot]:
         """An entry, and one use of it for that client, which ends with the slot's release.
 

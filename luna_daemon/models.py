@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from .config import NamedModel, Settings
 from .core import BadRequest, ModelKind, ModelMismatchError, ModelNotFound
-from .wire.messages import FileId, LoadSpec, ModelRef
+from .wire.messages import ComfyId, FileId, LoadSpec, ModelRef
 
-__all__ = ["DigestUnknown", "ModelResolver", "file_id", "load_bytes"]
+__all__ = ["DigestUnknown", "LookFirst", "ModelResolver", "file_id", "load_bytes"]
 
 _FOLDERS = {
     ModelKind.VAE: ("vae", "vae_approx", "checkpoints"),
@@ -33,12 +33,21 @@ def file_id(path: Path) -> FileId:
     return FileId(str(path), facts.st_size, facts.st_mtime_ns, facts.st_ino)
 
 
-class DigestUnknown(Exception):
-    """A client names a file by its content, which has not been hashed yet: slow, so not done on the event loop."""
+class LookFirst(Exception):
+    """Something about a request is not known yet, and too slow to find out on the event loop.
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(str(path))
-        self.path = path
+    Args:
+        what: for the log.
+        look: finds it out and keeps it, on any thread; what it raises is the request's answer.
+    """
+
+    def __init__(self, what: str, look: Callable[[], object]) -> None:
+        super().__init__(what)
+        self.look = look
+
+
+class DigestUnknown(LookFirst):
+    """A client names a file by its content, which has not been hashed yet."""
 
 
 class ModelResolver:
@@ -61,8 +70,11 @@ class ModelResolver:
             yield self.settings.comfyui_path / "models"
         yield from self.settings.model_dirs
 
-    def resolve(self, ref: ModelRef) -> LoadSpec:
+    def resolve(self, ref: ModelRef, comfy: ComfyId | None = None) -> LoadSpec:
         """The model to load.
+
+        Args:
+            comfy: the ComfyUI that loads it, checked; its own model folder is one of ours then.
 
         Raises:
             BadRequest: unknown kind, or both or neither of name and files.
@@ -83,11 +95,12 @@ class ModelResolver:
             paths = [self._from_config(name, kind).resolve() for name in names]
             if not paths:
                 raise ModelNotFound(f"model {ref.name!r} has no {kind.value}", "Add its files to the configuration")
-            return self._spec(kind, ref.type or model.type, paths, ref.checkpoint)
+            return self._spec(kind, ref.type or model.type, paths, ref.checkpoint, comfy)
         if self.settings.config_only:
             raise ModelNotFound("models by file are switched off (config_only)", f"Names: {', '.join(self.named)}")
-        paths = [self._from_client(file, kind) for file in ref.files]
-        return self._spec(kind, ref.type or self.settings.model_type, paths, ref.checkpoint)
+        theirs = [] if comfy is None else [Path(os.path.realpath(os.path.join(comfy.root, "models")))]
+        paths = [self._from_client(file, kind, theirs) for file in ref.files]
+        return self._spec(kind, ref.type or self.settings.model_type, paths, ref.checkpoint, comfy)
 
     def _named(self, name: str) -> NamedModel:
         known = {own.lower(): model for own, model in self.named.items()} | self.named
@@ -96,7 +109,9 @@ class ModelResolver:
             raise ModelNotFound(f"no model is named {name!r}", f"Names: {', '.join(self.named)}")
         return model
 
-    def _spec(self, kind: ModelKind, family: str, paths: list[Path], checkpoint: bool) -> LoadSpec:
+    def _spec(
+        self, kind: ModelKind, family: str, paths: list[Path], checkpoint: bool, comfy: ComfyId | None
+    ) -> LoadSpec:
         s = self.settings
         device, precision = (
             (s.vae_device, s.vae_precision) if kind is ModelKind.VAE else (s.clip_device, s.clip_precision)
@@ -105,10 +120,11 @@ class ModelResolver:
         for file in (file for path in paths for file in _weight_files(path)):
             facts = file_id(file)
             digest.update(f"{facts.path}|{facts.size}|{facts.mtime_ns}|{facts.inode};".encode())
-        digest.update(f"{family}|{device}|{precision}|{checkpoint}".encode())
+        digest.update(f"{family}|{device}|{precision}|{checkpoint}|{comfy.key if comfy else ''}".encode())
         # By content, not by the name that was asked for: one file is loaded once, whatever a client calls it.
         key = f"{kind.value}:{paths[0].stem}:{digest.hexdigest()}"
-        return LoadSpec(key, kind.value, family, tuple(str(path) for path in paths), device, precision, checkpoint)
+        files = tuple(str(path) for path in paths)
+        return LoadSpec(key, kind.value, family, files, device, precision, checkpoint, comfy)
 
     # --- paths ---
 
@@ -130,14 +146,14 @@ class ModelResolver:
             tried.append(root / given)
         return tried
 
-    def _from_client(self, file: FileId, kind: ModelKind) -> Path:
+    def _from_client(self, file: FileId, kind: ModelKind, theirs: list[Path]) -> Path:
         """A path from the wire: it must end, links followed, below a model folder, and be the client's very file."""
         given = Path(file.path)
         if "\0" in file.path or not file.path:
             raise BadRequest(f"model path {file.path!r} is not a path")
         path = _first_existing(file.path, [given] if given.is_absolute() else self._below_roots(given, kind))
         real = path.resolve()
-        allowed = [*self.roots, *(Path(os.path.realpath(path.parent)) for path in self._configured())]
+        allowed = [*self.roots, *theirs, *(Path(os.path.realpath(path.parent)) for path in self._configured())]
         if not any(real.is_relative_to(root) for root in allowed):
             raise ModelNotFound(
                 f"model file {file.path!r} is outside the model folders",
@@ -152,7 +168,7 @@ class ModelResolver:
         """Whether the client's file is the daemon's: by content if it says so, else by what one disk tells."""
         mine = file_id(real)
         if file.digest and mine not in self._digests:
-            raise DigestUnknown(real)
+            raise DigestUnknown(str(real), lambda: self.hash(real))
         names = ("digest",) if file.digest else ("size", "mtime_ns", "inode")
         facts = {"digest": self._digests.get(mine), "size": mine.size, "mtime_ns": mine.mtime_ns, "inode": mine.inode}
         for name in names:

@@ -16,6 +16,7 @@ import psutil
 
 from . import __version__
 from .events import base_name, without_folders
+from .pool.launch import backend_of
 
 if TYPE_CHECKING:
     import ssl
@@ -50,7 +51,7 @@ def collect_info(service: Service) -> dict[str, Any]:
         "start_id": os.environ.get("LUNA_START_ID", ""),
         "rss": psutil.Process().memory_info().rss,
         "service_type": settings.service_type.value,
-        "backend": pool.backend,
+        "backend": backend_of(settings),
         "idle_timeout_s": settings.idle_timeout_sec,
         "requests": dict(service.requests),
         "errors": dict(service.errors),
@@ -106,7 +107,13 @@ def _worker(service: Service, worker: WorkerProcess, now: float) -> dict[str, An
         "last_error_at": at,
         "crashes": events.crashes[worker.key],
         "restarts": events.restarts[worker.key],
+        "comfyui": _comfyui(worker),
     }
+
+
+def _comfyui(worker: WorkerProcess) -> dict[str, Any] | None:
+    comfy = worker.comfy
+    return None if comfy is None else {"root": comfy.root, "python": comfy.python, "flags": list(comfy.flags)}
 
 
 def _arena(service: Service) -> dict[str, Any]:

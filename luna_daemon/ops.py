@@ -81,7 +81,7 @@ def _models(service: Service, request: ClientRequest, call: m.ModelsList) -> Non
 
 
 def _unload(service: Service, request: ClientRequest, call: m.ModelUnload) -> None:
-    key = service.resolver.resolve(call.model).key if call.model is not None else None
+    key = service.resolve(request, call.model).key if call.model is not None else None
     request.answer({"unloaded": service.pool.unload(key)})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .comfy_roots import ComfyRoots
 from .config import Settings
 from .core import logger
 from .models import ModelResolver
@@ -14,8 +15,9 @@ if TYPE_CHECKING:
 __all__ = ["LIVE", "take"]
 
 LIVE = frozenset({
-    "config_only", "conditioning_cache_mb", "clip_l_path", "clip_g_path", "drain_timeout_sec", "idle_timeout_sec",
-    "log_level", "max_clients", "max_clip_workers", "max_vae_workers", "min_clip_workers", "min_vae_workers",
+    "client_roots", "clip_g_path", "clip_l_path", "comfyui_roots", "conditioning_cache_mb", "config_only",
+    "drain_timeout_sec", "idle_timeout_sec", "log_level", "lora_cache_entries", "lora_cache_gb", "lora_copy",
+    "max_clients", "max_clip_workers", "max_vae_workers", "min_clip_workers", "min_vae_workers",
     "model_dirs", "model_memory_gb", "model_type", "models", "queue_limit", "queue_threshold", "scale_up_delay_sec",
     "service_type", "vae_path", "vram_safety_margin_gb", "worker_keep_sec", "worker_start_sec",
 })  # fmt: skip
@@ -36,6 +38,10 @@ def take(service: Service, new: Settings) -> dict[str, Any]:
     settings = old.model_copy(update={name: getattr(new, name) for name in taken})
     service.settings = service.pool.settings = settings
     service.resolver = ModelResolver(settings, service.resolver.base)
+    service.roots = ComfyRoots(settings)
+    for session in service.sessions.values():
+        session.comfy.clear()  # looked at anew, under the new settings
+    service.lora_loader.take(settings)
     service.cache.resize(settings.conditioning_cache_mb << 20)
     logger.setLevel(settings.log_level)
     logger.info("settings read anew: %s taken; %s after a restart", _names(taken), _names(restart))

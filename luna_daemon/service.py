@@ -12,13 +12,13 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import psutil
 
 from . import __version__
+from .comfy_roots import ComfyRoots
 from .computing import compute
 from .conditioning_cache import ConditioningCache
 from .config import Settings
@@ -37,7 +37,7 @@ from .core import (
 )
 from .lora_cache import LoRACache
 from .lora_loader import LoRALoader
-from .models import DigestUnknown, ModelResolver
+from .models import LookFirst, ModelResolver
 from .ops import HANDLERS
 from .patch_sets import PatchSets
 from .pool.process import WorkerProcess
@@ -104,6 +104,7 @@ class Service:
         self.on_shutdown = on_shutdown
         self.on_reload = on_reload
         self.make_token = make_token
+        self.roots = ComfyRoots(settings)
         self.cache = ConditioningCache(settings.conditioning_cache_mb << 20)
         self.patches = PatchSets(_PATCH_BYTES, _PATCH_SETS)
         self.loras = LoRACache(int(settings.lora_cache_gb * (1 << 30)), settings.lora_cache_entries)
@@ -304,8 +305,8 @@ class Service:
             call = _decode(message.call)
             request.op = str(type(call).__struct_config__.tag)
             HANDLERS.get(type(call), compute)(self, request, call)
-        except DigestUnknown as missing:
-            self.spawn(self._hash_first(missing.path, session, message, payload.retain() if payload else None))
+        except LookFirst as missing:
+            self.spawn(self._look_first(missing.look, session, message, payload.retain() if payload else None))
         except LunaError as error:
             request.fail(error)
         except Exception as error:
@@ -314,19 +315,33 @@ class Service:
                 self.pool.cancel(request.work, request)
             request.fail(InternalError(f"{type(error).__name__}: {error}", "The daemon's log has the traceback"))
 
-    async def _hash_first(self, path: Path, session: Session, message: m.Request, payload: Slot | None) -> None:
-        """A file was named by its content: hash it off the event loop, then take the request up again."""
+    async def _look_first(
+        self, look: Callable[[], object], session: Session, message: m.Request, payload: Slot | None
+    ) -> None:
+        """Hash a file or look at a ComfyUI, off the event loop; then take the request up again."""
         try:
-            await asyncio.get_running_loop().run_in_executor(None, self.resolver.hash, path)
+            await asyncio.get_running_loop().run_in_executor(None, look)
             if session.connection in self.sessions:
                 self._request(session, message, payload)
         except OSError as error:
-            ClientRequest(session, message, None, self).fail(ModelLoadError(f"{path}: {error.strerror or error}"))
+            why = f"{error.filename}: {error.strerror or error}"
+            ClientRequest(session, message, None, self).fail(ModelLoadError(why))
         except LunaError as error:
             ClientRequest(session, message, None, self).fail(error)
         finally:
             if payload is not None:
                 payload.release()
+
+    def resolve(self, request: ClientRequest, ref: m.ModelRef) -> m.LoadSpec:
+        """The model that a request names, and the ComfyUI that computes it for this client.
+
+        Raises:
+            ComfyRefused: no worker runs the client's own.
+            LookFirst: it was not looked at yet.
+            ModelError: see ``ModelResolver.resolve``.
+        """
+        session = request.session
+        return self.resolver.resolve(ref, self.roots.for_client(ref.comfy, session.comfy, session.is_here))
 
     def pieces(self, request: ClientRequest) -> list[Piece]:
         """Check a request's descriptors and take a use of the memory behind each.

@@ -30,6 +30,8 @@ class Session:
         self.pid = hello.pid
         self.since = time.time()
         self.sees_arena = False
+        self.comfy: dict[m.ComfyId, m.ComfyId] = {}
+        """The ComfyUIs that this client runs, and what workers run for it."""
         self.said_bye = False
         self.outdated = False
         """Its token is no longer good: it may finish what it asked, and greet anew."""
@@ -37,6 +39,11 @@ class Session:
         """Bytes of shared memory asked for and not yet granted."""
         self.leases = Leases()
         self.requests: dict[int, ClientRequest] = {}
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the client is on this host: it sees our memory, or dialled a loopback address."""
+        return self.sees_arena or self.connection.is_loopback
 
 
 class ClientRequest:

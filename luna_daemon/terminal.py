@@ -100,12 +100,22 @@ def show_status(info: dict[str, Any], address: str, page: str) -> None:
          str(c["in_flight"])) for c in info["clients"] if c["pid"] != os.getpid()
     ]  # fmt: skip
     gpus = [(str(g["index"]), g["name"], size(g["used"]), size(g["total"])) for g in info["gpus"]]
+    comfyuis = _comfyui_rows(info["workers"])
     tables(
         ("Workers", "># >pid state device models >memory >requests", workers),
+        *([("ComfyUIs", ">worker version torch folder flags", comfyuis)] if comfyuis else []),
         ("Loaded models", LOADED, loaded_rows({"loaded": loaded, "pinned": info["models"]["pinned"]})),
         ("Clients", "name >pid transport >holds >in_flight", clients),
         ("GPUs", "># name >used >total", gpus),
     )
+
+
+def _comfyui_rows(workers: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Per worker that runs a ComfyUI which one, by its folder and the flags that decide bits."""
+    return [
+        (str(w["number"]), w["versions"].get("comfyui", ""), w["versions"].get("torch", ""), w["comfyui"]["root"],
+         " ".join(w["comfyui"]["flags"])) for w in workers if w["comfyui"]
+    ]  # fmt: skip
 
 
 def _status_rows(info: dict[str, Any], page: str) -> list[tuple[str, str]]:

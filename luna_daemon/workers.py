@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
+import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import Any
 
 from .config import Settings
 from .core import (
@@ -30,11 +28,10 @@ from .core import (
 )
 from .events import Events, model_name
 from .gpu import free_vram
-from .pool import policy
-from .pool.devices import device_mask
+from .pool import launch, policy
 from .pool.process import WorkerProcess
 from .pool.supervisor import Backoff
-from .pool.work import Outcome, Piece, Waiter, Work
+from .pool.work import Waiter, Work
 from .wire import messages as m
 from .wire.arena import Slot
 from .wire.connection import Connection
@@ -42,12 +39,12 @@ from .wire.connection import Connection
 __all__ = ["WorkerPool"]
 
 _TICK_S = 0.1
-_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-"""Those that we may use: fewer than the machine has in a container."""
 _SIGN_OF_LIFE_S = 5.0
 _SILENT_S = 60.0
 """A worker whose reader thread has not answered for so long is stuck; one that is stopped for seconds is not."""
 _END_S = 2.0
+_OUTDATED_S = 60.0
+"""For so long no further worker is started to find that out again."""
 _RECENT = 256
 
 
@@ -75,6 +72,8 @@ class WorkerPool:
         self._sizes: dict[str, int] = {}
         """Bytes of models that have been loaded before: float16 files may become float32 weights."""
         self._backoffs: dict[str, Backoff] = {}
+        self._outdated: dict[m.ComfyId, float] = {}
+        """ComfyUIs that run, but whose files were updated: when a new worker was found to be another."""
         self._by_token: dict[str, WorkerProcess] = {}
         self._ending: list[WorkerProcess] = []
         self._served: dict[int, float] = {}
@@ -132,14 +131,18 @@ class WorkerPool:
             Busy: the queue is full.
             ShuttingDown: nothing new is taken.
             WorkerCrashed: workers of its kind cannot be started just now.
+            ComfyRefused: a worker would not be of the client's versions.
         """
         if not self.accepting:
             raise ShuttingDown("the daemon is shutting down", "The local model can step in")
+        key, comfy = self.key_of(work), work.spec.comfy
+        backoff = self._backoffs.get(key)
+        if backoff is not None and backoff.wait_s and not self._of_key(key):
+            raise backoff.error()
+        if comfy is not None and time.monotonic() - self._outdated.get(comfy, -math.inf) < _OUTDATED_S:
+            raise launch.unlike(comfy, next((worker.versions for worker in self._of_key(key)), {}))
         if len(self.queue) >= self.settings.queue_limit:
             self._make_place(work)
-        backoff = self._backoffs.get(self.key_of(work))
-        if backoff is not None and backoff.wait_s and not any(w.key == self.key_of(work) for w in self.workers):
-            raise backoff.error()
         self.queue.append(work)
         self.schedule()
 
@@ -171,16 +174,8 @@ class WorkerPool:
         return next((work for work in [*self.queue, *running] if work.waiters and same(work)), None)
 
     def key_of(self, work: Work) -> str:
-        """Backend and device: which workers can take it."""
-        backend = "echo" if work.spec.kind == ModelKind.ECHO else self.backend
-        return f"{backend}@{work.spec.device}"
-
-    @property
-    def backend(self) -> str:
-        """The backend in use: ComfyUI's own where there is a ComfyUI."""
-        if self.settings.backend != "auto":
-            return self.settings.backend
-        return "comfy" if self.settings.comfyui_path is not None else "diffusers"
+        """Which workers can take it."""
+        return launch.worker_key(work.spec, self.settings)
 
     @property
     def in_flight(self) -> int:
@@ -220,13 +215,14 @@ class WorkerPool:
         now = time.monotonic()
         running = Counter(worker.work.client for worker in self.workers if worker.work is not None)
         pending = [policy.Pending(work.priority, work.client, now - work.born) for work in self.queue]
-        queued = Counter(work.spec.key for work in self.queue)
-        oldest: dict[str, float] = {}
+        queued = Counter(launch.same_place(work.spec) for work in self.queue)
+        oldest: dict[Hashable, float] = {}
         for work in self.queue:
-            oldest[work.spec.key] = min(work.born, oldest.get(work.spec.key, now))
-        waiting: set[str] = set()
+            model = launch.same_place(work.spec)
+            oldest[model] = min(work.born, oldest.get(model, now))
+        waiting: set[Hashable] = set()
         for work in [self.queue[index] for index in policy.fair_order(pending, running, self._served)]:
-            model = work.spec.key
+            model = launch.same_place(work.spec)
             if work.deadline is not None and now > work.deadline:
                 if work in self.queue:  # else it has failed meanwhile: no worker could be started
                     self.queue.remove(work)
@@ -238,7 +234,7 @@ class WorkerPool:
     def _place(self, work: Work, waited_s: float, queued: int) -> bool:
         """Give it to a worker, or start one; whether it has one now."""
         key, spec = self.key_of(work), work.spec
-        facts = [self._facts(worker) for worker in self.workers]
+        facts = [self._facts(worker, spec) for worker in self.workers]
         limits = self._limits(spec.kind)
         where = policy.route(key, spec.key, spec.kind, waited_s, queued, facts, limits, lambda: self._has_room(work))
         if isinstance(where, int):
@@ -249,9 +245,10 @@ class WorkerPool:
             self._spawn(key, work)
         return False
 
-    def _facts(self, worker: WorkerProcess) -> policy.Facts:
+    def _facts(self, worker: WorkerProcess, spec: m.LoadSpec) -> policy.Facts:
         ready = worker.state is WorkerState.IDLE and worker.work is None
-        return policy.Facts(worker.key, ready, worker.used, frozenset(worker.kinds.values()))
+        key = worker.key if launch.fits(spec, worker.versions) else f"{worker.key} of other versions"
+        return policy.Facts(key, ready, worker.used, frozenset(worker.kinds.values()))
 
     def _limits(self, kind: str) -> policy.Limits:
         s = self.settings
@@ -266,28 +263,19 @@ class WorkerPool:
         free = free_vram(device)
         if free is not None:
             free -= int(self.settings.vram_safety_margin_gb * (1 << 30))
-        return policy.has_room(device, _CORES, used, self._threads(key, device), free, work.load_bytes)
-
-    def _threads(self, key: str, device: str) -> int:
-        if key.startswith("echo@") or device.startswith(("cuda", "GPU-", "xpu", "mps")):
-            return 1
-        return self.settings.cpu_threads or _CORES
+        threads = launch.threads_of(key, device, self.settings)
+        return policy.has_room(device, launch.CORES, used, threads, free, work.load_bytes)
 
     def _backoff(self, key: str) -> Backoff:
         return self._backoffs.setdefault(key, Backoff())
 
     def _spawn(self, key: str, work: Work) -> None:
         self._numbers += 1
-        backend, device = key.split("@")
         log = self.logs / f"worker-{self._numbers}.log"
         worker = None
         try:
-            config = {
-                "backend": backend, "threads": self.settings.cpu_threads, "options": self._options(backend, device),
-                "variables": {**device_mask(device, os.environ), **self._comfyui_variable()},
-            }  # fmt: skip
-            worker = WorkerProcess(self._numbers, key, device, self._threads(key, device), config, log)
-            worker.start(self._interpreter(backend), *self._address)
+            worker, python = launch.new_worker(self._numbers, key, work.spec, self.settings, log)
+            worker.start(python, *self._address)
         except (OSError, ConfigError) as error:
             if worker is not None:
                 worker.kill()
@@ -297,23 +285,6 @@ class WorkerPool:
         self._by_token[worker.token] = worker
         work.progress("starting")
         self.events.scaling("worker_started", worker.number, key, workers=len(self.workers))
-
-    def _options(self, backend: str, device: str) -> dict[str, Any]:
-        if backend != "comfy":
-            return {}
-        root = self.settings.comfyui_path
-        if root is None:
-            raise ConfigError("the comfy backend needs ComfyUI's folder", "Set comfyui_path or COMFYUI_PATH")
-        return {"root": str(root), "device": device, "flags": self.settings.comfyui_args}
-
-    def _comfyui_variable(self) -> dict[str, str]:
-        """Where the diffusers backend finds ComfyUI's tokenizers."""
-        root = self.settings.comfyui_path
-        return {"COMFYUI_PATH": str(root)} if root is not None else {}
-
-    def _interpreter(self, backend: str) -> str:
-        """ComfyUI runs under its own interpreter: the daemon may live in another environment."""
-        return str(self.settings.comfyui_python or sys.executable) if backend == "comfy" else sys.executable
 
     def _give(self, worker: WorkerProcess, work: Work) -> None:
         going: list[str] | None = []
@@ -356,6 +327,7 @@ class WorkerPool:
             worker.ready(message)
             self.events.scaling("worker_ready", worker.number, worker.key, seconds=round(worker.started_s, 3))
             self._backoff(worker.key).succeeded()
+            self._refuse_others(worker)
         elif isinstance(message, m.WorkerStatus):
             for key in message.models.keys() - worker.models.keys():
                 self.events.scaling("model_loaded", worker.number, worker.key, model=model_name(key))
@@ -373,24 +345,26 @@ class WorkerPool:
         if not isinstance(message, m.Progress):
             self.schedule()
 
+    def _refuse_others(self, worker: WorkerProcess) -> None:
+        """A new worker is of other versions than a client: so would be the next one."""
+        for work in [work for work in self.queue if self.key_of(work) == worker.key]:
+            comfy = work.spec.comfy
+            if comfy is not None and not any(launch.fits(work.spec, w.versions) for w in self._of_key(worker.key)):
+                self._outdated[comfy] = time.monotonic()
+                self.queue.remove(work)
+                work.fail(launch.unlike(comfy, worker.versions))
+
+    def _of_key(self, key: str) -> list[WorkerProcess]:
+        return [worker for worker in self.workers if worker.key == key]
+
     def _finished(self, worker: WorkerProcess, message: m.Reply, payload: Slot | None) -> None:
-        pieces = []
-        for ref in message.tensors:
-            if ref.slot:
-                pieces.append(Piece(ref, worker.leases.take(ref.slot)))
-            elif payload is not None:
-                pieces.append(Piece(ref, payload.part(ref.offset, ref.nbytes)))
-            else:
-                pieces.append(Piece(ref, Slot.on_heap(0)))
-        if payload is not None:
-            payload.release()
-        outcome = Outcome(message.result, pieces, message.notes)
+        outcome = worker.outcome(message, payload)
         work = worker.done()
         if work is None:
             outcome.release()
             return
-        if len(pieces) == 1:
-            work.measured(pieces[0].ref.nbytes)
+        if len(outcome.pieces) == 1:
+            work.measured(outcome.pieces[0].ref.nbytes)
         if work.pin:
             self.pinned.add(work.spec.key)
         work.finish(outcome)

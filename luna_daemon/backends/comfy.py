@@ -187,12 +187,12 @@ class ComfyVae:
         import torch
 
         notes: list[str] = []
-        results = []
+        results: list[torch.Tensor] = []
         with self._backend.progress(step), self._watch_tiling(notes):
             for number, part in enumerate(parts):
                 step(number, len(parts))
                 results.append(work(part).to("cpu", torch.float32))
-        return (results[0] if len(results) == 1 else torch.cat(results)).contiguous(), notes
+        return _joined(results), notes
 
     def _raw(self, network: Callable[[Any], Any], tensor: torch.Tensor, step: Step) -> tuple[torch.Tensor, list[str]]:
         vae = self._vae
@@ -327,6 +327,21 @@ def _with_cpu(device: str, flags: Sequence[str]) -> list[str]:
 
 def _singles(batch: torch.Tensor) -> list[torch.Tensor]:
     return [batch[number : number + 1] for number in range(batch.shape[0])]
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """One batch of its samples, in memory as ComfyUI's own.
+
+    Pixels lie there channels first, and whoever encodes them again gets other bits from another layout.
+    """
+    import torch
+
+    if len(parts) == 1:
+        return parts[0]
+    strides = parts[0].stride()
+    order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
+    joined = torch.cat([part.permute(order) for part in parts], dim=order.index(0))
+    return joined.permute([order.index(dim) for dim in range(len(order))])
 
 
 def _device(name: str) -> Any:

@@ -16,7 +16,7 @@ from ..wire.arena import Leases, Slot
 from ..wire.connection import Connection
 from ..wire.frame import encode_call
 from .orphans import hold
-from .work import Piece, Work
+from .work import Outcome, Piece, Work
 
 __all__ = ["WorkerProcess"]
 
@@ -27,7 +27,7 @@ class WorkerProcess:
     """A worker from its start to its end.
 
     Args:
-        key: backend and device; work is routed by it.
+        key: backend and device, with ComfyUI its folder, interpreter and flags; work is routed by it.
         config: what the child reads from standard input, without address and token.
         log: file for what the child prints.
     """
@@ -56,6 +56,8 @@ class WorkerProcess:
         self.kinds: dict[str, str] = {}
         """Per such model its kind."""
         self.versions: dict[str, str] = {}
+        self.comfy: m.ComfyId | None = None
+        """The ComfyUI that it runs, if any."""
         self.devices: list[str] = []
         self.sees_arena = False
         self.work: Work | None = None
@@ -190,6 +192,20 @@ class WorkerProcess:
         if self.state in (WorkerState.BUSY, WorkerState.LOADING):
             self.state = WorkerState.IDLE
         return work
+
+    def outcome(self, message: m.Reply, payload: Slot | None) -> Outcome:
+        """Its answer with the memory behind each tensor; takes over the payload."""
+        pieces = []
+        for ref in message.tensors:
+            if ref.slot:
+                pieces.append(Piece(ref, self.leases.take(ref.slot)))
+            elif payload is not None:
+                pieces.append(Piece(ref, payload.part(ref.offset, ref.nbytes)))
+            else:
+                pieces.append(Piece(ref, Slot.on_heap(0)))
+        if payload is not None:
+            payload.release()
+        return Outcome(message.result, pieces, message.notes)
 
     def cancel(self) -> None:
         """Stop its job at the next tile."""

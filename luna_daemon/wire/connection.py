@@ -6,11 +6,12 @@ Inline payloads are received straight into a slot that the owner provides, and s
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import socket
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..core import InternalError, LunaError, ProtocolError, logger
 from .arena import Slot
@@ -61,6 +62,8 @@ class Connection(asyncio.BufferedProtocol):
         self.max_payload = max_payload
         self.transport: asyncio.Transport | None = None
         self.remote = ""
+        self.is_loopback = False
+        """Whether the other side dialled from this host."""
         self._buffer = bytearray(_READ)
         self._have = 0
         self._message: Message | None = None
@@ -81,7 +84,8 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
-        self.remote = str(transport.get_extra_info("peername"))
+        name = transport.get_extra_info("peername")
+        self.remote, self.is_loopback = str(name), _is_loopback(name)
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # Paused means "not all of it has left": a slot may be reused only once the kernel has its bytes. TLS pauses at
         # the limit, not above it, and would never go on from 0.
@@ -281,3 +285,13 @@ class Connection(asyncio.BufferedProtocol):
             transport.write(head)
             for slot in slots:
                 self._sending.extend(slot.view[at : at + _CHUNK] for at in range(0, slot.nbytes, _CHUNK))
+
+
+def _is_loopback(name: Any) -> bool:
+    """Whether a socket's peer name is an address of this host alone."""
+    try:
+        address = ipaddress.ip_address(name[0])
+    except (ValueError, TypeError, IndexError):
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return bool((mapped or address).is_loopback)

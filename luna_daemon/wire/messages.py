@@ -6,6 +6,7 @@ request, a ``BadRequest``. Tensor bytes are never here: a ``TensorRef`` says whe
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, Union
 
 import msgspec
@@ -19,6 +20,7 @@ __all__ = [
     "Cancel",
     "ClipEncode",
     "ClipTokenize",
+    "ComfyId",
     "Drain",
     "Echo",
     "Failure",
@@ -119,6 +121,25 @@ class FileId(msgspec.Struct, frozen=True):
     """``sha256:...`` of the content, where the two sides do not share a disk."""
 
 
+class ComfyId(msgspec.Struct, frozen=True):
+    """The ComfyUI that a client itself runs: the worker that computes for it runs the same."""
+
+    root: str
+    """Its folder."""
+    python: str
+    """The interpreter that runs it."""
+    version: str = ""
+    torch: str = ""
+    flags: tuple[str, ...] = ()
+    """Those of its command line that decide bits (``--fp32-vae``)."""
+
+    @property
+    def key(self) -> str:
+        """Short name of folder, interpreter and flags."""
+        parts = "\0".join((self.root, self.python, *self.flags))
+        return hashlib.blake2b(parts.encode(), digest_size=5).hexdigest()
+
+
 class ModelRef(msgspec.Struct, frozen=True):
     """Which model: a name from the configuration, or files; ``type`` is the family (``sdxl``, ``flux`` ...)."""
 
@@ -128,6 +149,8 @@ class ModelRef(msgspec.Struct, frozen=True):
     type: str = ""
     checkpoint: bool = False
     """``files`` is one checkpoint that carries the VAE or the text encoders inside."""
+    comfy: ComfyId | None = None
+    """What computes it, for an equal result; ``None`` is the daemon's own."""
 
 
 class PatchUse(msgspec.Struct, array_like=True, frozen=True):
@@ -464,6 +487,8 @@ class LoadSpec(msgspec.Struct, frozen=True):
     device: str
     precision: str
     checkpoint: bool = False
+    comfy: ComfyId | None = None
+    """The ComfyUI to load it with, checked; ``None`` where another backend does."""
 
 
 class Patch(msgspec.Struct, array_like=True, frozen=True):

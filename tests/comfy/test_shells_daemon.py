@@ -82,9 +82,12 @@ def test_vae(stock, vae, local_vae, served):
     ):  # fmt: skip
         found, expected = (getattr(each, name)(given, **options) for each in (vae, local_vae))
         assert stock.torch.equal(found, expected), name
+        assert found.stride() == expected.stride(), name  # else the next node may compute other bits from it
         assert found.dtype == stock.torch.float32 and found.mul_(2) is found
     single = [local_vae.encode(batch[number : number + 1]) for number in range(3)]
     assert stock.torch.equal(vae.encode(batch), stock.torch.cat(single))
+    latents = stock.torch.cat([latent, latent / 2])
+    assert vae.decode(latents).stride() == local_vae.decode(latents).stride()
     network, given = local_vae.first_stage_model, latent.to(vae.vae_dtype)
     assert stock.torch.equal(vae.first_stage_model.decode(given), network.decode(given))
     assert served() >= 6

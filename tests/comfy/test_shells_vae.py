@@ -98,7 +98,11 @@ FAMILIES = {
     "LTXV": {"decoder.up_blocks.0.res_blocks.0.conv1.conv.weight": (512, 1)},
     "HunyuanVideo": {"decoder.conv_in.conv.weight": (512, 16, 3, 3, 3), "post_quant_conv.weight": (16, 16, 1, 1, 1)},
     "HunyuanImage": {"decoder.conv_in.weight": (1024, 64, 3, 3)},
-    "Wan 2.1": {"decoder.middle.0.residual.0.gamma": (1,)},
+    # 0.8 reads its sizes, where 0.3.64 has them in its code.
+    "Wan 2.1": {
+        "decoder.middle.0.residual.0.gamma": (1,), "decoder.head.0.gamma": (96, 1, 1, 1),
+        "encoder.conv1.weight": (96, 3, 3, 3, 3),
+    },
     "Wan 2.2": {"decoder.middle.0.residual.0.gamma": (1,), "decoder.upsamples.0.upsamples.0.residual.2.weight": (1,)},
     "SVD": {"decoder.mid.block_1.mix_factor": (1,)},
     "Cosmos": {"decoder.unpatcher3d.wavelets": (1,)},

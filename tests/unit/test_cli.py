@@ -192,7 +192,7 @@ def test_status_fits_80_columns_without_colour_codes(capsys):
     assert max(map(len, out.splitlines())) <= 80
     assert "Luna Daemon 1.2.3 is running on 127.0.0.1:19283 (pid 11, 50 MB) for 1 h 1 min" in out
     assert "[Errno 28] no room" in out
-    for part in ("22", "busy", "an instance", "A GPU", "hits 4, misses 5", "vae.decode 3", "yes"):
+    for part in ("22", "busy", "an instance", "A GPU", "hits 4, misses 5", "vae.decode 3", "yes", "--fp32-vae"):
         assert part in out
     assert "deadbeef" not in re.sub(r"\s", "", out)
     assert "0123456789abcdef" in re.sub(r"[\s─]", "", out)
@@ -203,6 +203,9 @@ def _info(key: str) -> dict:
     worker = {
         "number": 1, "pid": 22, "state": "busy", "device": "GPU-0aa1bb2c-1111-2222-3333-444455556666",
         "models": {key: 1 << 30}, "rss": 1 << 30, "requests": 9,
+        "versions": {"comfyui": "0.8.0", "torch": "2.14.1+cu130"},
+        "comfyui": {"root": "/home/somebody/with/a/long/name/ComfyUI", "python": "/usr/bin/python3",
+                    "flags": ["--fp32-vae", "--use-split-cross-attention"]},
     }  # fmt: skip
     return {
         "version": "1.2.3", "status": "running", "pid": 11, "rss": 50 << 20, "uptime_s": 3660.0,
