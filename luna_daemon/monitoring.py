@@ -29,7 +29,7 @@ __all__ = ["Monitor", "collect_info", "open_info"]
 
 _KEEPALIVE_S = 15.0
 _CLOSE_S = 1.0
-_AT_ONCE = 64
+_AT_ONCE = 256
 _GREET_S = 5.0
 """A connection that has asked for nothing by then is closed."""
 _CONNECTIONS = 512
