@@ -191,7 +191,8 @@ class Monitor:
     def _connect(self) -> asyncio.BaseProtocol:
         """A connection for a socket that was just accepted; past the limit one that hangs up."""
         assert self._runner is not None and self._runner.server is not None
-        if len(self._runner.server.connections) >= _CONNECTIONS:
+        # Those of one burst are not among the server's yet.
+        if len(self._silent.union(self._runner.server.connections)) >= _CONNECTIONS:
             return _Full()
         connection = self._runner.server()
         self._silent.add(connection)
