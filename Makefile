@@ -40,7 +40,7 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) -m pip install --quiet '$(TORCH)'
-	$(PY) -m pip install --quiet --editable '.[standalone,dev]'
+	$(PY) -m pip install --quiet --editable '.[standalone,tray,dev]'
 	touch $@
 
 clean:  ## everything that was built

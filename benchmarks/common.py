@@ -99,14 +99,14 @@ def result(value: float, unit: str, bar: str = "", private: bool | None = None, 
 
 
 class Peer:
-    """A process of ``benchmarks/peer.py`` that does what it is told, one JSON line at a time."""
+    """A process of a script here, ``peer.py`` or another, that does what it is told, one JSON line at a time."""
 
-    def __init__(self, *options: str, threads: int = 0) -> None:
+    def __init__(self, *options: str, threads: int = 0, script: str = "peer.py") -> None:
         environ = {**os.environ, "PYTHONPATH": str(ROOT)}
         if threads:
             environ["OMP_NUM_THREADS"] = str(threads)
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "benchmarks" / "peer.py"), *options],
+            [sys.executable, str(ROOT / "benchmarks" / script), *options],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ,
         )  # fmt: skip
 
@@ -133,9 +133,9 @@ class Peer:
 
 
 @contextmanager
-def peers(count: int, *options: str, threads: int = 0) -> Iterator[list[Peer]]:
+def peers(count: int, *options: str, threads: int = 0, script: str = "peer.py") -> Iterator[list[Peer]]:
     """Several peers at once; they end with the block."""
-    running = [Peer(*options, threads=threads) for _ in range(count)]
+    running = [Peer(*options, threads=threads, script=script) for _ in range(count)]
     try:
         yield running
     finally:

@@ -1,6 +1,6 @@
 """Every benchmark: a table on the terminal and ``build/bench.json``.
 
-python benchmarks/run.py [startup|wire|sharing|cold ...]
+python benchmarks/run.py [startup|wire|sharing|cold|lora ...]
 
 A part alone leaves the other parts' results in ``build/bench.json`` as they are. A bar that is missed is reported; it
 is no failure.
@@ -18,7 +18,7 @@ from common import BUILD, Result, machine, stage
 from rich.console import Console
 from rich.table import Table
 
-ALL = ("startup", "wire", "sharing", "cold")
+ALL = ("startup", "wire", "sharing", "cold", "lora")
 FILE = BUILD / "bench.json"
 _SIGNS = {"at_most": "<=", "at_least": ">="}
 _OWN_COLUMNS = ("value", "unit", "bar", "met")

@@ -46,6 +46,7 @@ _MODEL_DIR = typer.Option(metavar="FOLDER", help="A folder with models; may be r
 _DEVICE = typer.Option(metavar="DEVICE", help="auto, cpu, cuda:1 or a GPU's UUID [auto].")
 _BACKEND = typer.Option(metavar="NAME", help="What runs the models: auto, comfy or diffusers [auto].")
 _SERVICE = typer.Option(metavar="NAME", help="What work to accept: full, vae or clip [full].")
+_PRECISION = typer.Option(metavar="NAME", help="auto, fp32, fp16 or bf16 [auto].")
 _LOG_LEVEL = typer.Option(metavar="LEVEL", help="DEBUG, INFO, WARNING or ERROR [INFO].")
 _LOG_JSON = typer.Option("--log-json", help="Log one JSON object per line.")
 _LOG_FILE = typer.Option(metavar="FILE", help="Log to this file too, rotated at 5 MB.")
@@ -68,11 +69,15 @@ ComfyUIPython = Annotated[Path | None, _COMFYUI_PYTHON]
 ModelDirs = Annotated[list[Path] | None, _MODEL_DIR]
 Device = Annotated[str | None, _DEVICE]
 Backend = Annotated[str | None, _BACKEND]
+Precision = Annotated[str | None, _PRECISION]
+Service = Annotated[str | None, _SERVICE]
 AsJson = Annotated[bool, _JSON]
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command; ends with 0, 1 (no daemon, or it said no) or 2 (wrong usage or setting)."""
+    from . import cli_lora  # noqa: F401 (adds its commands)
+
     arguments = sys.argv[1:] if argv is None else argv
     try:
         app(arguments, prog_name="luna-daemon")
@@ -111,7 +116,7 @@ def serve(
     vae_device: Device = None,
     clip_device: Device = None,
     backend: Backend = None,
-    service_type: Annotated[str | None, _SERVICE] = None,
+    service_type: Service = None,
     log_level: Annotated[str | None, _LOG_LEVEL] = None,
     log_json: Annotated[bool, _LOG_JSON] = False,
     log_file: Annotated[Path | None, _LOG_FILE] = None,
@@ -354,6 +359,32 @@ def bench(
     show_numbers(numbers)
 
 
+@app.command()
+def tray(
+    host: Host = None, port: Port = None, ws_port: WsPort = None, config: Config = None,
+    comfyui: ComfyUI = None, comfyui_python: ComfyUIPython = None, model_dir: ModelDirs = None,
+    device: Device = None, vae_precision: Precision = None, clip_precision: Precision = None,
+    service_type: Service = None, runtime_dir: Runtime = None,
+) -> None:  # fmt: skip
+    """Start, watch and stop the daemon from a tray icon."""
+    logs.set_up()
+    from .daemon_server import LunaDaemon
+    from .tray_app import TrayRunning, TrayUnavailable, run_tray
+
+    def daemon() -> LunaDaemon:
+        return LunaDaemon(
+            host, port, ws_port, device=device, clip_precision=clip_precision, vae_precision=vae_precision,
+            service_type=service_type, config_file=config, comfyui_path=comfyui, comfyui_python=comfyui_python,
+            model_dirs=model_dir or None, runtime_dir=runtime_dir,
+        )  # fmt: skip
+
+    try:
+        run_tray(daemon)
+    except (TrayUnavailable, TrayRunning) as error:
+        typer.echo(f"luna-daemon: {error}", err=True)
+        raise typer.Exit(1 if isinstance(error, TrayRunning) else 2) from None
+
+
 # --- reaching the daemon ---
 
 
@@ -363,14 +394,14 @@ def _dial(host: str | None, port: int | None, config: Path | None, runtime_dir: 
     Raises:
         DaemonConnectionError: none answers; one that is about to end is told from none at all.
     """
-    from .runtime import read_facts, runtime_folder
+    from .runtime import has_ended, read_facts, runtime_folder
 
     client = _client(host, port, config, runtime_dir)
     try:
         client.ping()
     except DaemonConnectionError as error:
         pid = read_facts(client.port, client.runtime_dir).get("pid")
-        if pid is None or _has_ended(pid, runtime_folder(client.port, client.runtime_dir)):
+        if pid is None or has_ended(pid, runtime_folder(client.port, client.runtime_dir)):
             raise
         raise DaemonConnectionError(
             f"Luna Daemon (pid {pid}) does not answer on {client.host}:{client.port}",
@@ -391,26 +422,12 @@ def _client(host: str | None, port: int | None, config: Path | None, runtime_dir
     return DaemonClient(dial_host(settings.host), settings.port, runtime_dir=folder, name="luna-daemon")
 
 
-def _has_ended(pid: int, folder: Path) -> bool:
-    """Whether the daemon of this runtime folder is gone; its number may be another process' by now."""
-    import psutil
-
-    try:
-        process = psutil.Process(pid)
-        dead = process.status() == psutil.STATUS_ZOMBIE
-        return dead or (folder.exists() and process.create_time() > folder.stat().st_mtime + 1)
-    except (psutil.NoSuchProcess, OSError):
-        return True
-    except psutil.AccessDenied:
-        return False
-
-
 def _end_of(client: DaemonClient, pid: int) -> Callable[[], bool]:
     """Tells whether the daemon is gone: its process here, its socket on another machine."""
-    from .runtime import read_facts, runtime_folder
+    from .runtime import has_ended, read_facts, runtime_folder
 
     if read_facts(client.port, client.runtime_dir).get("pid") == pid:
-        return lambda: _has_ended(pid, runtime_folder(client.port, client.runtime_dir))
+        return lambda: has_ended(pid, runtime_folder(client.port, client.runtime_dir))
 
     return lambda: not _listens(client.host, client.port)
 

@@ -163,6 +163,11 @@ class LunaDaemon:
         """The daemon's process, once started."""
         return self._process.pid if self._process is not None else None
 
+    @property
+    def exit_code(self) -> int | None:
+        """How the started daemon ended, negative for a signal; ``None`` while it lives or before it was started."""
+        return self._process.poll() if self._process is not None else None
+
     def __enter__(self) -> "LunaDaemon":
         return self.start()
 

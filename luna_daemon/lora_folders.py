@@ -6,6 +6,7 @@ import difflib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,12 @@ class LoRAFolders:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.folders = list(dict.fromkeys(_folders(settings)))
-        self._listed = [folder for folder in self.folders if folder.name.lower() in ("lora", "loras")]
+        self._settings = settings
+
+    @cached_property
+    def folders(self) -> list[Path]:
+        """Where to look, in this order."""
+        return list(dict.fromkeys(_folders(self._settings)))
 
     def find(self, name: str, file: FileId | None = None) -> FoundLoRA:
         """The file.
@@ -114,7 +119,9 @@ class LoRAFolders:
     def names(self) -> list[str]:
         """The LoRAs that ComfyUI lists, at most 20,000."""
         found: dict[str, None] = {}
-        for folder in self._listed:
+        for folder in self.folders:
+            if folder.name.lower() not in ("lora", "loras"):
+                continue  # of ``model_dirs``, with models of all kinds
             for place, _, files in os.walk(folder, followlinks=True):
                 for file in files:
                     if file.lower().endswith(ENDINGS):

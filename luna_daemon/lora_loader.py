@@ -25,6 +25,7 @@ __all__ = ["LoRALoader"]
 
 T = TypeVar("T")
 _THREADS = 4
+"""For files that are read at once, and as many for names that are looked up."""
 _CONVERT_S = 120.0
 _REWARM_S = 60.0
 _SCRIPT = Path(__file__).resolve().with_name("lora_convert.py")
@@ -47,6 +48,7 @@ class LoRALoader:
         self.coalesced = 0
         # Of their own: a slow disk must not hold up what else runs in threads.
         self._threads = ThreadPoolExecutor(_THREADS, "lora")
+        self._names = ThreadPoolExecutor(_THREADS, "lora-name")
         self._pending: dict[tuple[FoundLoRA, bool], list[tuple[asyncio.Future[tuple[LoRAEntry, Slot]], int]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._converting = asyncio.Lock()
@@ -66,7 +68,7 @@ class LoRALoader:
         if put is not None and put.kind == "put":
             self.cache.get(name)
             return put, put.hold(client)
-        found = await self._in_thread(self.folders.find, name, file)
+        found = await asyncio.get_running_loop().run_in_executor(self._names, self.folders.find, name, file)
         entry = self.cache.look(found.name, found.source)
         if entry is not None and not (copy and entry.kind == "file"):
             self.cache.get(found.name)
@@ -209,7 +211,8 @@ class LoRALoader:
         """Stop what is being loaded, and forget all."""
         for task in self._tasks:
             task.cancel()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._names):
+            threads.shutdown(wait=False, cancel_futures=True)
         self.cache.clear()
 
 

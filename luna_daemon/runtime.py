@@ -20,7 +20,7 @@ from typing import Any
 
 from .core import AuthenticationError, PortInUse
 
-__all__ = ["Runtime", "dial_host", "find_token", "read_facts", "runtime_folder"]
+__all__ = ["Runtime", "dial_host", "find_token", "has_ended", "read_facts", "runtime_folder", "state_folder"]
 
 _TOKEN = "token"  # noqa: S105 (a file's name)
 _FACTS = "daemon.json"
@@ -43,6 +43,19 @@ def runtime_folder(port: int, override: Path | None = None) -> Path:
     if usable:
         return home / ".local" / "state" / "luna-daemon" / str(port)
     return Path("/tmp") / f"luna-daemon-{uid}" / str(port)
+
+
+def state_folder(port: int, override: Path | None = None) -> Path:
+    """The folder that holds the runtime folders of all ports, made if it is missing: for what outlives a daemon.
+
+    Raises:
+        AuthenticationError: it is a link or somebody else's.
+    """
+    folder = runtime_folder(port, override).parent
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if override is None:
+        _check_owner(folder)
+    return folder
 
 
 def _check_owner(folder: Path) -> None:
@@ -93,6 +106,20 @@ def read_facts(port: int, folder: Path | None = None) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return facts
+
+
+def has_ended(pid: int, folder: Path) -> bool:
+    """Whether the daemon of this runtime folder is gone; its number may be another process' by now."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        dead = process.status() == psutil.STATUS_ZOMBIE
+        return dead or (folder.exists() and process.create_time() > folder.stat().st_mtime + 1)
+    except (psutil.NoSuchProcess, OSError):
+        return True
+    except psutil.AccessDenied:
+        return False
 
 
 def dial_host(host: str) -> str:

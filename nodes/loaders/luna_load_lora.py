@@ -21,9 +21,6 @@ class LunaLoadLoRA:
     OUTPUT_TOOLTIPS = ("The modified diffusion model.", "The modified text encoders.")
     FUNCTION = "load_lora"
 
-    def __init__(self) -> None:
-        self._last: tuple[str, dict[str, Any]] | None = None
-
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
@@ -48,8 +45,6 @@ class LunaLoadLoRA:
         if not strength_model and not strength_clip:
             return model, clip
         path = host.path("loras", lora_name)
-        if self._last is None or self._last[0] != path:
-            self._last = None  # the old one's memory is free before the new one takes its own
-            self._last = (path, loras.read_lora(path))
-        changed: tuple[Any, Any] = loras.apply_lora(model, clip, self._last[1], strength_model, strength_clip)
+        # Not kept here: the daemon keeps it, and sees when the file changes.
+        changed: tuple[Any, Any] = loras.apply_lora(model, clip, loras.read_lora(path), strength_model, strength_clip)
         return changed

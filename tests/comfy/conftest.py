@@ -21,7 +21,8 @@ HERE = Path(__file__).parent
 
 
 def pytest_report_header() -> str:
-    return f"ComfyUI: {COMFYUI_PATH or 'COMFYUI_PATH is not set, tests/comfy is skipped'}"
+    packs = os.environ.get("COMFYUI_PACKS") or "COMFYUI_PACKS is not set, tests/comfy/test_packs.py is skipped"
+    return f"ComfyUI: {COMFYUI_PATH or 'COMFYUI_PATH is not set, tests/comfy is skipped'}; node packs: {packs}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

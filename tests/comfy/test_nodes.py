@@ -272,7 +272,6 @@ def test_a_lora_equals_the_stock_loaders_and_is_read_once(ui, served):
         ui.node["LunaLoadCLIP"]().load_clip(CLIP, "sd3")[0],
         ui.node["CLIPLoader"]().load_clip(CLIP, "sd3")[0],
     )
-    kept = served.info()["caches"]["lora"]["entries"]
     for strengths in ((0.8, 0.5), (0.8, 0.5)):
         model_a, clip_a = ui.node["LunaLoadLoRA"]().load_lora(model, mine, LORA, *strengths)
         model_b, clip_b = ui.node["LoraLoader"]().load_lora(model, theirs, LORA, *strengths)
@@ -280,8 +279,44 @@ def test_a_lora_equals_the_stock_loaders_and_is_read_once(ui, served):
         encode = ui.node["CLIPTextEncode"]().encode
         assert same(ui, encode(clip_a, PROMPT)[0], encode(clip_b, PROMPT)[0])
     assert not same(ui, encode(clip_a, PROMPT)[0], encode(mine, PROMPT)[0])
-    stats = served.info()["caches"]["lora"]
-    assert stats["entries"] == kept + 1 and stats["hits"] >= 1
+    figures = lora_figures(served)
+    assert (figures["kind"], figures["misses"], figures["clients"]) == ("file", 1, 1) and figures["hits"] >= 1
+
+
+def lora_figures(served, name=LORA):
+    return served.info()["caches"]["lora"]["loras"][name]
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pt"])
+def test_a_loras_state_dict_is_comfyuis_own(ui, served, models, ending):
+    """Key for key and bit for bit, mapped or converted; a write stays with whoever wrote."""
+    from comfy.utils import load_torch_file
+
+    path = models / "loras" / f"other{ending}"
+    if ending == ".pt":
+        state = load_torch_file(str(models / "loras" / LORA))
+        ui.torch.save({key: value.clone() for key, value in state.items()}, path)
+    else:
+        shutil.copy(models / "loras" / LORA, path)
+    read_lora = ui.node["LunaLoadLoRA"].load_lora.__globals__["loras"].read_lora
+    theirs = load_torch_file(str(path), safe_load=True)
+    for times in range(2):
+        mine = read_lora(str(path))
+        assert mine.keys() == theirs.keys() and all(ui.torch.equal(mine[key], theirs[key]) for key in theirs)
+        assert {key: value.dtype for key, value in mine.items()} == {key: value.dtype for key, value in theirs.items()}
+        next(iter(mine.values())).zero_()
+        figures = lora_figures(served, path.name)
+        assert (figures["misses"], figures["hits"]) == (1, times)
+    assert figures["kind"] == ("arena" if ending == ".pt" else "file")
+
+
+def test_a_lora_that_the_daemon_does_not_know_is_read_by_comfyui(ui, served, tmp_path, caplog):
+    """Outside the daemon's folders: the stock way steps in, with the reason in the log."""
+    path = tmp_path / "elsewhere.safetensors"
+    make_lora(ui, path)
+    read_lora = ui.node["LunaLoadLoRA"].load_lora.__globals__["loras"].read_lora
+    with caplog.at_level(logging.INFO, "luna_daemon"):
+        assert read_lora(str(path)).keys() and "outside the LoRA folders" in caplog.text
 
 
 # --- router, gateway, pipe ----------------------------------------------------------------------------------------
@@ -310,7 +345,8 @@ def sampled(ui, model, positive, negative, latent):
 
 def test_router_and_gateway_make_the_stock_picture(ui, served):
     """Router, gateway with a LoRA tag, sampler, decode: the picture of the stock loaders, pixel for pixel."""
-    before = asked(served)
+    before, stats = asked(served), served.info()["caches"]["lora"]["loras"].get(LORA, {"hits": 0, "misses": 0})
+    loads = stats["hits"] + stats["misses"]
     model, clip, vae, _, _, name, status = router(ui)
     assert (name, "daemon |" in status) == ("tiny_sd3", True)
     pipe, *plain, metadata = gateway(ui, model, clip, vae, model_name=f"{name}.safetensors")
@@ -318,6 +354,8 @@ def test_router_and_gateway_make_the_stock_picture(ui, served):
     latent = sampled(ui, parts["model"], parts["positive"], parts["negative"], parts["latent"])
     mine = ui.node["VAEDecode"]().decode(parts["vae"], latent)[0]
     assert more(served, before) == {"clip.encode": 2, "vae.decode": 1}
+    now = lora_figures(served)
+    assert now["hits"] + now["misses"] == loads + 1
 
     model = ui.node["UNETLoader"]().load_unet(UNET, "default")[0]
     clip = ui.node["CLIPLoader"]().load_clip(CLIP, "sd3")[0]

@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,7 +131,7 @@ def daemon(models: Path, clip_l: Path, tmp_path_factory: pytest.TempPathFactory)
 def servers(daemon: Any, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
     """Two of them, whose only custom nodes are this pack; each is ended by its process' id."""
     with contextlib.ExitStack() as ends:
-        running = [_start(tmp_path_factory.mktemp(f"comfyui-{n}"), daemon, models, ends) for n in range(2)]
+        running = [start_server(tmp_path_factory.mktemp(f"comfyui-{n}"), daemon, models, ends) for n in range(2)]
         for server in running:
             server.wait_until_it_answers()
         yield running
@@ -141,9 +141,12 @@ def _python() -> str:
     return os.environ.get("COMFYUI_PYTHON") or sys.executable
 
 
-def _start(folder: Path, daemon: Any, models: Path, ends: contextlib.ExitStack) -> Server:
+def start_server(
+    folder: Path, daemon: Any, models: Path, ends: contextlib.ExitStack, packs: Sequence[str] = ()
+) -> Server:
+    """A ComfyUI with a base directory of its own; ``packs`` lie in its ``custom_nodes`` already, or are loaded not."""
     for name in ("custom_nodes", "output", "page"):
-        (folder / name).mkdir()
+        (folder / name).mkdir(exist_ok=True)
     (folder / "models").symlink_to(models)
     (folder / "custom_nodes" / "luna-daemon").symlink_to(ROOT)
     environ = {key: value for key, value in os.environ.items() if not key.startswith(("LUNA_", "COMFYUI_", "PYTEST_"))}
@@ -152,7 +155,7 @@ def _start(folder: Path, daemon: Any, models: Path, ends: contextlib.ExitStack) 
     arguments = [
         "--cpu", "--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(folder), "--output-directory",
         str(folder / "output"), "--front-end-root", str(folder / "page"), "--disable-all-custom-nodes",
-        "--whitelist-custom-nodes", "luna-daemon", "--disable-api-nodes", "--database-url",
+        "--whitelist-custom-nodes", "luna-daemon", *packs, "--disable-api-nodes", "--database-url",
         f"sqlite:///{folder / 'comfyui.db'}",
     ]  # fmt: skip
     with log.open("wb") as output:

@@ -1,0 +1,418 @@
+"""The tray icon: ``luna-daemon tray``, or ``python luna_daemon/tray_app.py`` from any folder.
+
+It holds nothing of the daemon's work: the daemon is a process of its own that ``tray_watch`` starts and looks after,
+``tray_state`` decides what is shown, ``tray_icon`` draws it, and this module gives it to pystray.
+"""
+
+if __name__ == "__main__" and not __package__:
+    import pathlib
+    import sys
+
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+    from luna_daemon.script import run_as_module
+
+    run_as_module("luna_daemon.tray_app")
+
+import importlib.util
+import logging
+import logging.handlers
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import webbrowser
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .core import LunaError, logger
+from .daemon_server import LunaDaemon
+from .runtime import dial_host, state_folder
+from .tray_icon import draw_icon
+from .tray_state import Action, Entry, Preferences, View, figures, menu, notice, title
+from .tray_watch import Watch, Wish
+
+__all__ = ["Tray", "TrayRunning", "TrayUnavailable", "run_tray"]
+
+_NAME = "Luna Daemon"
+_NOTICE_LETTERS = 250
+"""Windows takes 255 for a notification."""
+_FIGURES_S = 5.0
+"""A menu is built anew for changed figures only so often: some desktops close an open one then."""
+_TRAY_WAIT_S = 10.0
+"""At login the icon may be there before the panel."""
+
+
+class TrayUnavailable(LunaError):
+    """No icon can be shown here; says why."""
+
+    code = "tray"
+
+
+class TrayRunning(LunaError):
+    """This user has an icon already."""
+
+    code = "tray"
+
+
+def run_tray(make: Callable[[], LunaDaemon]) -> None:
+    """Show the icon, with the daemon that ``make`` gives, until the user chooses Exit.
+
+    Raises:
+        TrayUnavailable: no display, no pystray, no tray.
+        TrayRunning: this user has one already.
+        ConfigError: a setting is wrong.
+    """
+    first = make()
+    pystray = _load_pystray()
+    folder = state_folder(first.settings.port, first.settings.runtime_dir)
+    with _only_one(folder), _log_into(folder / "tray.log"):
+        Tray(pystray, first, make, folder).run()
+
+
+class Tray:
+    """The icon and what its menu does. Everything slow is asked of the watch.
+
+    Args:
+        pystray: the module, loaded with a display at hand.
+        first, make: as for ``Watch``.
+        folder: where the menu's ticks are kept.
+    """
+
+    def __init__(self, pystray: Any, first: LunaDaemon, make: Callable[[], LunaDaemon], folder: Path) -> None:
+        self._pystray = pystray
+        self._file = folder / "tray.json"
+        self._preferences = Preferences.load(self._file)
+        self._watch = Watch(first, make, lambda: self._preferences.restart, self._show)
+        self._watching = threading.Thread(target=self._watch.run, name="watch over the daemon", daemon=True)
+        self._view = View()
+        self._told = ""
+        self._entries: list[Entry] = []
+        self._menu_made = 0.0
+        self._closing = False
+        self._gone = False
+        """The icon's loop has ended."""
+        self._over = False
+        """It is to end."""
+        # Backends without a menu (plain X11) know no transparency either.
+        self._transparent = bool(pystray.Icon.HAS_MENU)
+        self._icon = pystray.Icon(_NAME, self._image(), title(self._view), pystray.Menu(self._items))
+        self._plain_x11 = _is_plain_x11(pystray)
+        if self._plain_x11:
+            _ask_for_clicks(self._icon)
+
+    def run(self) -> None:
+        """Show the icon until Exit, SIGTERM, or the end of the desktop."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+        try:
+            self._icon.run(self._begin)
+        except Exception as error:
+            # Once we are closing, what a desktop without notifications complains about does not matter.
+            if not self._closing:
+                raise TrayUnavailable(f"the tray icon cannot be shown: {error}") from error
+        finally:
+            self._gone = True
+            if self._watching.ident is None:  # pystray's thread waits for a loop that never began
+                self._icon._mark_ready()
+            if not self._closing:  # the desktop went first
+                self._leave()
+            if self._watching.ident is not None:
+                self._watching.join(self._watch.settings.drain_timeout_sec + 10)
+
+    def _begin(self, icon: Any) -> None:
+        if self._gone:
+            return
+        if self._plain_x11:
+            threading.Thread(target=_keep_awake, args=(icon._window.id, lambda: self._gone), daemon=True).start()
+        icon.visible = True
+        logger.info("the tray icon is shown")
+        self._watching.start()
+        while self._watching.is_alive() and not self._gone:
+            self._watching.join(0.1)
+        if self._gone:  # the watch ends when the user leaves; without its loop the icon cannot be told
+            return
+        if self._plain_x11:  # pystray's own stop gets lost now and then: see _keep_awake
+            self._over = True
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        else:
+            icon.stop()
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self._gone:
+            return
+        if self._over:
+            raise InterruptedError("the icon's loop is over")
+        self._leave()
+
+    # --- showing ---
+
+    def _show(self, view: View) -> None:
+        """Bring the icon up to date; on the watch's thread."""
+        before, self._view = self._view, view
+        if self._gone:
+            return
+        if view.state is not before.state:
+            logger.info("%s", title(view))
+            self._icon.icon = self._image()
+        if title(view) != self._icon.title:
+            self._icon.title = title(view)
+        self._update_menu()
+        self._tell(notice(before, view, self._preferences.restart))
+
+    def _update_menu(self) -> None:
+        entries, shown = self._menu(), self._entries
+        others = [[entry for entry in of if entry.action is not Action.STATUS] for of in (entries, shown)]
+        soon = time.monotonic() - self._menu_made < _FIGURES_S
+        if entries == shown or (others[0] == others[1] and soon):
+            return
+        self._entries, self._menu_made = entries, time.monotonic()
+        self._icon.update_menu()
+
+    def _menu(self) -> list[Entry]:
+        return menu(self._view, self._preferences, self._watch.log.is_file())
+
+    def _image(self) -> Any:
+        return draw_icon(self._view.state, self._transparent)
+
+    def _tell(self, text: str) -> None:
+        if not text or text == self._told:
+            return
+        self._told = text
+        logger.info("told the user: %s", text)
+        if self._icon.HAS_NOTIFICATION:
+            try:
+                self._icon.notify(text[:_NOTICE_LETTERS], _NAME)
+            except Exception as error:
+                logger.warning("no notification: %s", error)
+
+    # --- the menu ---
+
+    def _items(self) -> Iterator[Any]:
+        for entry in self._menu():
+            if not entry.text:
+                yield self._pystray.Menu.SEPARATOR
+                continue
+            checked = entry.checked
+            yield self._pystray.MenuItem(
+                entry.text,
+                self._doing(entry.action),
+                enabled=entry.enabled,
+                default=entry.default,
+                checked=None if checked is None else (lambda _, ticked=checked: ticked),
+            )
+
+    def _doing(self, action: Action | None) -> Callable[[Any, Any], None]:
+        def do(icon: Any, item: Any) -> None:
+            if action is not None:
+                self._do(action)
+
+        return do
+
+    def _do(self, action: Action) -> None:
+        logger.info("chosen: %s", action.value)
+        if action is Action.START:
+            self._watch.wish(Wish.START)
+        elif action is Action.STOP:
+            self._watch.wish(Wish.STOP)
+        elif action is Action.STATUS:
+            self._told = ""  # asked for: told again
+            self._tell(figures(self._view.info) if self._view.info is not None else self._view.detail)
+        elif action is Action.OPEN_PAGE:
+            _in_background(webbrowser.open, self._page())
+        elif action is Action.OPEN_LOG:
+            _in_background(_open_file, self._watch.log)
+        elif action is Action.EXIT:
+            self._leave()
+        else:
+            self._preferences = self._preferences.toggled(action)
+            self._preferences.save(self._file)
+
+    def _page(self) -> str:
+        host = dial_host(self._watch.settings.host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self._view.page_port}/"
+
+    def _leave(self) -> None:
+        self._closing = True
+        self._watch.wish(Wish.EXIT_AND_STOP if self._preferences.stop_on_exit else Wish.EXIT)
+
+
+# --- the surroundings -------------------------------------------------------------------------------------------
+
+
+def _load_pystray() -> Any:
+    """Give pystray with a backend that works here.
+
+    Raises:
+        TrayUnavailable: says what is missing.
+    """
+    linux = sys.platform not in ("win32", "darwin")
+    if linux and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        raise TrayUnavailable(
+            "no display for a tray icon (neither DISPLAY nor WAYLAND_DISPLAY is set)",
+            "Use 'luna-daemon serve' on a machine without one",
+        )
+    if not (importlib.util.find_spec("pystray") and importlib.util.find_spec("PIL")):
+        raise TrayUnavailable("the tray icon needs pystray and Pillow", "pip install luna-daemon[tray]")
+    pystray = _first_backend(_backends(linux))
+    logging.getLogger("pystray").setLevel(logging.CRITICAL)  # it logs tracebacks about a panel that restarts
+    if _is_plain_x11(pystray):
+        _wait_for_a_panel()
+    return pystray
+
+
+def _backends(linux: bool) -> list[str | None]:
+    """Which of pystray's to try, in this order; ``None`` is its own choice.
+
+    On Linux its own choice ends at the first that is half installed, and the two with a menu end without a session bus.
+    """
+    if not linux or os.environ.get("PYSTRAY_BACKEND"):
+        return [None]
+    folder = os.environ.get("XDG_RUNTIME_DIR")
+    bus = os.environ.get("DBUS_SESSION_BUS_ADDRESS") or (folder and (Path(folder) / "bus").exists())
+    return ["appindicator", "gtk", "xorg"] if bus else ["xorg"]
+
+
+def _first_backend(names: list[str | None]) -> Any:
+    """The module with the first backend that works.
+
+    Raises:
+        TrayUnavailable: none does; says what the last one lacks.
+    """
+    why = ""
+    for name in names:
+        if name is not None:
+            os.environ["PYSTRAY_BACKEND"] = name
+        try:
+            return importlib.import_module("pystray")
+        except Exception as error:  # each backend has its own ways to say that something is missing
+            why = " ".join(str(error).split()) or type(error).__name__
+        finally:
+            if name is not None:
+                del os.environ["PYSTRAY_BACKEND"]
+    raise TrayUnavailable(f"no display for a tray icon: {why}", "Use 'luna-daemon serve' on a machine without one")
+
+
+def _is_plain_x11(pystray: Any) -> bool:
+    return bool(pystray.Icon.__module__ == "pystray._xorg")
+
+
+def _ask_for_clicks(icon: Any) -> None:
+    """Have X11 send clicks on the icon: pystray 0.19 handles them, but does not ask for them."""
+    from Xlib import X
+
+    icon._window.change_attributes(event_mask=X.ExposureMask | X.StructureNotifyMask | X.ButtonPressMask)
+    icon._display.flush()
+    # It docks anew with each picture as well, and a panel may lose the icon then: once is enough.
+    dock = icon._dock_window
+    icon._dock_window = lambda: None if icon._systray_manager else dock()
+
+
+def _keep_awake(window_id: int, is_gone: Callable[[], bool]) -> None:
+    """Send the icon's window something to read, from a connection of our own.
+
+    An event that python-xlib read in one thread does not wake the loop that waits for it in another.
+    """
+    import Xlib.display
+    from Xlib.protocol.event import ClientMessage
+
+    display = Xlib.display.Display()
+    display.set_error_handler(lambda *_: None)
+    window = display.create_resource_object("window", window_id)
+    nothing = ClientMessage(window=window, client_type=display.intern_atom("_LUNA_WAKE"), data=(32, [0] * 5))
+    while not is_gone():
+        window.send_event(nothing)
+        display.flush()
+        time.sleep(0.2)
+    display.close()
+
+
+def _wait_for_a_panel() -> None:
+    """Until somebody shows the tray of this X11 display.
+
+    Raises:
+        TrayUnavailable: nobody does.
+    """
+    import Xlib.display
+    import Xlib.X
+
+    display = Xlib.display.Display()
+    try:
+        tray = display.intern_atom(f"_NET_SYSTEM_TRAY_S{display.get_default_screen()}")
+        end = time.monotonic() + _TRAY_WAIT_S
+        while display.get_selection_owner(tray) == Xlib.X.NONE:
+            if time.monotonic() > end:
+                raise TrayUnavailable(
+                    f"nothing on display {os.environ.get('DISPLAY')} shows tray icons",
+                    "Start a panel with a tray, or use 'luna-daemon serve'",
+                )
+            time.sleep(0.2)
+    finally:
+        display.close()
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Hold this user's one place for a tray icon.
+
+    Raises:
+        TrayRunning: it is taken.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(str(folder / "tray.lock"), thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise TrayRunning(
+            "a tray icon of yours is shown already", "Look for it in the panel, or choose Exit in its menu"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _log_into(path: Path) -> Iterator[None]:
+    """Keep what is logged in a file as well: most trays have no terminal."""
+    handler = logging.handlers.RotatingFileHandler(path, maxBytes=1 << 20, backupCount=1, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+def _in_background(what: Callable[[Any], object], of: Any) -> None:
+    """Some openers return only when what they opened is closed."""
+    threading.Thread(target=what, args=(of,), daemon=True).start()
+
+
+def _open_file(path: Path) -> None:
+    """Show a file in whatever the desktop shows such files with."""
+    if sys.platform == "win32":
+        os.startfile(path)  # noqa: S606 (the log of our own daemon)
+        return
+    opener = shutil.which("open" if sys.platform == "darwin" else "xdg-open")
+    if opener is None:
+        logger.warning("nothing here opens files (xdg-open is missing): the log is %s", path)
+        return
+    subprocess.run([opener, str(path)], stdin=subprocess.DEVNULL, check=False)
+
+
+def main() -> None:
+    """``python luna_daemon/tray_app.py``: the same as ``luna-daemon tray``."""
+    from .cli import main as cli
+
+    cli(["tray", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    main()
