@@ -30,7 +30,7 @@ __all__ = ["Monitor", "collect_info", "open_info"]
 
 _KEEPALIVE_S = 15.0
 _CLOSE_S = 1.0
-_AT_ONCE = 64
+_AT_ONCE = 256
 _GREET_S = 5.0
 """A connection that has asked for nothing by then is closed."""
 _CONNECTIONS = 512
@@ -198,7 +198,8 @@ class Monitor:
     def _connect(self) -> asyncio.BaseProtocol:
         """A connection for a socket that was just accepted; past the limit one that hangs up."""
         assert self._runner is not None and self._runner.server is not None
-        if len(self._runner.server.connections) >= _CONNECTIONS:
+        # Those of one burst are not among the server's yet.
+        if len(self._silent.union(self._runner.server.connections)) >= _CONNECTIONS:
             return _Full()
         connection = self._runner.server()
         self._silent.add(connection)

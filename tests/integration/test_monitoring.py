@@ -18,6 +18,7 @@ import aiohttp
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
+from safetensors.torch import save_file
 
 from luna_daemon.core import LunaError, ModelNotFound
 from luna_daemon.wire import messages as m
@@ -427,6 +428,27 @@ def test_calls_do_what_they_say(daemon):
     assert all(client["name"] != "status page" for client in daemon.info()["clients"])
 
 
+def test_loras_are_warmed_pinned_and_evicted(start_daemon, tmp_path):
+    """The buttons of the LoRA table; its figures follow, without the file's folder."""
+    (tmp_path / "loras").mkdir()
+    save_file({"a.lora_up.weight": torch.ones(8, 8)}, tmp_path / "loras" / "ink.safetensors")
+    daemon = start_daemon(model_dirs=tmp_path)
+    daemon.wait_for(lambda info: info["ws_port"] is not None)
+    status, answer = order(daemon, {"op": "lora.warm", "name": "ink.safetensors"})
+    assert status == 200 and answer["result"]["bytes"] > 0, answer
+    assert order(daemon, {"op": "lora.pin", "name": "ink.safetensors"})[0] == 200
+    figures = samples(daemon)
+    label = '{"lora": "ink.safetensors"}'
+    assert figures[f"luna_lora_pinned{label}"] == 1 and figures[f"luna_lora_misses_total{label}"] == 1
+    assert figures[f"luna_lora_load_seconds{label}"] > 0 and figures[f"luna_lora_bytes{label}"] > 0
+    text = ask(daemon, "/api/info")[2]
+    assert str(tmp_path) not in text and "ink.safetensors" in text
+    assert order(daemon, {"op": "lora.evict", "name": "ink.safetensors"})[0] == 200
+    assert f"luna_lora_bytes{label}" not in samples(daemon)
+    status, answer = order(daemon, {"op": "lora.warm", "name": "nothing.safetensors"})
+    assert status == 404 and "nothing.safetensors" in answer["message"]
+
+
 def test_files_of_the_page_only(daemon):
     """Files come with their type; folders and what is outside do not come."""
     status, headers, _ = ask(daemon, "/web/docs/LunaLoadVAE.md")
@@ -509,7 +531,8 @@ def test_a_thousand_watchers(start_daemon):
         for _ in range(1000):
             sockets.append(open_socket(daemon))
         answers = [first_line(sock) for sock in sockets]
-        assert answers.count(b"HTTP/1.1 101") == 64 and answers.count(b"HTTP/1.1 503") == 936
+        assert answers.count(b"HTTP/1.1 101") == 64 and b"HTTP/1.1 503" in answers
+        assert set(answers) <= {b"HTTP/1.1 101", b"HTTP/1.1 503", b""}  # nothing: too many at once
         crowded = latency_ms(daemon)
         assert samples(daemon)["luna_watchers"] == 64
         call = daemon.client().call(m.Echo(4096, 0))
@@ -528,11 +551,11 @@ def test_connections_that_ask_for_nothing(start_daemon):
     """They are hung up on before long, and what is too many at once; the daemon's clients do not notice."""
     daemon = start_daemon()
     daemon.wait_for(lambda info: info["ws_port"] is not None)
+    files = open_files(daemon)
     sockets = [socket.create_connection(("127.0.0.1", daemon.ws_port), timeout=15) for _ in range(700)]
     try:
         assert daemon.client().ping() < 1
-        with pytest.raises(aiohttp.ClientError):
-            ask(daemon, "/healthz")
+        assert open_files(daemon) < files + 530
         assert all(first_line(sock) == b"" for sock in sockets)
         assert ask(daemon, "/healthz")[0] == 200
     finally:
