@@ -35,8 +35,8 @@ CALLS: list[m.Call] = [
     m.VaeDecode(MODEL, TILING), m.ClipTokenize(MODEL, "a (cat:1.3), ein Käfer, 猫"),
     m.ClipEncode(MODEL, None, {"l": [[(49406, 1.0), (320, 1.3)]], "g": []}, -2, True), m.ModelsList(),
     m.ModelLoad(MODEL, True), m.ModelUnload(None), m.LoraPut("x", ["a.weight"]), m.LoraGet("x"), m.LoraCheck("x"),
-    m.LoraStats(), m.LoraLoad("s/x.safetensors", m.FileId("/l/x", 1, 2, 3), True), m.LoraWarm("x"), m.LoraPin("x", False),
-    m.LoraEvict(None), m.Register("vae", "sdxl"), m.Report(1, 2), m.Drain(), m.Shutdown(),
+    m.LoraStats(), m.LoraLoad("s/x.safetensors", m.FileId("/l/x", 1, 2, 3), True), m.LoraWarm("x"),
+    m.LoraPin("x", False), m.LoraEvict(None), m.Register("vae", "sdxl"), m.Report(1, 2), m.Drain(), m.Shutdown(),
 ]  # fmt: skip
 MESSAGES: list[m.Message] = [
     m.Hello(1, "token", "client", "me", 1, "0.1"), m.Request(1 << 40, RAW, [REF, REF], 0.5, 0), m.Cancel(3),
