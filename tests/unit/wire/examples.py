@@ -19,7 +19,7 @@ CALLS: list[m.Call] = [
     m.VaeDecode(MODEL, TILING), m.ClipTokenize(MODEL, "a (cat:1.3), ein Käfer, 猫"),
     m.ClipEncode(MODEL, None, {"l": [[(49406, 1.0), (320, 1.3)]], "g": []}, -2, True), m.ModelsList(),
     m.ModelLoad(MODEL, True), m.ModelUnload(None), m.LoraPut("x", ["a.weight"]), m.LoraGet("x"), m.LoraCheck("x"),
-    m.LoraStats(), m.LoraLoad("x"), m.LoraWarm("x"), m.LoraPin("x", True), m.LoraEvict(None),
+    m.LoraStats(), m.LoraLoad("x", m.FileId("/l", 1)), m.LoraWarm("x"), m.LoraPin("x", False), m.LoraEvict(None),
     m.Register("vae", "sdxl"), m.Report(1, 2), m.Reload(),
     m.TokenRenew(), m.Drain(), m.Shutdown(),
 ]  # fmt: skip
