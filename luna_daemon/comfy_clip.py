@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .comfy_backing import Backing, Skeleton, comfy
 from .comfy_patcher import patcher_class, python_inside
 from .comfy_patches import PatchSet, Unsendable
-from .core import BadRequest, LimitExceeded, PatchMissing
+from .core import BadRequest, LimitExceeded, ModelError, PatchMissing
 from .wire import messages as m
 from .wire.packing import pack, unpack
 
@@ -215,6 +215,8 @@ class Encoders:
                 self._backing.send(put, tensors)
             except LimitExceeded as error:
                 raise Unsendable(f"patches of this size are not taken: {error.message}") from error
+            except ModelError as error:
+                raise Unsendable(f"the daemon does not have the other CLIP of a merge: {error}") from error
 
     def _warn_of_overrides(self, patcher: Any) -> None:
         options = getattr(patcher, "model_options", None) or {}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from .core import BadRequest, LimitExceeded, LunaError, ModelKind, PatchMissing, Priority, ServiceType
-from .models import load_bytes
+from .models import DigestUnknown, load_bytes
 from .pool.work import PatchSet, Piece, Work, release
 from .session import ClientRequest
 from .wire import messages as m
@@ -51,7 +51,7 @@ def compute(service: Service, request: ClientRequest, call: m.Call) -> None:
     try:
         room = load_bytes(spec)
         patches = _patch_sets(service, call)
-    except (LunaError, OSError):
+    except (LunaError, OSError, DigestUnknown):
         release(pieces)
         raise
     size_key = (spec.key, bytes(message.call)[:_CALL_BYTES], tuple(ref.shape for ref in message.tensors))
@@ -74,6 +74,7 @@ def _patch_sets(service: Service, call: m.Call) -> list[PatchSet]:
 
     Raises:
         PatchMissing: one is not kept (any more).
+        ModelError: one names a model that is not there, or is another file by now.
     """
     if not isinstance(call, m.ClipEncode):
         return []
@@ -82,10 +83,12 @@ def _patch_sets(service: Service, call: m.Call) -> list[PatchSet]:
     missing = [name for name, entry in entries.items() if entry is None]
     if missing:
         raise PatchMissing(f"patch sets {', '.join(missing)} are not kept", "Put them again")
+    found = {name: entry for name, entry in entries.items() if entry is not None}
+    # All are resolved before any memory is retained: a file may have changed since the set was put.
+    models = {name: [service.resolver.resolve(model) for model in entry.models] for name, entry in found.items()}
     return [
-        PatchSet(name, entry.packed, [Piece(piece.ref, piece.slot.retain()) for piece in entry.pieces])
-        for name, entry in entries.items()
-        if entry is not None
+        PatchSet(name, entry.packed, [Piece(piece.ref, piece.slot.retain()) for piece in entry.pieces], models[name])
+        for name, entry in found.items()
     ]
 
 

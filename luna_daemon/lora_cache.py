@@ -9,6 +9,7 @@ from typing import Any
 
 from .core import LimitExceeded
 from .pool.work import Piece, release
+from .wire.messages import ModelRef
 
 __all__ = ["LoRACache", "LoRAEntry"]
 
@@ -21,6 +22,8 @@ class LoRAEntry:
     pieces: list[Piece]
     packed: Any = None
     """Of a patch set: how its tensors belong together."""
+    models: list[ModelRef] = field(default_factory=list)
+    """Of a patch set: whose weights it names."""
     hits: int = 0
     last_used: float = field(default_factory=time.time)
 

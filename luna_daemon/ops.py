@@ -6,7 +6,7 @@ import hmac
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .core import BadRequest, LimitExceeded, LunaError
+from .core import BadRequest, LimitExceeded, LunaError, ModelKind
 from .lora_cache import LoRACache, LoRAEntry
 from .pool.work import Outcome, release
 from .session import ClientRequest
@@ -85,8 +85,12 @@ def _unload(service: Service, request: ClientRequest, call: m.ModelUnload) -> No
 
 
 def _patch_put(service: Service, request: ClientRequest, call: m.PatchPut) -> None:
+    for model in call.models:
+        if model.kind != ModelKind.CLIP:
+            raise BadRequest(f"a patch set names a model of kind {model.kind!r}", "Name text encoders only")
+        service.resolver.resolve(model)  # refused now, not when a prompt waits for it
     pieces = service.pieces(request)
-    _keep(service.patches, call.name, LoRAEntry([], pieces, call.packed))
+    _keep(service.patches, call.name, LoRAEntry([], pieces, call.packed, call.models))
     request.answer(None)
 
 

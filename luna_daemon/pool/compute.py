@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,14 @@ class Result:
     notes: list[str] = field(default_factory=list)
 
 
-def run(call: m.Call, model: Any, inputs: list[Input], step: Step, patches: Sequence[m.Patch] = ()) -> Result:
+def run(
+    call: m.Call,
+    model: Any,
+    inputs: list[Input],
+    step: Step,
+    patches: Sequence[m.Patch] = (),
+    borrow: Callable[[m.LoadSpec], Any] = lambda spec: None,
+) -> Result:
     """Compute.
 
     Args:
@@ -40,6 +47,7 @@ def run(call: m.Call, model: Any, inputs: list[Input], step: Step, patches: Sequ
         inputs: the call's tensors, then those of ``patches``.
         step: told of progress; raises to cancel.
         patches: the patch sets that the call names.
+        borrow: loads another model, whose weights a patch set names.
 
     Raises:
         BadRequest: the inputs do not fit the op, or the model is of another kind.
@@ -54,7 +62,7 @@ def run(call: m.Call, model: Any, inputs: list[Input], step: Step, patches: Sequ
     if isinstance(call, m.ClipTokenize):
         return Result({"tokens": model.tokenize(call.text)})
     if isinstance(call, m.ClipEncode):
-        return _clip(call, model, inputs, patches)
+        return _clip(call, model, inputs, patches, borrow)
     raise BadRequest(f"workers do not serve {type(call).__name__}")
 
 
@@ -93,20 +101,32 @@ def _vae(call: m.VaeEncode | m.VaeDecode, model: Any, inputs: list[Input], step:
     return Result(None, [_out(out)], notes)
 
 
-def _clip(call: m.ClipEncode, model: Any, inputs: list[Input], patches: Sequence[m.Patch]) -> Result:
+def _clip(
+    call: m.ClipEncode,
+    model: Any,
+    inputs: list[Input],
+    patches: Sequence[m.Patch],
+    borrow: Callable[[m.LoadSpec], Any],
+) -> Result:
     import torch
 
     if sum(given is not None for given in (call.text, call.tokens, call.packed)) != 1:
         raise BadRequest("give one of text, tokens and packed")
     if call.packed is not None:
-        return _clip_packed(call, model, inputs, patches)
+        return _clip_packed(call, model, inputs, patches, borrow)
     tokens = call.tokens if call.tokens is not None else model.tokenize(call.text)
     with torch.inference_mode():
         found = model.encode(tokens, call.layer, call.unprojected)
     return Result({"names": list(found)}, [_out(tensor) for tensor in found.values()])
 
 
-def _clip_packed(call: m.ClipEncode, model: Any, inputs: list[Input], patches: Sequence[m.Patch]) -> Result:
+def _clip_packed(
+    call: m.ClipEncode,
+    model: Any,
+    inputs: list[Input],
+    patches: Sequence[m.Patch],
+    borrow: Callable[[m.LoadSpec], Any],
+) -> Result:
     """ComfyUI's own tokens, with embeddings, patches and hooks."""
     import torch
 
@@ -115,9 +135,11 @@ def _clip_packed(call: m.ClipEncode, model: Any, inputs: list[Input], patches: S
     tensors = _tensors(inputs, len(inputs))
     sets = {patch.name: patch for patch in patches}
 
-    def patch_of(name: str) -> Any:
+    def patch_of(name: str) -> tuple[Any, list[Any]]:
         patch = sets[name]
-        return unpack(patch.packed, tensors[patch.start : patch.start + patch.count])
+        with torch.inference_mode(False):  # loaded as any other model
+            lenders = [borrow(spec) for spec in patch.models]
+        return unpack(patch.packed, tensors[patch.start : patch.start + patch.count]), lenders
 
     out: list[torch.Tensor] = []
     with torch.inference_mode():

@@ -219,6 +219,8 @@ class PatchPut(msgspec.Struct, tag_field="op", tag="clip.patch", frozen=True):
     name: str
     """A hash of its content: the same name is the same set."""
     packed: Any
+    models: list[ModelRef] = []
+    """Text encoders whose weights ``packed`` names by index and key; the worker takes them from its own."""
 
 
 class ModelsList(msgspec.Struct, tag_field="op", tag="models.list", frozen=True):
@@ -428,6 +430,8 @@ class Patch(msgspec.Struct, array_like=True, frozen=True):
     packed: Any
     start: int
     count: int
+    models: list[LoadSpec] = []
+    """Whose weights it names."""
 
 
 class Job(msgspec.Struct, tag="job", frozen=True):

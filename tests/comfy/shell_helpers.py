@@ -77,7 +77,8 @@ class InProcess:
 
     def _patches(self, name: str) -> Any:
         packed, tensors = self.sets[name]
-        return decode_set(unpack(packed, tensors))
+        weights = self.clip.patcher.get_key_patches()
+        return decode_set(unpack(packed, tensors), lambda index, key: weights[key][0])
 
     def clipencode(self, call: m.ClipEncode, tensors: list[Any]) -> Answer:
         if any(use.name not in self.sets for use in [*call.patches, *call.hooks]):
