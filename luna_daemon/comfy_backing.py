@@ -16,7 +16,9 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from . import generators
 from .client import Answer, DaemonClient, get_client
+from .comfy_attributes import Watch
 from .comfy_patches import Unsendable
 from .core import Busy, LunaError, ModelError, ModelNotFound, OutOfMemory, RequestCancelled, logger
 from .wire import messages as m
@@ -115,6 +117,8 @@ class Backing:
         self.model = ref
         self.kind = kind
         self.skeleton: Skeleton | None = None
+        self.watch: Watch | None = None
+        """Notices what nodes set on the skeleton."""
         self.local = False
         """Whether the skeleton holds true weights: nothing goes to the daemon any more."""
         self._client = client
@@ -126,6 +130,8 @@ class Backing:
         self._away = False
         self._counted = False
         self._said: set[str] = set()
+        self._draws: dict[tuple[type, bool], bool] = {}
+        """Per kind of call whether the last one drew random numbers."""
         self._current: Callable[[], Any] = lambda: None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Backing:
@@ -160,6 +166,30 @@ class Backing:
             for note in answer.notes:
                 logger.warning("%s: %s", self.kind, note)
             return answer
+
+    def send_drawing(self, call: m.Call, tensors: Sequence[torch.Tensor], likely: bool) -> Answer:
+        """``send`` for what may draw random numbers: those that it would have drawn here, and the next draw goes on.
+
+        Args:
+            likely: whether the states of this process' generators go along until it is known that nothing draws. They
+                keep identical requests apart; but what draws without them has to be computed twice, the first time.
+        """
+        import msgspec
+
+        way = type(call), getattr(call, "raw", False)
+        if not self._draws.get(way, likely):
+            answer = self.send(call, tensors)
+            self._draws[way] = _drew(answer)
+            if not self._draws[way]:
+                return answer
+        names, states = generators.states(comfy("model_management").get_torch_device().type)
+        answer = self.send(msgspec.structs.replace(call, generators=names), [*tensors, *states])
+        self._draws[way] = _drew(answer)
+        drew = [name for name in names if self._draws[way] and name in answer.result["drew"]]
+        if drew:
+            generators.put_states(drew, answer.tensors[-len(drew) :])
+            del answer.tensors[-len(drew) :]
+        return answer
 
     def either(self, remote: Callable[[], T], local: Callable[[Any], T]) -> T:
         """The daemon's answer, or the local model's where that may step in.
@@ -289,6 +319,10 @@ class Backing:
                 _untold[self.client] = _untold.get(self.client, 0) + count
                 return
         self.client.tell_fallbacks()
+
+
+def _drew(answer: Answer) -> bool:
+    return bool(answer.result and answer.result.get("drew"))
 
 
 class _Bar:

@@ -199,11 +199,11 @@ class Encoders:
         patches, hooks, sets = patcher.uses() if patcher is not None else ([], [], [])
         call = msgspec.structs.replace(call, packed=packed, patches=patches, hooks=hooks)
         try:
-            answer = self._backing.send(call, tensors)
+            answer = self._backing.send_drawing(call, tensors, likely=False)
         except PatchMissing:
             self._put(sets)
             try:
-                answer = self._backing.send(call, tensors)
+                answer = self._backing.send_drawing(call, tensors, likely=False)
             except PatchMissing as error:
                 raise Unsendable("the daemon cannot keep patches of this size") from error
         return unpack(answer.result["packed"], answer.tensors)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..comfy_attributes import attributes_set
 from ..comfy_meta import joined
 from ..comfy_patches import decode_set
 from ..core import BadRequest, ConfigError, ModelKind, ModelLoadError, OutOfMemory
@@ -152,9 +153,20 @@ class ComfyVae:
         }
 
     def encode(
-        self, pixels: torch.Tensor, tiling: Tiling | None, step: Step, raw: bool = False
+        self,
+        pixels: torch.Tensor,
+        tiling: Tiling | None,
+        step: Step,
+        raw: bool = False,
+        attributes: dict[str, Any] | None = None,
     ) -> tuple[torch.Tensor, list[str]]:
-        """As ``VAE.encode`` and ``encode_tiled``; ``raw`` is the network alone."""
+        """As ``VAE.encode`` and ``encode_tiled``; ``raw`` is the network alone. ``attributes`` are set on its layers."""
+        with attributes_set(self._vae.first_stage_model, attributes or {}):
+            return self._encode(pixels, tiling, step, raw)
+
+    def _encode(
+        self, pixels: torch.Tensor, tiling: Tiling | None, step: Step, raw: bool
+    ) -> tuple[torch.Tensor, list[str]]:
         vae = self._vae
         # Frames of a video arrive as a batch; they are one sample.
         video = vae.latent_dim == 3 and pixels.ndim < 5 and not vae.not_video
@@ -171,8 +183,20 @@ class ComfyVae:
         step: Step,
         raw: bool = False,
         options: dict[str, Any] | None = None,
+        attributes: dict[str, Any] | None = None,
     ) -> tuple[torch.Tensor, list[str]]:
-        """As ``VAE.decode`` and ``decode_tiled``; ``raw`` is the network alone."""
+        """As ``VAE.decode`` and ``decode_tiled``; ``raw`` is the network alone. ``attributes`` are set on its layers."""
+        with attributes_set(self._vae.first_stage_model, attributes or {}):
+            return self._decode(latents, tiling, step, raw, options)
+
+    def _decode(
+        self,
+        latents: torch.Tensor,
+        tiling: Tiling | None,
+        step: Step,
+        raw: bool,
+        options: dict[str, Any] | None,
+    ) -> tuple[torch.Tensor, list[str]]:
         vae = self._vae
         if raw:
             return self._raw(vae.first_stage_model.decode, latents, step)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..backends.base import Step
 from ..core import BadRequest
+from ..generators import Drawn, drawing
 from ..wire import messages as m
 from ..wire.codec import describe, tensor_bytes, tensor_from
 from ..wire.packing import pack, unpack
@@ -85,7 +86,7 @@ def _echo(call: m.Echo, model: Any, step: Step) -> Result:
 
 
 def _vae(call: m.VaeEncode | m.VaeDecode, model: Any, inputs: list[Input], step: Step) -> Result:
-    (tensor,) = _tensors(inputs, 1)
+    tensor, *states = _tensors(inputs, 1 + len(call.generators))
     import torch
 
     if not tensor.is_floating_point():
@@ -93,12 +94,22 @@ def _vae(call: m.VaeEncode | m.VaeDecode, model: Any, inputs: list[Input], step:
     more: dict[str, Any] = {"raw": True} if call.raw else {}
     if isinstance(call, m.VaeDecode) and call.options:
         more["options"] = call.options
+    if call.attributes:
+        more["attributes"] = unpack(call.attributes, [])
     if more and not hasattr(model, "_backend"):
         raise BadRequest(f"{' and '.join(more)} need the comfy backend", "Leave them out, or set comfyui_path")
     work = model.encode if isinstance(call, m.VaeEncode) else model.decode
-    with torch.inference_mode():
+    with torch.inference_mode(), drawing(call.generators, states) as drawn:
         out, notes = work(tensor, call.tiling, step, **more)
-    return Result(None, [_out(out)], notes)
+    return _told(drawn, call.generators, Result(None, [_out(out)], notes))
+
+
+def _told(drawn: Drawn, given: Sequence[str], result: Result) -> Result:
+    """Say which random generators the call drew from, with the new states of those that came with it."""
+    if drawn.names:
+        result.value = {**(result.value or {}), "drew": drawn.names}
+        result.tensors += [_out(state) for name, state in zip(drawn.names, drawn.states) if name in given]
+    return result
 
 
 def _clip(
@@ -133,6 +144,9 @@ def _clip_packed(
     if not hasattr(model, "encode_packed"):
         raise BadRequest("packed tokens need the comfy backend", "Give text or tokens, or set comfyui_path")
     tensors = _tensors(inputs, len(inputs))
+    # Those of patches follow the call's own, whose last are the generators'.
+    own = min((patch.start for patch in patches), default=len(tensors))
+    states = tensors[max(0, own - len(call.generators)) : own]
     sets = {patch.name: patch for patch in patches}
 
     def patch_of(name: str) -> tuple[Any, list[Any]]:
@@ -142,10 +156,10 @@ def _clip_packed(
         return unpack(patch.packed, tensors[patch.start : patch.start + patch.count]), lenders
 
     out: list[torch.Tensor] = []
-    with torch.inference_mode():
+    with torch.inference_mode(), drawing(call.generators, states) as drawn:
         found = model.encode_packed(call, unpack(call.packed, tensors), patch_of)
         packed = pack(found, out)
-    return Result({"packed": packed}, [_out(tensor) for tensor in out])
+    return _told(drawn, call.generators, Result({"packed": packed}, [_out(tensor) for tensor in out]))
 
 
 def _tensors(inputs: list[Input], count: int) -> list[torch.Tensor]:

@@ -171,6 +171,10 @@ class VaeEncode(msgspec.Struct, tag_field="op", tag="vae.encode", frozen=True):
     tiling: Tiling | None = None
     raw: bool = False
     """ComfyUI's ``first_stage_model.encode`` alone: no cropping, scaling or slicing."""
+    attributes: dict[str, Any] = {}
+    """Attributes of the network's layers for this call: by layer and name, plain data packed by ``wire.packing``."""
+    generators: list[str] = []
+    """Random generators whose states are the last tensors: ``cpu``, ``cuda``."""
 
 
 class VaeDecode(msgspec.Struct, tag_field="op", tag="vae.decode", frozen=True):
@@ -182,6 +186,10 @@ class VaeDecode(msgspec.Struct, tag_field="op", tag="vae.decode", frozen=True):
     """ComfyUI's ``first_stage_model.decode`` alone."""
     options: dict[str, Any] = {}
     """ComfyUI's ``vae_options``: plain values."""
+    attributes: dict[str, Any] = {}
+    """See ``VaeEncode``."""
+    generators: list[str] = []
+    """See ``VaeEncode``."""
 
 
 class ClipTokenize(msgspec.Struct, tag_field="op", tag="clip.tokenize", frozen=True):
@@ -211,6 +219,8 @@ class ClipEncode(msgspec.Struct, tag_field="op", tag="clip.encode", frozen=True)
     """LoRA and other weight patches in the order of ``add_patches``."""
     hooks: list[PatchUse] = []
     """Hook patches on top, in order, with the strength of the current keyframe."""
+    generators: list[str] = []
+    """See ``VaeEncode``; with ``packed`` only."""
 
 
 class PatchPut(msgspec.Struct, tag_field="op", tag="clip.patch", frozen=True):
