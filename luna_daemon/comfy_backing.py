@@ -7,6 +7,7 @@ needed true weights, the skeleton took them over, and from then on it is an ordi
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 import threading
@@ -20,7 +21,16 @@ from . import generators
 from .client import Answer, DaemonClient, get_client
 from .comfy_attributes import Watch
 from .comfy_patches import Unsendable
-from .core import Busy, LunaError, ModelError, ModelNotFound, OutOfMemory, RequestCancelled, logger
+from .core import (
+    Busy,
+    DaemonConnectionError,
+    LunaError,
+    ModelError,
+    ModelNotFound,
+    OutOfMemory,
+    RequestCancelled,
+    logger,
+)
 from .wire import messages as m
 
 if TYPE_CHECKING:
@@ -209,14 +219,14 @@ class Backing:
         except Unsendable as error:
             self.say(f"the local model computes: {error}")
             self._count_materialised()
-            return self._locally(local)
+            return self._locally(local, True)
         except LunaError as error:
             if not error.local_ok:
                 raise
             if not self._away:
                 self._away = True
                 logger.warning("%s: the local model steps in: %s", self.kind, error)
-            return self._locally(local)
+            return self._locally(local, not isinstance(error, DaemonConnectionError))
         if self._away:
             self._away = False
             logger.warning("%s: the daemon is back and is used again", self.kind)
@@ -229,9 +239,24 @@ class Backing:
             self._said.add(text)
             logger.warning("%s: %s", self.kind, text)
 
-    def _locally(self, local: Callable[[Any], T]) -> T:
+    def _locally(self, local: Callable[[Any], T], answers: bool) -> T:
         self.client.fallbacks += 1
+        if answers:
+            self._ask_for_room()
         return local(self.real())
+
+    def _ask_for_room(self) -> None:
+        """Have the daemon unload the model from a GPU of this process, before the local one is loaded beside it."""
+        if not self._shares(comfy("model_management").get_torch_device()):
+            return
+        if self._real is not None and self._real.patcher.loaded_size() > 0:
+            return  # it is there already; others may want the daemon's
+        with contextlib.suppress(LunaError):
+            self.client.unload(self.model)
+
+    def _shares(self, device: Any) -> bool:
+        """Whether the daemon computes on this process' GPU; as far as is known without asking."""
+        return device.type != "cpu" and (self._device or "").partition(":")[0] == device.type
 
     def make_room(self, nbytes: Callable[[], float]) -> None:
         """Free what a call needs where the daemon computes on a GPU of this process.
@@ -247,7 +272,7 @@ class Backing:
                 self._device = str(self.client.warm(self.model).get("device", "cpu"))
             except LunaError:
                 return
-        if self._device.partition(":")[0] == device.type:
+        if self._shares(device):
             memory.free_memory(nbytes(), device)
             memory.soft_empty_cache()
 

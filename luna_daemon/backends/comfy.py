@@ -160,7 +160,7 @@ class ComfyVae:
         raw: bool = False,
         attributes: dict[str, Any] | None = None,
     ) -> tuple[torch.Tensor, list[str]]:
-        """As ``VAE.encode`` and ``encode_tiled``; ``raw`` is the network alone. ``attributes`` are set on its layers."""
+        """As ``VAE.encode`` and ``encode_tiled``; ``raw`` is the network alone; ``attributes`` are set on layers."""
         with attributes_set(self._vae.first_stage_model, attributes or {}):
             return self._encode(pixels, tiling, step, raw)
 
@@ -185,7 +185,7 @@ class ComfyVae:
         options: dict[str, Any] | None = None,
         attributes: dict[str, Any] | None = None,
     ) -> tuple[torch.Tensor, list[str]]:
-        """As ``VAE.decode`` and ``decode_tiled``; ``raw`` is the network alone. ``attributes`` are set on its layers."""
+        """As ``VAE.decode`` and ``decode_tiled``; ``raw`` is the network alone; ``attributes`` are set on layers."""
         with attributes_set(self._vae.first_stage_model, attributes or {}):
             return self._decode(latents, tiling, step, raw, options)
 
