@@ -256,7 +256,7 @@ class Backing:
 
     def _shares(self, device: Any) -> bool:
         """Whether the daemon computes on this process' GPU; as far as is known without asking."""
-        return device.type != "cpu" and (self._device or "").partition(":")[0] == device.type
+        return bool(device.type != "cpu" and (self._device or "").partition(":")[0] == device.type)
 
     def make_room(self, nbytes: Callable[[], float]) -> None:
         """Free what a call needs where the daemon computes on a GPU of this process.
