@@ -7,6 +7,7 @@ needed true weights, the skeleton took them over, and from then on it is an ordi
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 import threading
@@ -19,10 +20,21 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import msgspec
 
+from . import generators
 from .client import Answer, DaemonClient, get_client
+from .comfy_attributes import Watch
 from .comfy_flags import rendered
 from .comfy_patches import Unsendable
-from .core import Busy, LunaError, ModelError, ModelNotFound, OutOfMemory, RequestCancelled, logger
+from .core import (
+    Busy,
+    DaemonConnectionError,
+    LunaError,
+    ModelError,
+    ModelNotFound,
+    OutOfMemory,
+    RequestCancelled,
+    logger,
+)
 from .wire import messages as m
 
 if TYPE_CHECKING:
@@ -132,6 +144,8 @@ class Backing:
         self.model = msgspec.structs.replace(ref, comfy=running_comfyui())
         self.kind = kind
         self.skeleton: Skeleton | None = None
+        self.watch: Watch | None = None
+        """Notices what nodes set on the skeleton."""
         self.local = False
         """Whether the skeleton holds true weights: nothing goes to the daemon any more."""
         self._client = client
@@ -143,6 +157,8 @@ class Backing:
         self._away = False
         self._counted = False
         self._said: set[str] = set()
+        self._draws: dict[tuple[type, bool], bool] = {}
+        """Per kind of call whether the last one drew random numbers."""
         self._current: Callable[[], Any] = lambda: None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Backing:
@@ -178,6 +194,30 @@ class Backing:
                 logger.warning("%s: %s", self.kind, note)
             return answer
 
+    def send_drawing(self, call: m.Call, tensors: Sequence[torch.Tensor], likely: bool) -> Answer:
+        """``send`` for what may draw random numbers: those that it would have drawn here, and the next draw goes on.
+
+        Args:
+            likely: whether the states of this process' generators go along until it is known that nothing draws. They
+                keep identical requests apart; but what draws without them has to be computed twice, the first time.
+        """
+        import msgspec
+
+        way = type(call), getattr(call, "raw", False)
+        if not self._draws.get(way, likely):
+            answer = self.send(call, tensors)
+            self._draws[way] = _drew(answer)
+            if not self._draws[way]:
+                return answer
+        names, states = generators.states(comfy("model_management").get_torch_device().type)
+        answer = self.send(msgspec.structs.replace(call, generators=names), [*tensors, *states])
+        self._draws[way] = _drew(answer)
+        drew = [name for name in names if self._draws[way] and name in answer.result["drew"]]
+        if drew:
+            generators.put_states(drew, answer.tensors[-len(drew) :])
+            del answer.tensors[-len(drew) :]
+        return answer
+
     def either(self, remote: Callable[[], T], local: Callable[[Any], T]) -> T:
         """The daemon's answer, or the local model's where that may step in.
 
@@ -196,14 +236,14 @@ class Backing:
         except Unsendable as error:
             self.say(f"the local model computes: {error}")
             self._count_materialised()
-            return self._locally(local)
+            return self._locally(local, True)
         except LunaError as error:
             if not error.local_ok:
                 raise
             if not self._away:
                 self._away = True
                 logger.warning("%s: the local model steps in: %s", self.kind, error)
-            return self._locally(local)
+            return self._locally(local, not isinstance(error, DaemonConnectionError))
         if self._away:
             self._away = False
             logger.warning("%s: the daemon is back and is used again", self.kind)
@@ -216,9 +256,24 @@ class Backing:
             self._said.add(text)
             logger.warning("%s: %s", self.kind, text)
 
-    def _locally(self, local: Callable[[Any], T]) -> T:
+    def _locally(self, local: Callable[[Any], T], answers: bool) -> T:
         self.client.fallbacks += 1
+        if answers:
+            self._ask_for_room()
         return local(self.real())
+
+    def _ask_for_room(self) -> None:
+        """Have the daemon unload the model from a GPU of this process, before the local one is loaded beside it."""
+        if not self._shares(comfy("model_management").get_torch_device()):
+            return
+        if self._real is not None and self._real.patcher.loaded_size() > 0:
+            return  # it is there already; others may want the daemon's
+        with contextlib.suppress(LunaError):
+            self.client.unload(self.model)
+
+    def _shares(self, device: Any) -> bool:
+        """Whether the daemon computes on this process' GPU; as far as is known without asking."""
+        return bool(device.type != "cpu" and (self._device or "").partition(":")[0] == device.type)
 
     def make_room(self, nbytes: Callable[[], float]) -> None:
         """Free what a call needs where the daemon computes on a GPU of this process.
@@ -234,7 +289,7 @@ class Backing:
                 self._device = str(self.client.warm(self.model).get("device", "cpu"))
             except LunaError:
                 return
-        if self._device.partition(":")[0] == device.type:
+        if self._shares(device):
             memory.free_memory(nbytes(), device)
             memory.soft_empty_cache()
 
@@ -306,6 +361,10 @@ class Backing:
                 _untold[self.client] = _untold.get(self.client, 0) + count
                 return
         self.client.tell_fallbacks()
+
+
+def _drew(answer: Answer) -> bool:
+    return bool(answer.result and answer.result.get("drew"))
 
 
 class _Bar:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .comfy_backing import Backing, Skeleton, comfy
 from .comfy_patcher import patcher_class, python_inside
 from .comfy_patches import PatchSet, Unsendable
-from .core import BadRequest, LimitExceeded, PatchMissing
+from .core import BadRequest, LimitExceeded, ModelError, PatchMissing
 from .wire import messages as m
 from .wire.packing import pack, unpack
 
@@ -199,11 +199,11 @@ class Encoders:
         patches, hooks, sets = patcher.uses() if patcher is not None else ([], [], [])
         call = msgspec.structs.replace(call, packed=packed, patches=patches, hooks=hooks)
         try:
-            answer = self._backing.send(call, tensors)
+            answer = self._backing.send_drawing(call, tensors, likely=False)
         except PatchMissing:
             self._put(sets)
             try:
-                answer = self._backing.send(call, tensors)
+                answer = self._backing.send_drawing(call, tensors, likely=False)
             except PatchMissing as error:
                 raise Unsendable("the daemon cannot keep patches of this size") from error
         return unpack(answer.result["packed"], answer.tensors)
@@ -215,6 +215,8 @@ class Encoders:
                 self._backing.send(put, tensors)
             except LimitExceeded as error:
                 raise Unsendable(f"patches of this size are not taken: {error.message}") from error
+            except ModelError as error:
+                raise Unsendable(f"the daemon does not have the other CLIP of a merge: {error}") from error
 
     def _warn_of_overrides(self, patcher: Any) -> None:
         options = getattr(patcher, "model_options", None) or {}

@@ -9,7 +9,9 @@ A set on the wire is a list of ``[key, offset, function, value]``, and a value i
   ``(None,)``;
 - ``{"adapter": "lora", "weights": (...)}``: one of ``comfy.weight_adapter.adapters`` by its name;
 - ``{"weights": tensor, "patches": [[strength_patch, value, strength_model, offset, function], ...]}``: another model's
-  weight with its own patches, as ``get_key_patches`` hands it out for merges.
+  weight with its own patches, as ``get_key_patches`` hands it out for merges;
+- ``{"model": index, "key": key, "patches": [...]}``: the same of a model that the daemon can load by itself; ``index``
+  counts the models that are sent along.
 """
 
 from __future__ import annotations
@@ -17,19 +19,19 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .core import BadRequest
 from .wire.codec import describe, tensor_bytes
-from .wire.messages import PatchPut, PatchUse
+from .wire.messages import ModelRef, PatchPut, PatchUse
 from .wire.packing import pack
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["PatchSet", "Unsendable", "decode_set", "encode_set", "group", "matches"]
+__all__ = ["Beside", "PatchSet", "Unsendable", "decode_set", "encode_set", "group", "matches"]
 
 _FUNCTIONS = ("swap_scale_shift",)
 """Functions of ``comfy.utils`` that ComfyUI's own key maps put into a patch; no other function can cross."""
@@ -37,13 +39,30 @@ _FUNCTIONS = ("swap_scale_shift",)
 Patches = dict[str, list[tuple[Any, ...]]]
 """A patcher's: per key ``(strength_patch, value, strength_model, offset, function)``."""
 
+WeightOf = Callable[[int, str], tuple[Any, Any]]
+"""A key of one of the models that were sent along: its weight, and ComfyUI's conversion of it."""
+
 
 class Unsendable(BadRequest):
     """Something that only the local process can compute with: a function, an object of a custom node."""
 
 
-def encode_set(patches: Mapping[Any, Any], tensors: list[torch.Tensor]) -> list[Any]:
-    """Plain data for the argument of ``add_patches``; tensors are appended to ``tensors``.
+@dataclass
+class Beside:
+    """What a set needs beside its plain data."""
+
+    tensors: list[torch.Tensor] = field(default_factory=list)
+    models: list[ModelRef] = field(default_factory=list)
+    """Models whose weights are meant by reference."""
+
+    def index(self, model: ModelRef) -> int:
+        if model not in self.models:
+            self.models.append(model)
+        return self.models.index(model)
+
+
+def encode_set(patches: Mapping[Any, Any], beside: Beside) -> list[Any]:
+    """Plain data for the argument of ``add_patches``; tensors and models are appended to ``beside``.
 
     Raises:
         Unsendable: a function or an object that cannot cross; names it.
@@ -51,11 +70,15 @@ def encode_set(patches: Mapping[Any, Any], tensors: list[torch.Tensor]) -> list[
     entries = []
     for name, value in patches.items():
         key, offset, function = _split(name)
-        entries.append([key, _offset(offset), _function_name(function), _encode(value, tensors)])
+        entries.append([key, _offset(offset), _function_name(function), _encode(value, beside)])
     return entries
 
 
-def decode_set(value: Any) -> dict[Any, Any]:
+def _no_model(index: int, key: str) -> tuple[Any, Any]:
+    raise BadRequest(f"model {index} is named for {key!r}, and none came")
+
+
+def decode_set(value: Any, weight_of: WeightOf = _no_model) -> dict[Any, Any]:
     """The argument of ``add_patches``, from what ``encode_set`` made and the wire unpacked.
 
     Raises:
@@ -65,9 +88,11 @@ def decode_set(value: Any) -> dict[Any, Any]:
         found: dict[Any, Any] = {}
         for key, offset, function, patch in value:
             parts = (key, offset) if function is None else (key, offset, _function(function))
-            found[key if offset is None and function is None else parts] = _decode(patch)
+            found[key if offset is None and function is None else parts] = _decode(patch, weight_of)
         return found
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except BadRequest:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise BadRequest(f"a patch set cannot be read: {error}") from error
 
 
@@ -101,20 +126,24 @@ def _adapters() -> dict[str, Any]:
     return {adapter.name: adapter for adapter in importlib.import_module("comfy.weight_adapter").adapters}
 
 
-def _encode(value: Any, tensors: list[torch.Tensor]) -> dict[str, Any]:
+def _encode(value: Any, beside: Beside) -> dict[str, Any]:
     if isinstance(value, list):
         (weight, convert), *patches = value
-        return {"weights": _plain(_converted(weight, convert), tensors), "patches": _entries(patches, tensors)}
+        if (backing := getattr(weight, "luna", None)) is not None:  # a shell's: the daemon has it
+            named: dict[str, Any] = {"model": beside.index(backing.model), "key": weight.luna_key}
+        else:
+            named = {"weights": _plain(_converted(weight, convert), beside.tensors)}
+        return {**named, "patches": _entries(patches, beside)}
     if isinstance(value, tuple):
-        return {"plain": _plain(value, tensors)}
+        return {"plain": _plain(value, beside.tensors)}
     if type(value) is _adapters().get(getattr(value, "name", "")):
-        return {"adapter": value.name, "weights": _plain(tuple(value.weights), tensors)}
+        return {"adapter": value.name, "weights": _plain(tuple(value.weights), beside.tensors)}
     raise Unsendable(f"a {type(value).__module__}.{type(value).__name__} as a patch cannot be sent")
 
 
-def _entries(patches: Iterable[Any], tensors: list[torch.Tensor]) -> list[Any]:
+def _entries(patches: Iterable[Any], beside: Beside) -> list[Any]:
     return [
-        [float(strength), _encode(value, tensors), float(model), _offset(offset), _function_name(function)]
+        [float(strength), _encode(value, beside), float(model), _offset(offset), _function_name(function)]
         for strength, value, model, offset, function in patches
     ]
 
@@ -137,15 +166,17 @@ def _plain(value: Any, tensors: list[torch.Tensor]) -> Any:
         raise Unsendable(f"a patch holds something that cannot be sent: {error.message}") from error
 
 
-def _decode(value: dict[str, Any]) -> Any:
+def _decode(value: dict[str, Any], weight_of: WeightOf) -> Any:
     if "plain" in value:
         return value["plain"]
     if "adapter" in value:
         return _adapters()[value["adapter"]](set(), value["weights"])
     patches = [
-        (strength, _decode(patch), model, offset, None if function is None else _function(function))
+        (strength, _decode(patch, weight_of), model, offset, None if function is None else _function(function))
         for strength, patch, model, offset, function in value["patches"]
     ]
+    if "model" in value:
+        return [weight_of(value["model"], value["key"]), *patches]
     return [(value["weights"], _as_it_is), *patches]
 
 
@@ -171,11 +202,11 @@ class PatchSet:
         Raises:
             Unsendable: see ``encode_set``.
         """
-        tensors: list[torch.Tensor] = []
-        packed = encode_set(self.patches, tensors)
+        beside = Beside()
+        packed = encode_set(self.patches, beside)
         if not self._name:
-            self._name = _digest(packed, tensors)
-        return PatchPut(self._name, packed), tensors
+            self._name = _digest(packed, beside)
+        return PatchPut(self._name, packed, beside.models), beside.tensors
 
     def use(self, strength: float = 1.0) -> PatchUse:
         """How a request names it; hashed once. ``strength`` is a hook keyframe's.
@@ -188,11 +219,11 @@ class PatchSet:
         return PatchUse(self._name, float(self.strength_patch) * strength, float(self.strength_model))
 
 
-def _digest(packed: Any, tensors: list[torch.Tensor]) -> str:
-    """Of everything that decides the patched weights: keys, kinds, scalars, and each tensor's dtype, shape, bytes."""
+def _digest(packed: Any, beside: Beside) -> str:
+    """Of all that decides the patched weights: keys, kinds, scalars, models, each tensor's dtype, shape, bytes."""
     digest = hashlib.blake2b(digest_size=20)
-    digest.update(json.dumps(packed, default=repr).encode())
-    for tensor in tensors:
+    digest.update(json.dumps([packed, beside.models], default=repr).encode())
+    for tensor in beside.tensors:
         ref = describe(tensor)
         digest.update(f"|{ref.dtype}{ref.shape}{ref.order}|".encode())
         digest.update(tensor_bytes(tensor))

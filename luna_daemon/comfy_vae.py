@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .comfy_attributes import Watch, attributes_set
 from .comfy_backing import Backing, Skeleton, comfy
 from .comfy_patcher import patcher_class, python_inside
 from .comfy_patches import Unsendable
 from .core import BadRequest
 from .wire import messages as m
-from .wire.packing import pack
+from .wire.packing import pack, unpack
 
 if TYPE_CHECKING:
     import torch
@@ -38,39 +39,34 @@ class VAEShell:
         return self
 
     def encode(self, pixel_samples: torch.Tensor, *args: Any, **options: Any) -> Any:
-        backing = self._remote()
-        if backing is None or args or options:
+        remote = self._remote()
+        if remote is None or args or options:
             return self._stock.encode(self, pixel_samples, *args, **options)
-        call = m.VaeEncode(backing.model)
-        return self._encoded(backing, call, pixel_samples, lambda vae: vae.encode(pixel_samples))
+        return self._encoded(remote, None, pixel_samples, lambda vae: vae.encode(pixel_samples))
 
     def encode_tiled(self, pixel_samples: torch.Tensor, *args: Any, **options: Any) -> Any:
-        backing = self._remote()
-        if backing is None:
+        remote = self._remote()
+        if remote is None:
             return self._stock.encode_tiled(self, pixel_samples, *args, **options)
-        call = m.VaeEncode(backing.model, _tiling(*args, **options))
         return self._encoded(
-            backing, call, pixel_samples, lambda vae: vae.encode_tiled(pixel_samples, *args, **options)
-        )
+            remote, _tiling(*args, **options), pixel_samples,
+            lambda vae: vae.encode_tiled(pixel_samples, *args, **options),
+        )  # fmt: skip
 
     def decode(self, samples_in: torch.Tensor, vae_options: dict[str, Any] | None = None, **options: Any) -> Any:
-        backing = self._remote()
+        remote = self._remote()
         given: dict[str, Any] = {} if vae_options is None else {"vae_options": vae_options}
-        if backing is None or options:
+        if remote is None or options:
             return self._stock.decode(self, samples_in, **given, **options)
-        return self._decoded(
-            backing, lambda: m.VaeDecode(backing.model, options=_plain(vae_options)), samples_in,
-            lambda vae: vae.decode(samples_in, **given),
-        )  # fmt: skip
+        return self._decoded(remote, None, vae_options, samples_in, lambda vae: vae.decode(samples_in, **given))
 
     def decode_tiled(self, samples: torch.Tensor, *args: Any, **options: Any) -> Any:
-        backing = self._remote()
-        if backing is None:
+        remote = self._remote()
+        if remote is None:
             return self._stock.decode_tiled(self, samples, *args, **options)
         return self._decoded(
-            backing, lambda: m.VaeDecode(backing.model, _tiling(*args, **options)), samples,
-            lambda vae: vae.decode_tiled(samples, *args, **options),
-        )  # fmt: skip
+            remote, _tiling(*args, **options), None, samples, lambda vae: vae.decode_tiled(samples, *args, **options)
+        )
 
     def get_sd(self) -> Any:
         self.materialize("the state dict is asked for")
@@ -91,40 +87,67 @@ class VAEShell:
 
     # --- to the daemon and back ---
 
-    def _remote(self) -> Backing | None:
+    def _remote(self) -> _Remote | None:
         """What stands behind the network; ``None`` if ComfyUI is to compute by itself."""
-        backing: Backing | None = getattr(self.first_stage_model, "luna", None)
-        if backing is None or backing.local:
-            return None
-        changed = python_inside(self.patcher) or _changes(self.first_stage_model)
-        if changed:
-            backing.current = self.patcher
-            backing.materialise(f"a node changed {changed[0]}")
-            return None
-        return backing
+        return _remote_of(self.first_stage_model, self.patcher)
 
     def _encoded(
-        self, backing: Backing, call: m.VaeEncode, pixels: torch.Tensor, local: Callable[[Any], torch.Tensor]
+        self, remote: _Remote, tiling: m.Tiling | None, pixels: torch.Tensor, local: Callable[[Any], torch.Tensor]
     ) -> torch.Tensor:
-        def remote() -> torch.Tensor:
-            backing.make_room(lambda: self.memory_used_encode(_channels_first(pixels), self.vae_dtype))
-            return _placed(backing.send(call, [pixels]).tensors[0])
+        def ask() -> torch.Tensor:
+            remote.backing.make_room(lambda: self.memory_used_encode(_channels_first(pixels), self.vae_dtype))
+            return remote.send(m.VaeEncode(remote.backing.model, tiling, attributes=remote.attributes), pixels)
 
-        return backing.either(remote, local)
+        return remote.either(lambda: _placed(ask()), local)
 
     def _decoded(
         self,
-        backing: Backing,
-        call: Callable[[], m.VaeDecode],
+        remote: _Remote,
+        tiling: m.Tiling | None,
+        options: dict[str, Any] | None,
         samples: torch.Tensor,
         local: Callable[[Any], torch.Tensor],
     ) -> torch.Tensor:
-        def remote() -> torch.Tensor:
-            ready = call()
-            backing.make_room(lambda: self.memory_used_decode(samples.shape, self.vae_dtype))
-            return _placed(backing.send(ready, [samples]).tensors[0])
+        def ask() -> torch.Tensor:
+            plain = _plain(options)
+            remote.backing.make_room(lambda: self.memory_used_decode(samples.shape, self.vae_dtype))
+            call = m.VaeDecode(remote.backing.model, tiling, options=plain, attributes=remote.attributes)
+            return remote.send(call, samples)
 
-        return backing.either(remote, local)
+        return remote.either(lambda: _placed(ask()), local)
+
+
+class _Remote(NamedTuple):
+    """What stands behind a network, and the plain attributes that nodes have set on it."""
+
+    backing: Backing
+    attributes: dict[str, dict[str, Any]]
+
+    def send(self, call: m.VaeEncode | m.VaeDecode, tensor: torch.Tensor) -> torch.Tensor:
+        return self.backing.send_drawing(call, [tensor], likely=True).tensors[0]
+
+    def either(self, ask: Callable[[], torch.Tensor], local: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+        """``Backing.either``, where the local model gets the same attributes for the call."""
+
+        def changed(vae: Any) -> torch.Tensor:
+            with attributes_set(vae.first_stage_model, unpack(self.attributes, [])):
+                return local(vae)
+
+        return self.backing.either(ask, changed)
+
+
+def _remote_of(network: Any, patcher: Any) -> _Remote | None:
+    """``None`` if a node changed the network in a way that only a local computation shows; it has its weights then."""
+    backing: Backing | None = getattr(network, "luna", None)
+    if backing is None or backing.local or backing.watch is None:
+        return None
+    plain, other = backing.watch.changes()
+    changed = [*(python_inside(patcher) if patcher is not None else ()), *other]
+    if changed:
+        backing.current = patcher
+        backing.materialise(f"a node changed {changed[0]}")
+        return None
+    return _Remote(backing, plain)
 
 
 def _placed(tensor: torch.Tensor) -> torch.Tensor:
@@ -165,41 +188,28 @@ def _channels_first(pixels: torch.Tensor) -> tuple[int, ...]:
     return shape if len(shape) != 4 else (*shape, 1)
 
 
-def _padding(network: Any) -> list[Any]:
-    return [getattr(module, "padding_mode", None) for module in network.modules()]
-
-
-def _changes(network: Any) -> list[str]:
-    """What nodes did to the network that only a local computation shows: other layers, another forward or padding."""
-    children, padding = network.luna_facts
-    changed = [
-        name
-        for name, child in network.named_children()
-        if children.get(name) != id(getattr(child, "_orig_mod", child)) or "forward" in child.__dict__
-    ]
-    if not changed and padding != _padding(network):
-        changed.append("padding_mode")
-    return changed
-
-
-def _raw(name: str, backing: Backing, network: Any) -> Callable[..., Any]:
+def _raw(name: str, network: Any) -> Callable[..., Any]:
     """``first_stage_model.encode`` or ``decode``: the network alone, as nodes call it that slice by themselves."""
-    call = m.VaeEncode if name == "encode" else m.VaeDecode
+    kind = m.VaeEncode if name == "encode" else m.VaeDecode
     alive = weakref.ref(network)
 
     def compute(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
-        def remote() -> torch.Tensor:
+        network: Any = alive()
+        remote = _remote_of(network, network.luna.current)
+        if remote is None:
+            return getattr(network, name)(tensor, *args, **options)
+
+        def ask() -> torch.Tensor:
             if args or options:
                 raise Unsendable(f"first_stage_model.{name} is called with {[*args, *options]}")
-            return backing.send(call(backing.model, raw=True), [tensor]).tensors[0]
+            return remote.send(kind(remote.backing.model, raw=True, attributes=remote.attributes), tensor)
 
         def local(vae: Any) -> Any:
             comfy("model_management").load_models_gpu([vae.patcher])
             return getattr(vae.first_stage_model, name)(tensor.to(vae.vae_dtype).to(vae.device), *args, **options)
 
-        result = backing.either(remote, local)
         # As the network itself would answer: in its own dtype, beside its input.
-        return result.to(device=tensor.device, dtype=next(alive().parameters()).dtype)  # type: ignore[union-attr]
+        return remote.either(ask, local).to(device=tensor.device, dtype=next(network.parameters()).dtype)
 
     return compute
 
@@ -215,17 +225,17 @@ def shell_vae(vae: Any, backing: Backing) -> Any:
     """Turn a ``comfy.sd.VAE`` on meta tensors into a shell."""
     network = vae.first_stage_model
     alive = weakref.ref(network)
-    network.luna_facts = ({name: id(child) for name, child in network.named_children()}, _padding(network))
     backing.skeleton = Skeleton(
         network,
         backing,
         {
-            "encode": _raw("encode", backing, network),
-            "decode": _raw("decode", backing, network),
+            "encode": _raw("encode", network),
+            "decode": _raw("decode", network),
             "to": lambda *args, **options: alive(),
         },
     )
     vae.__class__ = vae_class()
     vae.patcher.__class__ = patcher_class()
     backing.current = vae.patcher
+    backing.watch = Watch(network)
     return vae

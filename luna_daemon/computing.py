@@ -52,8 +52,8 @@ def compute(service: Service, request: ClientRequest, call: m.Call) -> None:
         return
     try:
         room = load_bytes(spec)
-        patches = _patch_sets(service, call)
-    except (LunaError, OSError):
+        patches = _patch_sets(service, request, call)
+    except (LunaError, OSError, LookFirst):
         release(pieces)
         raise
     size_key = (spec.key, bytes(message.call)[:_CALL_BYTES], tuple(ref.shape for ref in message.tensors))
@@ -71,11 +71,12 @@ def compute(service: Service, request: ClientRequest, call: m.Call) -> None:
         work.fail(error)
 
 
-def _patch_sets(service: Service, call: m.Call) -> list[PatchSet]:
+def _patch_sets(service: Service, request: ClientRequest, call: m.Call) -> list[PatchSet]:
     """The patch sets that a call names, with a use of their memory each.
 
     Raises:
         PatchMissing: one is not kept (any more).
+        ModelError: one names a model that is not there, or is another file by now.
     """
     if not isinstance(call, m.ClipEncode):
         return []
@@ -84,10 +85,12 @@ def _patch_sets(service: Service, call: m.Call) -> list[PatchSet]:
     missing = [name for name, entry in entries.items() if entry is None]
     if missing:
         raise PatchMissing(f"patch sets {', '.join(missing)} are not kept", "Put them again")
+    found = {name: entry for name, entry in entries.items() if entry is not None}
+    # All are resolved before any memory is retained: a file may have changed since the set was put.
+    models = {name: [service.resolve(request, model) for model in entry.models] for name, entry in found.items()}
     return [
-        PatchSet(name, entry.packed, [Piece(piece.ref, piece.slot.retain()) for piece in entry.pieces])
-        for name, entry in entries.items()
-        if entry is not None
+        PatchSet(name, entry.packed, [Piece(piece.ref, piece.slot.retain()) for piece in entry.pieces], models[name])
+        for name, entry in found.items()
     ]
 
 

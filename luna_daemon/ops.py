@@ -6,7 +6,7 @@ import hmac
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .core import BadRequest, LimitExceeded, LunaError
+from .core import BadRequest, LimitExceeded, LunaError, ModelKind
 from .lora_ops import LORA_HANDLERS
 from .patch_sets import PatchEntry
 from .pool.work import release
@@ -86,9 +86,13 @@ def _unload(service: Service, request: ClientRequest, call: m.ModelUnload) -> No
 
 
 def _patch_put(service: Service, request: ClientRequest, call: m.PatchPut) -> None:
+    for model in call.models:
+        if model.kind != ModelKind.CLIP:
+            raise BadRequest(f"a patch set names a model of kind {model.kind!r}", "Name text encoders only")
+        service.resolve(request, model)  # refused now, not when a prompt waits for it
     pieces = service.pieces(request)
     try:
-        service.patches.put(call.name, PatchEntry(call.packed, pieces))
+        service.patches.put(call.name, PatchEntry(call.packed, pieces, call.models))
     except LunaError:
         release(pieces)
         raise

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .core import LimitExceeded
 from .pool.work import Piece, release
+from .wire.messages import ModelRef
 
 __all__ = ["PatchEntry", "PatchSets"]
 
@@ -18,6 +19,8 @@ class PatchEntry:
 
     packed: Any
     pieces: list[Piece]
+    models: list[ModelRef] = field(default_factory=list)
+    """Whose weights it names."""
 
     @property
     def nbytes(self) -> int:

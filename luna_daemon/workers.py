@@ -28,6 +28,7 @@ from .core import (
 )
 from .events import Events, model_name
 from .gpu import free_vram
+from .models import load_bytes
 from .pool import launch, policy
 from .pool.process import WorkerProcess
 from .pool.supervisor import Backoff
@@ -288,15 +289,15 @@ class WorkerPool:
 
     def _give(self, worker: WorkerProcess, work: Work) -> None:
         going: list[str] | None = []
-        if work.spec.key not in worker.models:
+        need = sum(self._size(work, spec) for key, spec in work.models.items() if key not in worker.models)
+        if need:
             held = {key: (worker.used.get(key, 0.0), nbytes) for key, nbytes in worker.models.items()}
             budget = int(self.settings.model_memory_gb * (1 << 30))
-            need = self._sizes.get(work.spec.key, work.load_bytes)
-            going = policy.choose_evictions(held, self.pinned, need, budget)
+            going = policy.choose_evictions(held, self.pinned | work.models.keys(), need, budget)
         if going is None:
             work.fail(
                 OutOfMemory(
-                    f"the model needs {work.load_bytes >> 20} MB, the budget is "
+                    f"the model needs {need >> 20} MB, the budget is "
                     f"{self.settings.model_memory_gb:g} GB and pinned models hold the rest",
                     "Raise model_memory_gb or unpin a model",
                 )
@@ -310,6 +311,16 @@ class WorkerPool:
             self.events.scaling("model_evicted", worker.number, worker.key, model=model_name(gone))
         worker.give(work, self._jobs, going)
         work.deadline = None  # it was about the start: a retry does not break it
+
+    def _size(self, work: Work, spec: m.LoadSpec) -> int:
+        """Bytes that loading a model takes: as the last time, else about those of its files."""
+        known = self._sizes.get(spec.key)
+        if known is None and spec.key == work.spec.key:
+            known = work.load_bytes
+        try:
+            return load_bytes(spec) if known is None else known
+        except OSError:  # gone since it was named: the worker will say so
+            return 0
 
     # --- what workers say ---
 

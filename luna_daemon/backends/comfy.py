@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..comfy_attributes import attributes_set
 from ..comfy_meta import joined
 from ..comfy_patches import decode_set
 from ..core import BadRequest, ConfigError, ModelKind, ModelLoadError, OutOfMemory
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ComfyBackend", "ComfyText", "ComfyVae"]
 
-PatchOf = Callable[[str], Any]
-"""The patches of a set, by its name."""
+PatchOf = Callable[[str], "tuple[Any, list[ComfyText]]"]
+"""The patches of a set, by its name, and the models whose weights it names."""
 
 _MOST_CLONES = 8
 """Patched clones kept per model: each keeps its patches, and coming back to one need not copy them again."""
@@ -152,9 +153,20 @@ class ComfyVae:
         }
 
     def encode(
-        self, pixels: torch.Tensor, tiling: Tiling | None, step: Step, raw: bool = False
+        self,
+        pixels: torch.Tensor,
+        tiling: Tiling | None,
+        step: Step,
+        raw: bool = False,
+        attributes: dict[str, Any] | None = None,
     ) -> tuple[torch.Tensor, list[str]]:
-        """As ``VAE.encode`` and ``encode_tiled``; ``raw`` is the network alone."""
+        """As ``VAE.encode`` and ``encode_tiled``; ``raw`` is the network alone; ``attributes`` are set on layers."""
+        with attributes_set(self._vae.first_stage_model, attributes or {}):
+            return self._encode(pixels, tiling, step, raw)
+
+    def _encode(
+        self, pixels: torch.Tensor, tiling: Tiling | None, step: Step, raw: bool
+    ) -> tuple[torch.Tensor, list[str]]:
         vae = self._vae
         # Frames of a video arrive as a batch; they are one sample.
         video = vae.latent_dim == 3 and pixels.ndim < 5 and not vae.not_video
@@ -171,8 +183,20 @@ class ComfyVae:
         step: Step,
         raw: bool = False,
         options: dict[str, Any] | None = None,
+        attributes: dict[str, Any] | None = None,
     ) -> tuple[torch.Tensor, list[str]]:
-        """As ``VAE.decode`` and ``decode_tiled``; ``raw`` is the network alone."""
+        """As ``VAE.decode`` and ``decode_tiled``; ``raw`` is the network alone; ``attributes`` are set on layers."""
+        with attributes_set(self._vae.first_stage_model, attributes or {}):
+            return self._decode(latents, tiling, step, raw, options)
+
+    def _decode(
+        self,
+        latents: torch.Tensor,
+        tiling: Tiling | None,
+        step: Step,
+        raw: bool,
+        options: dict[str, Any] | None,
+    ) -> tuple[torch.Tensor, list[str]]:
         vae = self._vae
         if raw:
             return self._raw(vae.first_stage_model.decode, latents, step)
@@ -224,7 +248,8 @@ class ComfyText:
     def __init__(self, backend: ComfyBackend, clip: Any) -> None:
         self._backend = backend
         self._clip = clip
-        self._clones: OrderedDict[tuple[PatchUse, ...], Any] = OrderedDict()
+        self._clones: OrderedDict[tuple[PatchUse, ...], tuple[Any, list[ComfyText]]] = OrderedDict()
+        """By their patches: the clones, and whose weights they hold."""
         self.nbytes = int(clip.patcher.model_size())
 
     def properties(self) -> dict[str, Any]:
@@ -241,10 +266,21 @@ class ComfyText:
         """With ComfyUI's tokenizer; embeddings in the text are not looked up here."""
         return self._clip.tokenize(text)
 
+    def weights(self) -> dict[str, tuple[torch.Tensor, Any]]:
+        """Every weight as the file has it, unpatched and on the CPU, with ComfyUI's conversion of quantized ones."""
+        found = self._clip.patcher.get_key_patches()
+        # Not the parameters themselves: those move to the GPU, and stay there as long as somebody holds them.
+        return {key: (entries[0][0].detach().to("cpu"), entries[0][1]) for key, entries in found.items()}
+
+    def forget(self, gone: Sequence[Any]) -> None:
+        """Models are unloaded: drop the clones that hold weights of theirs."""
+        for stack in [stack for stack, (_, lenders) in self._clones.items() if any(one in gone for one in lenders)]:
+            del self._clones[stack]
+
     def encode(self, tokens: Any, layer: int | None, unprojected: bool) -> dict[str, torch.Tensor]:
         """Encode without patches; only tensors of the result."""
         call = ClipEncode(None, layer=layer, unprojected=unprojected)  # type: ignore[arg-type]
-        found = self.encode_packed(call, tokens, lambda name: [])
+        found = self.encode_packed(call, tokens, lambda name: ([], []))
         return {name: value for name, value in found.items() if hasattr(value, "untyped_storage")}
 
     def encode_packed(self, call: ClipEncode, tokens: Any, patch_of: PatchOf) -> dict[str, Any]:
@@ -279,7 +315,7 @@ class ComfyText:
         hooked, group = clip.patcher.clone(), module.HookGroup()
         for use in hooks:
             hook = module.WeightHook()
-            hooked.add_hook_patches(hook, _own(patch_of(use.name)), use.strength_patch, use.strength_model)
+            hooked.add_hook_patches(hook, _own(*patch_of(use.name)), use.strength_patch, use.strength_model)
             group.add(hook)
         try:
             hooked.patch_hooks(group)
@@ -292,16 +328,17 @@ class ComfyText:
         if not patches:
             return self._clip
         stack = tuple(patches)
-        clip = self._clones.get(stack)
-        if clip is None:
-            clip = self._clip.clone()
+        if stack not in self._clones:
+            clip, lenders = self._clip.clone(), []
             for use in patches:
-                clip.add_patches(_own(patch_of(use.name)), use.strength_patch, use.strength_model)
-            self._clones[stack] = clip
+                packed, models = patch_of(use.name)
+                clip.add_patches(_own(packed, models), use.strength_patch, use.strength_model)
+                lenders += [model for model in models if model is not self]
+            self._clones[stack] = clip, lenders
             if len(self._clones) > _MOST_CLONES:
                 self._clones.popitem(last=False)
         self._clones.move_to_end(stack)
-        return clip
+        return self._clones[stack][0]
 
 
 def _parse_flags(flags: Sequence[str]) -> None:
@@ -360,9 +397,16 @@ def _options_of(options: dict[str, Any] | None) -> dict[str, Any]:
     return {"vae_options": options} if options else {}
 
 
-def _own(patches: Any) -> dict[Any, Any]:
+def _own(patches: Any, models: Sequence[ComfyText]) -> dict[Any, Any]:
     """A patch set with tensors of its own: those that came lie in shared memory that goes back after the call."""
-    return decode_set(_copied(patches))
+    weights: dict[int, dict[str, Any]] = {}
+
+    def weight_of(index: int, key: str) -> Any:
+        if index not in weights:
+            weights[index] = models[index].weights()
+        return weights[index][key]
+
+    return decode_set(_copied(patches), weight_of)
 
 
 def _copied(value: Any) -> Any:

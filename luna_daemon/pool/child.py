@@ -158,10 +158,11 @@ class Worker:
     def _serve(self, backend: Backend, job: m.Job, payload: memoryview) -> None:
         try:
             self._unload(job.unload)
-            model = self._model(backend, job)
+            model = self._model(backend, job.id, job.model)
             inputs = [(ref, self._input(ref, payload)) for ref in job.tensors]
             step = partial(self._step, job.id)
-            result = compute.run(decode_call(job.call), model, inputs, step, job.patches)
+            borrow = partial(self._model, backend, job.id)
+            result = compute.run(decode_call(job.call), model, inputs, step, job.patches, borrow)
             self._reply(job, result)
         except LunaError as error:
             self._fail(job.id, error)
@@ -174,22 +175,26 @@ class Worker:
             self.cancelled.discard(job.id)
             compute.release_device_cache()
 
-    def _model(self, backend: Backend, job: m.Job) -> Any:
-        model = self.models.get(job.model.key)
+    def _model(self, backend: Backend, job: int, wanted: m.LoadSpec) -> Any:
+        model = self.models.get(wanted.key)
         if model is None:
-            self.channel.send(m.Progress(job.id, "loading"))
-            spec = msgspec.structs.replace(job.model, device=inner_device(job.model.device))
+            self.channel.send(m.Progress(job, "loading"))
+            spec = msgspec.structs.replace(wanted, device=inner_device(wanted.device))
             try:
-                model = self.models[job.model.key] = backend.load(spec)
+                model = self.models[wanted.key] = backend.load(spec)
             except ConfigError as error:  # a family or device that this backend does not know
                 raise ModelLoadError(error.message, error.hint) from error
             self._tell_status()
-            self.channel.send(m.Progress(job.id, "running"))
+            self.channel.send(m.Progress(job, "running"))
         return model
 
     def _unload(self, keys: list[str]) -> None:
-        gone = [key for key in keys if self.models.pop(key, None) is not None]
+        gone = [model for key in keys if (model := self.models.pop(key, None)) is not None]
         if gone:
+            for model in self.models.values():
+                if hasattr(model, "forget"):
+                    model.forget(gone)
+            gone.clear()
             compute.free_memory()
 
     def _input(self, ref: m.TensorRef, payload: memoryview) -> memoryview:

@@ -157,11 +157,12 @@ class WorkerProcess:
         self.state = WorkerState.BUSY if key in self.models else WorkerState.LOADING
         for gone in unload:
             self._forget(gone)
-        self.used[key], self.kinds[key] = work.started, work.spec.kind
+        for name, spec in work.models.items():
+            self.used[name], self.kinds[name] = work.started, spec.kind
         patches = []
         pieces = list(work.pieces)
         for patch in work.patches:
-            patches.append(m.Patch(patch.name, patch.packed, len(pieces), len(patch.pieces)))
+            patches.append(m.Patch(patch.name, patch.packed, len(pieces), len(patch.pieces), patch.models))
             pieces += patch.pieces
         refs, inline = self._placed(pieces)
         slot = work.reserve() if self.sees_arena else None
@@ -227,10 +228,10 @@ class WorkerProcess:
     def status(self, message: m.WorkerStatus) -> None:
         """It told what it holds."""
         self.models, self.rss = message.models, message.rss
-        busy = self.work.spec.key if self.work is not None else None
-        for key in [key for key in self.used if key not in self.models and key != busy]:
+        busy = self.work.models if self.work is not None else {}
+        for key in [key for key in self.used if key not in self.models and key not in busy]:
             self._forget(key)
-        if self.state is WorkerState.LOADING and busy in self.models:
+        if self.state is WorkerState.LOADING and self.work is not None and self.work.spec.key in self.models:
             self.state = WorkerState.BUSY
 
     def _forget(self, key: str) -> None:

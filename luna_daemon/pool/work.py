@@ -37,6 +37,8 @@ class PatchSet:
     name: str
     packed: Any
     pieces: list[Piece]
+    models: list[LoadSpec] = field(default_factory=list)
+    """Whose weights it names."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,12 @@ class Work:
     started: float = 0.0
     crashes: int = 0
     evicted_all: bool = False
+
+    @property
+    def models(self) -> dict[str, LoadSpec]:
+        """By key what a worker needs: the work's own model, and those whose weights its patches name."""
+        lenders = {spec.key: spec for patch in self.patches for spec in patch.models}
+        return {self.spec.key: self.spec, **lenders}
 
     @property
     def client(self) -> int:

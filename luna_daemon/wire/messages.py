@@ -200,6 +200,10 @@ class VaeEncode(msgspec.Struct, tag_field="op", tag="vae.encode", frozen=True):
     tiling: Tiling | None = None
     raw: bool = False
     """ComfyUI's ``first_stage_model.encode`` alone: no cropping, scaling or slicing."""
+    attributes: dict[str, Any] = {}
+    """Attributes of the network's layers for this call: by layer and name, plain data packed by ``wire.packing``."""
+    generators: list[str] = []
+    """Random generators whose states are the last tensors: ``cpu``, ``cuda``."""
 
 
 class VaeDecode(msgspec.Struct, tag_field="op", tag="vae.decode", frozen=True):
@@ -211,6 +215,10 @@ class VaeDecode(msgspec.Struct, tag_field="op", tag="vae.decode", frozen=True):
     """ComfyUI's ``first_stage_model.decode`` alone."""
     options: dict[str, Any] = {}
     """ComfyUI's ``vae_options``: plain values."""
+    attributes: dict[str, Any] = {}
+    """See ``VaeEncode``."""
+    generators: list[str] = []
+    """See ``VaeEncode``."""
 
 
 class ClipTokenize(msgspec.Struct, tag_field="op", tag="clip.tokenize", frozen=True):
@@ -240,6 +248,8 @@ class ClipEncode(msgspec.Struct, tag_field="op", tag="clip.encode", frozen=True)
     """LoRA and other weight patches in the order of ``add_patches``."""
     hooks: list[PatchUse] = []
     """Hook patches on top, in order, with the strength of the current keyframe."""
+    generators: list[str] = []
+    """See ``VaeEncode``; with ``packed`` only."""
 
 
 class PatchPut(msgspec.Struct, tag_field="op", tag="clip.patch", frozen=True):
@@ -248,6 +258,8 @@ class PatchPut(msgspec.Struct, tag_field="op", tag="clip.patch", frozen=True):
     name: str
     """A hash of its content: the same name is the same set."""
     packed: Any
+    models: list[ModelRef] = []
+    """Text encoders whose weights ``packed`` names by index and key; the worker takes them from its own."""
 
 
 class ModelsList(msgspec.Struct, tag_field="op", tag="models.list", frozen=True):
@@ -498,6 +510,8 @@ class Patch(msgspec.Struct, array_like=True, frozen=True):
     packed: Any
     start: int
     count: int
+    models: list[LoadSpec] = []
+    """Whose weights it names."""
 
 
 class Job(msgspec.Struct, tag="job", frozen=True):

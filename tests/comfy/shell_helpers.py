@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from luna_daemon.client import Answer
+from luna_daemon.comfy_attributes import attributes_set
 from luna_daemon.comfy_patches import decode_set
 from luna_daemon.core import PatchMissing
 from luna_daemon.wire import messages as m
@@ -59,6 +60,10 @@ class InProcess:
         return self._vae("decode", call, tensors[0])
 
     def _vae(self, name: str, call: Any, tensor: Any) -> Answer:
+        with attributes_set(self.vae.first_stage_model, unpack(call.attributes, [])):
+            return self._vae_as_it_is(name, call, tensor)
+
+    def _vae_as_it_is(self, name: str, call: Any, tensor: Any) -> Answer:
         if call.raw:
             self.comfy.management.load_models_gpu([self.vae.patcher])
             found = getattr(self.vae.first_stage_model, name)(tensor.to(self.vae.vae_dtype)).float()
@@ -77,7 +82,8 @@ class InProcess:
 
     def _patches(self, name: str) -> Any:
         packed, tensors = self.sets[name]
-        return decode_set(unpack(packed, tensors))
+        weights = self.clip.patcher.get_key_patches()
+        return decode_set(unpack(packed, tensors), lambda index, key: weights[key][0])
 
     def clipencode(self, call: m.ClipEncode, tensors: list[Any]) -> Answer:
         if any(use.name not in self.sets for use in [*call.patches, *call.hooks]):

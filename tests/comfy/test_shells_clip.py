@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from luna_daemon.comfy_shells import make_clip
-from luna_daemon.core import DaemonConnectionError, LimitExceeded
+from luna_daemon.core import DaemonConnectionError, LimitExceeded, ModelNotFound
 from luna_daemon.wire import messages as m
 from tests.comfy.shell_helpers import InProcess, empty_file
 
@@ -326,8 +326,8 @@ def test_patches_beyond_the_daemons_limits(stock, clip, local_clip, daemon, make
     assert both(stock, shell, real) and daemon.materialised == 1
 
 
-def test_a_merge_takes_the_other_clips_weights(stock, clip, local_clip, clip_l, daemon):
-    """As CLIPMergeSimple does it, key by key; one upload."""
+def test_a_merge_names_the_other_clips_weights(stock, clip, local_clip, clip_l, daemon):
+    """As CLIPMergeSimple does it, key by key; one set that carries no weight but the few that shells have."""
     shell, real, other = clip.clone(), local_clip.clone(), make_clip([clip_l], client=daemon)
     assert daemon.materialised == 0
     for target, source in ((shell, other), (real, local_clip)):
@@ -335,10 +335,38 @@ def test_a_merge_takes_the_other_clips_weights(stock, clip, local_clip, clip_l, 
         for key, entries in patches.items():
             if not key.endswith((".position_ids", ".logit_scale")):
                 assert target.add_patches({key: entries}, 0.25, 0.7) == [key]
-    assert daemon.materialised == 0
     assert both(stock, shell, real)
-    assert len(daemon.asked(m.PatchPut)) == 1 and daemon.materialised == 1 and daemon.fallbacks == 0
-    assert both(stock, other, local_clip.clone()) and daemon.materialised == 1
+    (put,) = daemon.asked(m.PatchPut)
+    assert put.models == [other.patcher.luna.model] and sum(t.numel() for t in daemon.sets[put.name][1]) < 100
+    assert both(stock, other, local_clip.clone()) and daemon.fallbacks == daemon.materialised == 0
+
+
+def test_a_local_merge_reads_the_shells_weights(stock, clip, local_clip, daemon, caplog):
+    """A local first CLIP computes with the values: they are read here, once, with a warning."""
+    results = []
+    for second in (clip, local_clip):
+        first = local_clip.clone()
+        for key, entries in second.get_key_patches().items():
+            if not key.endswith((".position_ids", ".logit_scale", "text_projection.weight")):
+                first.add_patches({key: entries}, 0.25, 0.7)
+        results.append(first.encode("a cat"))
+    assert same(stock, *results) and daemon.materialised == 1 and not daemon.calls
+    assert caplog.text.count("the values of weights are read") == 1
+
+
+def test_a_merge_with_a_model_that_the_daemon_refuses(stock, clip, local_clip, clip_l, daemon, monkeypatch, caplog):
+    """The first CLIP is computed here then, and says why."""
+
+    def refuse(self, call, tensors):
+        raise ModelNotFound("outside the model folders")
+
+    monkeypatch.setattr(InProcess, "patchput", refuse)
+    shell, real, other = clip.clone(), local_clip.clone(), make_clip([clip_l], client=daemon)
+    key = "clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight"
+    for target, source in ((shell, other), (real, local_clip)):
+        target.add_patches({key: source.get_key_patches()[key]}, 0.5, 0.5)
+    assert both(stock, shell, real) and "outside the model folders" in caplog.text
+    assert daemon.told_fallbacks + daemon.fallbacks == 1
 
 
 def test_scales_key_by_key_are_few_sets(stock, clip, local_clip, daemon):

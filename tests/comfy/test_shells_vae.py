@@ -380,18 +380,73 @@ def test_running_a_layer(stock, vae, local_vae, daemon):
 
 
 def test_a_changed_network_computes_locally(stock, vae, local_vae, daemon, caplog):
-    """Another forward, another layer, another padding: only here does it show."""
+    """Another forward: only here does it show."""
     decoder = vae.first_stage_model.taesd_decoder
     forward = decoder.forward
     decoder.forward = lambda given: forward(given) * 0
     assert vae.decode(latents(stock, 1, 16, 8, 8)).std() == 0
-    assert daemon.materialised == 1 and "a node changed taesd_decoder" in caplog.text
-    second = make_vae([DEMO_VAE], client=daemon)
-    for module in second.first_stage_model.modules():
-        if isinstance(module, stock.torch.nn.Conv2d):
-            module.padding_mode = "circular"
+    assert daemon.materialised == 1 and "a node changed taesd_decoder.forward (" in caplog.text
+
+
+def _swap(torch, network):
+    network.taesd_decoder[1] = torch.nn.Identity()
+
+
+CHANGES = {
+    "a deep layer's function": lambda torch, network: setattr(network.taesd_decoder[1], "_conv_forward", print),
+    "another deep layer": _swap,
+    "a layer's hook": lambda torch, network: network.taesd_decoder[1].register_forward_hook(lambda *_: None),
+    "a tensor on the network": lambda torch, network: setattr(network, "offset", torch.ones(1)),
+    "code on the network": lambda torch, network: setattr(network, "decode", lambda latent: latent),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("way", ["vae", "network"])
+def test_no_change_is_left_out(stock, vae, daemon, caplog, change, way):
+    """What cannot travel gives true weights, and says so; whether the VAE is asked or its network."""
+    if change == "code on the network" and way == "network":
+        pytest.skip("it is the node's own code that is called")
+    CHANGES[change](stock.torch, vae.first_stage_model)
     given = latents(stock, 1, 16, 8, 8)
-    assert not stock.torch.equal(second.decode(given), local_vae.decode(given)) and daemon.materialised == 2
+    try:
+        vae.decode(given) if way == "vae" else vae.first_stage_model.decode(given.to(vae.vae_dtype))
+    except (TypeError, RuntimeError, AttributeError):
+        pass  # these changes are not meant to compute
+    assert daemon.materialised == 1 and "a node changed" in caplog.text and not daemon.calls
+
+
+def test_plain_attributes_travel(stock, vae, local_vae, daemon, caplog):
+    """Circular padding, as nodes set it: the daemon computes with it, and without it once it is set back."""
+    given, network = latents(stock, 1, 16, 8, 8), local_vae.first_stage_model
+    layers = [module for module in vae.first_stage_model.modules() if isinstance(module, stock.torch.nn.Conv2d)]
+    theirs = [module for module in network.modules() if isinstance(module, stock.torch.nn.Conv2d)]
+    plain = local_vae.decode(given)
+    for module in (*layers, *theirs):
+        module.padding_mode = "circular"
+    circular = local_vae.decode(given)
+    for module in theirs:
+        module.padding_mode = "zeros"
+    assert stock.torch.equal(vae.decode(given), circular) and not stock.torch.equal(plain, circular)
+    daemon.error = DaemonConnectionError("away")
+    assert stock.torch.equal(vae.decode(given), circular), "the local model too"
+    daemon.error = None
+    for module in layers:
+        module.padding_mode = "zeros"
+    assert stock.torch.equal(vae.decode(given), plain) and not daemon.calls[-1].attributes
+    assert daemon.materialised == 0 and "a node changed" not in caplog.text
+
+
+def test_looking_for_attributes_is_cheap(stock, tmp_path, daemon):
+    """A KL VAE has some 250 layers: looking costs less than a millisecond or two of a call's hundreds."""
+    real = family(stock, FAMILIES["SDXL"])
+    shell = make_vae([empty_file(tmp_path / "vae.safetensors", real.first_stage_model.state_dict())], client=daemon)
+    watch, times = shell.first_stage_model.luna.watch, []
+    for _ in range(9):
+        start = time.perf_counter()
+        assert watch.changes() == ({}, [])
+        times.append(time.perf_counter() - start)
+    assert sorted(times)[4] < 0.01, sorted(times)
 
 
 def test_a_copied_layer_without_weights_says_what_to_do(stock, vae):

@@ -23,7 +23,8 @@ pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("inference")]
 LORAS = ["stock_nodes_0.safetensors", "stock_nodes_1.safetensors", "stock_nodes_2.safetensors"]
 """Each of other content: the daemon keeps what one test has uploaded."""
 PROMPT = "a lighthouse, (storm:1.3), oil painting"
-MODULES = ("nodes", "comfy_extras.nodes_clip_sdxl", "comfy_extras.nodes_hooks", "comfy_extras.nodes_model_merging")
+MODULES = ("nodes", "comfy_extras.nodes_clip_sdxl", "comfy_extras.nodes_hooks", "comfy_extras.nodes_model_merging",
+           "comfy_extras.nodes_sd3")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +209,7 @@ def test_lora_loader(stock, node, folders, clip, local_clip, counts):
 
 
 def test_clip_merge_simple(stock, node, folders, clip, local_clip, clip_l, daemon, counts):
-    """The second CLIP's weights are read here once and uploaded; the daemon merges them, the first CLIP stays clean."""
+    """The second CLIP's weights are named, its LoRA uploaded; the daemon merges them, the first CLIP stays clean."""
     other = make_clip([clip_l], "stable_diffusion", client=daemon.client())
     found = []
     for first, second in ((clip, other), (local_clip.clone(), local_clip.clone())):
@@ -216,7 +217,7 @@ def test_clip_merge_simple(stock, node, folders, clip, local_clip, clip_l, daemo
         merged = node.CLIPMergeSimple().merge(first, second, 0.4)[0]
         found.append([node.CLIPTextEncode().encode(each, PROMPT)[0] for each in (merged, first)])
     assert all(same(stock, *pair) for pair in zip(*found)) and not same(stock, *found[0])
-    assert counts() == {"clip.encode": 2, "clip.patch": 1, "materialised": 1}
+    assert counts() == {"clip.encode": 2, "clip.patch": 1}
 
 
 def test_clip_save(stock, node, folders, clip, local_clip, counts):
@@ -287,3 +288,49 @@ def test_clip_text_encode_sdxl(stock, node, counts, daemon, clip_l):
     )
     assert same(stock, mine, theirs) and mine[0][1]["crop_h"] == 8 and mine[0][0].shape[-1] == 2048
     assert counts() == {"clip.encode": 1}
+
+
+# --- in the middle of sampling ------------------------------------------------------------------------------------
+
+
+def _control_net(torch, seed):
+    """A small SD3 ControlNet, of the kind that encodes its picture itself: seeded weights, two blocks."""
+    from comfy.cldm.mmdit import ControlNet as Network
+    from comfy.controlnet import ControlNet
+    from comfy.latent_formats import SD3
+    from comfy.ops import disable_weight_init
+
+    context = {"target": "torch.nn.Linear", "params": {"in_features": 64, "out_features": 256}}
+    network = Network(
+        num_blocks=2, control_latent_channels=16, input_size=None, patch_size=2, in_channels=16, depth=4,
+        num_patches=32 * 32, pos_embed_max_size=32, adm_in_channels=64, context_embedder_config=context,
+        dtype=torch.float32, device="cpu", operations=disable_weight_init,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in [*network.parameters(), *network.buffers()]:
+        tensor.data.copy_(torch.randn(tensor.shape, generator=generator) * 0.05)
+    return ControlNet(network, compression_ratio=1, latent_format=SD3(), load_device=torch.device("cpu"))
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("apply", ["ControlNetApplyAdvanced", "ControlNetApplySD3"])
+def test_a_control_net_encodes_in_mid_sampling(stock, node, tiny, vae, local_vae, counts, apply):
+    """The shell's VAE is asked by the sampler itself, once for both prompts; the samples are the stock VAE's."""
+    sd3, image = tiny("sd3"), random(stock, 1, 128, 128, 3, seed=4)
+    control, found = _control_net(stock.torch, 3), []
+    plain = {"positive": sd3.positive, "negative": sd3.negative}
+    for each in (vae, local_vae, None):
+        given = plain
+        if each is not None:
+            options = {**plain, "control_net": control, "vae": each, "image": image, "strength": 0.9}
+            options |= {"start_percent": 0.0, "end_percent": 1.0}
+            if apply == "ControlNetApplySD3":
+                positive, negative = node.ControlNetApplySD3.execute(**options).args
+            else:
+                positive, negative = node.ControlNetApplyAdvanced().apply_controlnet(**options)
+            given = {"positive": positive, "negative": negative}
+        sd3.__dict__.update(given)
+        found.append(sd3.sample(steps=4))
+    mine, theirs, without = found
+    assert stock.torch.equal(mine, theirs) and not stock.torch.equal(mine, without)
+    assert counts() == {"vae.encode": 1}
