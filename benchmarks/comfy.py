@@ -1,0 +1,283 @@
+"""What sharing saves and costs inside real ComfyUI: memory, prompts per second, and time per call.
+
+python benchmarks/comfy.py [servers|calls ...]
+
+``COMFYUI_PATH`` names ComfyUI's folder and ``COMFYUI_PYTHON`` the interpreter that runs it. Prints a table and puts its
+rows into ``build/bench.json``, beside those of ``benchmarks/run.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+USAGE = "make bench-comfy needs COMFYUI_PATH (ComfyUI's folder) and COMFYUI_PYTHON (the interpreter that runs it)"
+COUNTS = (1, 2, 4)
+INSTANCE_GB = 3
+"""Room for one ComfyUI with models of its own."""
+PROMPTS, ROUNDS = 4, 3
+PAIRS, SMALL_PAIRS = 15, 60
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all of them without one")
+    parts = parser.parse_args().parts or list(PARTS)
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}")
+    if problem := missing(os.environ.get("COMFYUI_PATH", ""), os.environ.get("COMFYUI_PYTHON", "")):
+        print(problem, file=sys.stderr)
+        raise SystemExit(2)
+    from comfy_servers import make_model_folder
+    from common import machine, make_models, stage
+    from report import FILE, earlier, table, write
+    from rich.console import Console
+
+    console, here = Console(), machine()
+    with stage(console, "making models"):
+        make_models()
+        make_model_folder()
+    results: dict[str, Any] = {}
+    for name in parts:
+        with stage(console, f"measuring {name} inside ComfyUI"):
+            results.update({key: {**row, **versions()} for key, row in PARTS[name]().items()})
+        write(FILE, {**earlier(FILE, here), **results}, here)
+    console.print(table(results))
+
+
+def missing(root: str, python: str) -> str:
+    """What is wrong with the two variables, in one line; empty if nothing is."""
+    if not root or not python:
+        return USAGE
+    if not (Path(root) / "main.py").is_file():
+        return f"COMFYUI_PATH is {root!r}: there is no main.py; name ComfyUI's own folder"
+    if not Path(python).is_file():
+        return f"COMFYUI_PYTHON is {python!r}: there is no such file; name the interpreter that runs ComfyUI"
+    return ""
+
+
+def versions() -> dict[str, str]:
+    """What ran: the machine's own entry in the file names the torch of the benchmark, not ComfyUI's."""
+    code = "import comfyui_version, torch; print(comfyui_version.__version__, torch.__version__)"
+    said = subprocess.run(
+        [os.environ["COMFYUI_PYTHON"], "-c", code], cwd=os.environ["COMFYUI_PATH"], check=True, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    comfyui, torch = said.stdout.split()
+    return {"comfyui": comfyui, "comfyui_torch": torch}
+
+
+@contextmanager
+def comfy_daemon() -> Iterator[Any]:
+    """A daemon whose workers run this ComfyUI; every prompt is computed, none remembered."""
+    from comfy_servers import DEMO_VAE, MODEL_FOLDER
+    from common import MODELS, daemon
+
+    with daemon(
+        backend="comfy", comfyui_path=os.environ["COMFYUI_PATH"], comfyui_python=os.environ["COMFYUI_PYTHON"],
+        model_dirs=[str(MODEL_FOLDER), str(MODELS.resolve()), str(DEMO_VAE.parent)], models={},
+        conditioning_cache_mb=0,
+    ) as running:  # fmt: skip
+        yield running
+
+
+# --- memory and prompts per second, of real servers --------------------------------------------------------------
+
+
+def measure_servers() -> dict[str, Any]:
+    """The same servers tell their memory, and then how fast two of them are."""
+    import psutil
+    from comfy_servers import servers
+    from common import client
+
+    room = psutil.virtual_memory().available >> 30
+    counts = [count for count in COUNTS if count * INSTANCE_GB + 4 <= room]
+    if not counts:
+        raise SystemExit(f"{room} GB of memory are free; a ComfyUI and a daemon need {INSTANCE_GB + 4}")
+    most = max(counts)
+    with comfy_daemon() as running, client(running) as ask:
+        with servers(most, running.port) as sharing:
+            bare = [server.uss() for server in sharing]
+            with_daemon = dict(grow(sharing, counts, True, lambda: daemon_parts(ask)))
+            pss_with = sum(server.pss() for server in sharing) + daemon_pss(ask)
+        with servers(most, running.port) as own:
+            alone = dict(grow(own, counts, False, dict))
+            pss_alone = sum(server.pss() for server in own)
+        rows = memory_rows(bare, with_daemon, alone, {"with_daemon": pss_with, "alone": pss_alone})
+        rows.update(throughput(running.port, ask))
+    return rows
+
+
+def grow(
+    running: list[Any], counts: list[int], shared: bool, others: Callable[[], dict[str, int]]
+) -> Iterator[tuple[int, dict[str, int]]]:
+    """Use one server after the other; the memory of those in use, at each of ``counts``, and of all others."""
+    from comfy_servers import image_workflow
+
+    for count, server in enumerate(running, 1):
+        server.make(image_workflow(f"a picture of {count}", shared))
+        if count in counts:
+            yield count, {**{f"instance {n}": one.uss() for n, one in enumerate(running[:count], 1)}, **others()}
+    if shared:
+        no_fallbacks(running)
+
+
+def no_fallbacks(running: list[Any]) -> None:
+    if any(server.fell_back() for server in running):
+        raise SystemExit(f"a local model stepped in for the daemon's: the figures mean nothing; see {running[0].log}")
+
+
+def daemon_parts(ask: Any) -> dict[str, int]:
+    """Memory of daemon and workers, and the shared memory that none of them counts as its own."""
+    import psutil
+
+    info = ask.get_daemon_info()
+    pids = {"daemon": info["pid"], **{f"worker {worker['number']}": worker["pid"] for worker in info["workers"]}}
+    return {
+        **{name: int(psutil.Process(pid).memory_full_info().uss) for name, pid in pids.items()},
+        "shared memory": int(info["arena"].get("reserved", 0)),
+    }
+
+
+def daemon_pss(ask: Any) -> int:
+    from common import pss
+
+    info = ask.get_daemon_info()
+    return sum(pss(pid) for pid in [info["pid"], *(worker["pid"] for worker in info["workers"])])
+
+
+def memory_rows(
+    bare: list[int], with_daemon: dict[int, dict[str, int]], alone: dict[int, dict[str, int]], whole: dict[str, int]
+) -> dict[str, Any]:
+    from common import median, result
+
+    most = max(alone)
+    empty, shell, own = (
+        median([nbytes / 2**20 for nbytes in values])
+        for values in (bare, instances(with_daemon[most]), instances(alone[most]))
+    )
+    ratios = {count: sum(with_daemon[count].values()) / sum(alone[count].values()) for count in alone}
+    return {
+        "comfy_shells_memory_mb": result(
+            shell - empty, "MB", "<= 100", local_models_mb=own - empty, comfyui_without_models_mb=empty,
+            with_shells_mb=shell, with_local_models_mb=own, instances=most,
+        ),
+        f"comfy{most}_memory_ratio": result(
+            ratios[most], "x",
+            others={f"{count} instances": round(ratio, 3) for count, ratio in ratios.items() if count != most},
+            with_daemon_mb={count: megabytes(parts) for count, parts in with_daemon.items()},
+            alone_mb={count: megabytes(parts) for count, parts in alone.items()},
+            pss_mb={name: nbytes >> 20 for name, nbytes in whole.items()},
+        ),
+    }  # fmt: skip
+
+
+def instances(parts: dict[str, int]) -> list[int]:
+    return [nbytes for name, nbytes in parts.items() if name.startswith("instance")]
+
+
+def megabytes(parts: dict[str, int]) -> dict[str, int]:
+    """Instances together, each other part, and all."""
+    others = {name: nbytes >> 20 for name, nbytes in parts.items() if not name.startswith("instance")}
+    return {"instances": sum(instances(parts)) >> 20, **others, "together": sum(parts.values()) >> 20}
+
+
+def throughput(daemon_port: int, ask: Any) -> dict[str, Any]:
+    """Two instances encode distinct prompts at once, side after side in turn."""
+    from comfy_servers import servers
+    from common import median, result
+
+    rates: dict[str, list[float]] = {"daemon": [], "local": [], "local, one thread each": []}
+    with (
+        servers(2, daemon_port) as sharing,
+        servers(2, daemon_port) as own,
+        servers(2, daemon_port, threads=1) as single,
+    ):
+        for turn in range(ROUNDS + 1):
+            for name, side in zip(rates, (sharing, own, single)):
+                found = rate(side, turn, shared=name == "daemon")
+                if turn:  # the first has loaded the models
+                    rates[name].append(found)
+        no_fallbacks(sharing)
+    workers = len(ask.get_daemon_info()["workers"])
+    base, local, narrow = (median(values) for values in rates.values())
+    return {
+        "comfy2_throughput_ratio": result(
+            base / local, "x", ">= 1.5", rounds=ROUNDS, workers=workers, over_one_thread_each=base / narrow,
+            prompts_per_s={name: round(median(values), 3) for name, values in rates.items()},
+            each={name: [round(value, 2) for value in values] for name, values in rates.items()},
+        )
+    }  # fmt: skip
+
+
+def rate(side: list[Any], turn: int, shared: bool) -> float:
+    """Prompts per second of all together, by ComfyUI's own clocks of their begin and end."""
+    from comfy_servers import encode_workflow
+
+    posted = [
+        server.post(encode_workflow([f"turn {turn} of {n}, prompt {k}" for k in range(PROMPTS)], shared))
+        for n, server in enumerate(side)
+    ]
+    begun, ended = zip(*[server.finished(prompt) for server, prompt in zip(side, posted)])
+    return PROMPTS * len(side) / (max(ended) - min(begun))
+
+
+# --- time per call, in one process ---------------------------------------------------------------------------------
+
+
+def measure_calls() -> dict[str, Any]:
+    """Shells and ComfyUI's own objects in one process, in turn.
+
+    At full size the bar is a share of the call. A busy machine's noise is larger than what the daemon adds, so that is
+    read from small models: the same code on the same way, with little compute in it.
+    """
+    from comfy_servers import DEMO_VAE, SIDE
+    from common import CLIP_G, CLIP_L, ROOT, RUNTIME, VAE
+
+    with comfy_daemon() as running:
+        said = subprocess.run(
+            [
+                os.environ["COMFYUI_PYTHON"], str(ROOT / "benchmarks" / "comfy_peer.py"), "--comfyui",
+                os.environ["COMFYUI_PATH"], "--port", str(running.port), "--runtime-dir", str(RUNTIME), "--clip-l",
+                str(CLIP_L), "--clip-g", str(CLIP_G), "--vae", str(VAE), "--small-vae", str(DEMO_VAE), "--pairs",
+                str(PAIRS), "--small-pairs", str(SMALL_PAIRS), "--side", str(SIDE),
+            ],
+            check=True, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    answer = json.loads(said.stdout.splitlines()[-1])
+    if answer["fallbacks"]:
+        raise SystemExit(f"{answer['fallbacks']} calls were computed locally: the figures mean nothing")
+    return {
+        f"comfy_{name}_added": added(times, "%" if name.endswith("sdxl") else "ms")
+        for name, times in answer["found"].items()
+    }
+
+
+def added(times: dict[str, Any], unit: str) -> dict[str, Any]:
+    """What the daemon adds: the median of the pairs' differences, in milliseconds or as a share of a local call."""
+    from common import median, result
+
+    pairs = [(daemon - local) * 1e3 for daemon, local in zip(times["daemon"], times["local"])]
+    more, local = median(pairs), median(times["local"]) * 1e3
+    share = more / local * 100
+    row = result(
+        share if unit == "%" else more, unit, "<= 2" if unit == "%" else "<= 5", equal=times["equal"],
+        added_ms=more, added_percent=share, local_ms=local, daemon_ms=median(times["daemon"]) * 1e3,
+        quickest_local_ms=min(times["local"]) * 1e3, quickest_daemon_ms=min(times["daemon"]) * 1e3, pairs=len(pairs),
+    )  # fmt: skip
+    row["met"] = row["met"] and times["equal"]
+    return row
+
+
+PARTS = {"servers": measure_servers, "calls": measure_calls}
+
+
+if __name__ == "__main__":
+    main()
