@@ -23,7 +23,8 @@ COUNTS = (1, 2, 4)
 INSTANCE_GB = 3
 """Room for one ComfyUI with models of its own."""
 PROMPTS, ROUNDS = 4, 3
-PAIRS, SMALL_PAIRS = 15, 60
+PAIRS = {"clip_sdxl": 8, "vae_sdxl": 5}
+PAIRS_ONE_THREAD = {**PAIRS, "clip_l": 40, "vae_tiny": 60}
 
 
 def main() -> None:
@@ -75,7 +76,7 @@ def versions() -> dict[str, str]:
 
 
 @contextmanager
-def comfy_daemon() -> Iterator[Any]:
+def comfy_daemon(**settings: Any) -> Iterator[Any]:
     """A daemon whose workers run this ComfyUI; every prompt is computed, none remembered."""
     from comfy_servers import DEMO_VAE, MODEL_FOLDER
     from common import MODELS, daemon
@@ -83,7 +84,7 @@ def comfy_daemon() -> Iterator[Any]:
     with daemon(
         backend="comfy", comfyui_path=os.environ["COMFYUI_PATH"], comfyui_python=os.environ["COMFYUI_PYTHON"],
         model_dirs=[str(MODEL_FOLDER), str(MODELS.resolve()), str(DEMO_VAE.parent)], models={},
-        conditioning_cache_mb=0,
+        conditioning_cache_mb=0, **settings,
     ) as running:  # fmt: skip
         yield running
 
@@ -235,42 +236,55 @@ def rate(side: list[Any], turn: int, shared: bool) -> float:
 def measure_calls() -> dict[str, Any]:
     """Shells and ComfyUI's own objects in one process, in turn.
 
-    At full size the bar is a share of the call. A busy machine's noise is larger than what the daemon adds, so that is
-    read from small models: the same code on the same way, with little compute in it.
+    With torch's own number of threads, as users have it; and with one thread on each side, since threads that wait for
+    one another make more noise on a busy machine than the daemon adds. At full size the bar is a share of the call;
+    what is added by itself is read from small models: the same code on the same way, with little compute in it.
     """
+    found = {f"comfy_{name}_added": added(times, "%") for name, times in pairs(PAIRS, threads=0).items()}
+    for name, times in pairs(PAIRS_ONE_THREAD, threads=1).items():
+        found[f"comfy_{name}_added_one_thread"] = added(times, "%" if name in PAIRS else "ms")
+    return found
+
+
+def pairs(counts: dict[str, int], threads: int) -> dict[str, Any]:
+    """Seconds of each call, from a process of ComfyUI's interpreter beside a daemon with as many threads."""
     from comfy_servers import DEMO_VAE, SIDE
     from common import CLIP_G, CLIP_L, ROOT, RUNTIME, VAE
 
-    with comfy_daemon() as running:
+    options = {
+        "comfyui": os.environ["COMFYUI_PATH"], "runtime-dir": RUNTIME, "clip-l": CLIP_L, "clip-g": CLIP_G, "vae": VAE,
+        "small-vae": DEMO_VAE, "side": SIDE, "pairs": json.dumps(counts),
+    }  # fmt: skip
+    environ = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    with comfy_daemon(cpu_threads=threads) as running:
         said = subprocess.run(
             [
-                os.environ["COMFYUI_PYTHON"], str(ROOT / "benchmarks" / "comfy_peer.py"), "--comfyui",
-                os.environ["COMFYUI_PATH"], "--port", str(running.port), "--runtime-dir", str(RUNTIME), "--clip-l",
-                str(CLIP_L), "--clip-g", str(CLIP_G), "--vae", str(VAE), "--small-vae", str(DEMO_VAE), "--pairs",
-                str(PAIRS), "--small-pairs", str(SMALL_PAIRS), "--side", str(SIDE),
+                os.environ["COMFYUI_PYTHON"], str(ROOT / "benchmarks" / "comfy_peer.py"), f"--port={running.port}",
+                *(f"--{name}={value}" for name, value in options.items()),
             ],
-            check=True, stdout=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE, text=True, env=environ,
         )  # fmt: skip
+    if said.returncode:
+        raise SystemExit(f"the process that calls ended with exit code {said.returncode}; see above")
     answer = json.loads(said.stdout.splitlines()[-1])
     if answer["fallbacks"]:
         raise SystemExit(f"{answer['fallbacks']} calls were computed locally: the figures mean nothing")
-    return {
-        f"comfy_{name}_added": added(times, "%" if name.endswith("sdxl") else "ms")
-        for name, times in answer["found"].items()
-    }
+    found: dict[str, Any] = answer["found"]
+    return found
 
 
 def added(times: dict[str, Any], unit: str) -> dict[str, Any]:
     """What the daemon adds: the median of the pairs' differences, in milliseconds or as a share of a local call."""
     from common import median, result
 
-    pairs = [(daemon - local) * 1e3 for daemon, local in zip(times["daemon"], times["local"])]
-    more, local = median(pairs), median(times["local"]) * 1e3
+    differences = [(daemon - local) * 1e3 for daemon, local in zip(times["daemon"], times["local"])]
+    more, local = median(differences), median(times["local"]) * 1e3
     share = more / local * 100
     row = result(
         share if unit == "%" else more, unit, "<= 2" if unit == "%" else "<= 5", equal=times["equal"],
         added_ms=more, added_percent=share, local_ms=local, daemon_ms=median(times["daemon"]) * 1e3,
-        quickest_local_ms=min(times["local"]) * 1e3, quickest_daemon_ms=min(times["daemon"]) * 1e3, pairs=len(pairs),
+        quickest_local_ms=min(times["local"]) * 1e3, quickest_daemon_ms=min(times["daemon"]) * 1e3,
+        pairs=len(differences),
     )  # fmt: skip
     row["met"] = row["met"] and times["equal"]
     return row

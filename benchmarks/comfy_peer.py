@@ -55,7 +55,8 @@ def clips(comfy: Any, files: list[str], family: str, client: Any) -> tuple[Side,
     from luna_daemon.comfy_shells import make_clip
 
     shell = make_clip(files, family, client=client)
-    own = comfy.sd.load_clip(files, clip_type=getattr(comfy.sd.CLIPType, family.upper()))
+    types = comfy.sd.CLIPType
+    own = comfy.sd.load_clip(files, clip_type=getattr(types, family.upper(), types.STABLE_DIFFUSION))
 
     def side(clip: Any) -> Side:
         return lambda number: clip.encode_from_tokens_scheduled(clip.tokenize(f"a picture of {number} foxes"))[0][0]
@@ -81,19 +82,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("comfyui", "runtime-dir", "clip-l", "clip-g", "vae", "small-vae"):
         parser.add_argument(f"--{name}", required=True)
-    for name in ("port", "pairs", "small-pairs", "side"):
+    for name in ("port", "side"):
         parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--pairs", type=json.loads, required=True, help="how many of each call, by name")
     given = parser.parse_args()
     comfy = import_comfy(given.comfyui)
     from luna_daemon.client import DaemonClient
 
     client = DaemonClient("127.0.0.1", given.port, runtime_dir=Path(given.runtime_dir), name="bench")
-    found = {
-        "clip_sdxl": in_turn(*clips(comfy, [given.clip_l, given.clip_g], "sdxl", client), given.pairs),
-        "vae_sdxl": in_turn(*vaes(comfy, given.vae, 4, given.side, client), given.pairs),
-        "clip_l": in_turn(*clips(comfy, [given.clip_l], "stable_diffusion", client), given.small_pairs),
-        "vae_tiny": in_turn(*vaes(comfy, given.small_vae, 16, given.side, client), given.small_pairs),
+    makers: dict[str, Callable[[], tuple[Side, Side]]] = {
+        "clip_sdxl": lambda: clips(comfy, [given.clip_l, given.clip_g], "sdxl", client),
+        "vae_sdxl": lambda: vaes(comfy, given.vae, 4, given.side, client),
+        "clip_l": lambda: clips(comfy, [given.clip_l], "stable_diffusion", client),
+        "vae_tiny": lambda: vaes(comfy, given.small_vae, 16, given.side, client),
     }
+    found = {name: in_turn(*makers[name](), pairs) for name, pairs in given.pairs.items()}
     print(json.dumps({"found": found, "fallbacks": client.fallbacks}))
 
 
