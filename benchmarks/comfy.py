@@ -1,6 +1,6 @@
 """What sharing saves and costs inside real ComfyUI: memory, prompts per second, and time per call.
 
-python benchmarks/comfy.py [servers|calls ...]
+python benchmarks/comfy.py [memory|throughput|calls ...]
 
 ``COMFYUI_PATH`` names ComfyUI's folder and ``COMFYUI_PYTHON`` the interpreter that runs it. Prints a table and puts its
 rows into ``build/bench.json``, beside those of ``benchmarks/run.py``.
@@ -14,7 +14,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ USAGE = "make bench-comfy needs COMFYUI_PATH (ComfyUI's folder) and COMFYUI_PYTH
 COUNTS = (1, 2, 4)
 INSTANCE_GB = 3
 """Room for one ComfyUI with models of its own."""
-PROMPTS, ROUNDS = 4, 3
+PROMPTS, ROUNDS = 3, 3
 PAIRS = {"clip_sdxl": 8, "vae_sdxl": 5}
 PAIRS_ONE_THREAD = {**PAIRS, "clip_l": 40, "vae_tiny": 60}
 
@@ -89,45 +90,64 @@ def comfy_daemon(**settings: Any) -> Iterator[Any]:
         yield running
 
 
-# --- memory and prompts per second, of real servers --------------------------------------------------------------
+# --- memory, of real servers ---------------------------------------------------------------------------------------
 
 
-def measure_servers() -> dict[str, Any]:
-    """The same servers tell their memory, and then how fast two of them are."""
+def measure_memory() -> dict[str, Any]:
+    """Servers start one after the other, and each encodes a prompt and decodes a picture: with the daemon, without.
+
+    What one instance adds is its USS beside others, which map the same libraries. A sum is of PSS, which divides
+    shared pages among those who map them; the daemon's shared memory is added to it as far as it is reserved, so that
+    nothing of it is left out.
+    """
     import psutil
-    from comfy_servers import servers
     from common import client
 
     room = psutil.virtual_memory().available >> 30
     counts = [count for count in COUNTS if count * INSTANCE_GB + 4 <= room]
     if not counts:
         raise SystemExit(f"{room} GB of memory are free; a ComfyUI and a daemon need {INSTANCE_GB + 4}")
-    most = max(counts)
     with comfy_daemon() as running, client(running) as ask:
-        with servers(most, running.port) as sharing:
-            bare = [server.uss() for server in sharing]
-            with_daemon = dict(grow(sharing, counts, True, lambda: daemon_parts(ask)))
-            pss_with = sum(server.pss() for server in sharing) + daemon_pss(ask)
-        with servers(most, running.port) as own:
-            alone = dict(grow(own, counts, False, dict))
-            pss_alone = sum(server.pss() for server in own)
-        rows = memory_rows(bare, with_daemon, alone, {"with_daemon": pss_with, "alone": pss_alone})
-        rows.update(throughput(running.port, ask))
-    return rows
+        sharing = grow(counts, running.port, lambda: daemon_parts(ask))
+    return memory_rows(sharing, grow(counts, None, dict))
 
 
-def grow(
-    running: list[Any], counts: list[int], shared: bool, others: Callable[[], dict[str, int]]
-) -> Iterator[tuple[int, dict[str, int]]]:
-    """Use one server after the other; the memory of those in use, at each of ``counts``, and of all others."""
-    from comfy_servers import image_workflow
+@dataclass
+class Grown:
+    """Bytes of servers that were started one after the other."""
 
-    for count, server in enumerate(running, 1):
-        server.make(image_workflow(f"a picture of {count}", shared))
-        if count in counts:
-            yield count, {**{f"instance {n}": one.uss() for n, one in enumerate(running[:count], 1)}, **others()}
-    if shared:
-        no_fallbacks(running)
+    bare: list[int] = field(default_factory=list)
+    """USS of each before it had a model."""
+    used: list[int] = field(default_factory=list)
+    """USS of each at the end."""
+    together: dict[int, dict[str, int]] = field(default_factory=dict)
+    """PSS of all parts, by number of instances."""
+
+
+def grow(counts: list[int], daemon_port: int | None, others: Callable[[], dict[str, int]]) -> Grown:
+    """Start and use one server after the other.
+
+    Args:
+        counts: with how many all parts are measured.
+        daemon_port: where the daemon is; without one ComfyUI's own loaders load the models.
+        others: memory of what runs besides.
+    """
+    from comfy_servers import image_workflow, servers
+
+    found, shared = Grown(), daemon_port is not None
+    with ExitStack() as ends:
+        running: list[Any] = []
+        for count in range(1, max(counts) + 1):
+            running += ends.enter_context(servers(1, daemon_port or 0))
+            found.bare.append(running[-1].uss())
+            running[-1].make(image_workflow(f"a picture of {count}", shared))
+            if count in counts:
+                instances = {f"instance {n}": one.pss() for n, one in enumerate(running, 1)}
+                found.together[count] = {**instances, **others()}
+        found.used = [server.uss() for server in running]
+        if shared:
+            no_fallbacks(running)
+    return found
 
 
 def no_fallbacks(running: list[Any]) -> None:
@@ -136,35 +156,27 @@ def no_fallbacks(running: list[Any]) -> None:
 
 
 def daemon_parts(ask: Any) -> dict[str, int]:
-    """Memory of daemon and workers, and the shared memory that none of them counts as its own."""
-    import psutil
-
-    info = ask.get_daemon_info()
-    pids = {"daemon": info["pid"], **{f"worker {worker['number']}": worker["pid"] for worker in info["workers"]}}
-    return {
-        **{name: int(psutil.Process(pid).memory_full_info().uss) for name, pid in pids.items()},
-        "shared memory": int(info["arena"].get("reserved", 0)),
-    }
-
-
-def daemon_pss(ask: Any) -> int:
+    """PSS of daemon and workers, and the shared memory between them and the instances."""
     from common import pss
 
     info = ask.get_daemon_info()
-    return sum(pss(pid) for pid in [info["pid"], *(worker["pid"] for worker in info["workers"])])
+    pids = {"daemon": info["pid"], **{f"worker {worker['number']}": worker["pid"] for worker in info["workers"]}}
+    return {**{name: pss(pid) for name, pid in pids.items()}, "shared memory": int(info["arena"].get("reserved", 0))}
 
 
-def memory_rows(
-    bare: list[int], with_daemon: dict[int, dict[str, int]], alone: dict[int, dict[str, int]], whole: dict[str, int]
-) -> dict[str, Any]:
+def memory_rows(sharing: Grown, alone: Grown) -> dict[str, Any]:
     from common import median, result
 
-    most = max(alone)
+    most = max(alone.together)
+    # The first server's libraries may be nobody else's: not its own memory, though USS counts them so.
+    beside = slice(1, None) if most > 1 else slice(None)
     empty, shell, own = (
-        median([nbytes / 2**20 for nbytes in values])
-        for values in (bare, instances(with_daemon[most]), instances(alone[most]))
+        median([nbytes / 2**20 for nbytes in values[beside]])
+        for values in ([*sharing.bare, *alone.bare[1:]], sharing.used, alone.used)
     )
-    ratios = {count: sum(with_daemon[count].values()) / sum(alone[count].values()) for count in alone}
+    totals = {name: {n: sum(parts.values()) for n, parts in side.together.items()}
+              for name, side in (("with", sharing), ("alone", alone))}  # fmt: skip
+    ratios = {count: totals["with"][count] / totals["alone"][count] for count in alone.together}
     return {
         "comfy_shells_memory_mb": result(
             shell - empty, "MB", "<= 100", local_models_mb=own - empty, comfyui_without_models_mb=empty,
@@ -173,61 +185,62 @@ def memory_rows(
         f"comfy{most}_memory_ratio": result(
             ratios[most], "x",
             others={f"{count} instances": round(ratio, 3) for count, ratio in ratios.items() if count != most},
-            with_daemon_mb={count: megabytes(parts) for count, parts in with_daemon.items()},
-            alone_mb={count: megabytes(parts) for count, parts in alone.items()},
-            pss_mb={name: nbytes >> 20 for name, nbytes in whole.items()},
+            with_daemon_mb={count: megabytes(parts) for count, parts in sharing.together.items()},
+            alone_mb={count: megabytes(parts) for count, parts in alone.together.items()},
         ),
     }  # fmt: skip
-
-
-def instances(parts: dict[str, int]) -> list[int]:
-    return [nbytes for name, nbytes in parts.items() if name.startswith("instance")]
 
 
 def megabytes(parts: dict[str, int]) -> dict[str, int]:
     """Instances together, each other part, and all."""
     others = {name: nbytes >> 20 for name, nbytes in parts.items() if not name.startswith("instance")}
-    return {"instances": sum(instances(parts)) >> 20, **others, "together": sum(parts.values()) >> 20}
+    instances = sum(nbytes for name, nbytes in parts.items() if name.startswith("instance"))
+    return {"instances": instances >> 20, **others, "together": sum(parts.values()) >> 20}
 
 
-def throughput(daemon_port: int, ask: Any) -> dict[str, Any]:
+# --- prompts per second, of real servers ---------------------------------------------------------------------------
+
+
+def measure_throughput() -> dict[str, Any]:
     """Two instances encode distinct prompts at once, side after side in turn."""
     from comfy_servers import servers
-    from common import median, result
+    from common import client, median, result
 
     rates: dict[str, list[float]] = {"daemon": [], "local": [], "local, one thread each": []}
     with (
-        servers(2, daemon_port) as sharing,
-        servers(2, daemon_port) as own,
-        servers(2, daemon_port, threads=1) as single,
+        comfy_daemon() as running,
+        servers(2, running.port) as sharing,
+        servers(2, running.port) as own,
+        servers(2, running.port, threads=1) as single,
+        client(running) as ask,
     ):
         for turn in range(ROUNDS + 1):
             for name, side in zip(rates, (sharing, own, single)):
-                found = rate(side, turn, shared=name == "daemon")
+                found = rate(side, turn, 1 if turn == 0 else PROMPTS, shared=name == "daemon")
                 if turn:  # the first has loaded the models
                     rates[name].append(found)
         no_fallbacks(sharing)
-    workers = len(ask.get_daemon_info()["workers"])
+        workers = len(ask.get_daemon_info()["workers"])
     base, local, narrow = (median(values) for values in rates.values())
     return {
         "comfy2_throughput_ratio": result(
             base / local, "x", ">= 1.5", rounds=ROUNDS, workers=workers, over_one_thread_each=base / narrow,
             prompts_per_s={name: round(median(values), 3) for name, values in rates.items()},
-            each={name: [round(value, 2) for value in values] for name, values in rates.items()},
+            each={name: [round(value, 3) for value in values] for name, values in rates.items()},
         )
     }  # fmt: skip
 
 
-def rate(side: list[Any], turn: int, shared: bool) -> float:
+def rate(side: list[Any], turn: int, prompts: int, shared: bool) -> float:
     """Prompts per second of all together, by ComfyUI's own clocks of their begin and end."""
     from comfy_servers import encode_workflow
 
     posted = [
-        server.post(encode_workflow([f"turn {turn} of {n}, prompt {k}" for k in range(PROMPTS)], shared))
+        server.post(encode_workflow([f"turn {turn} of {n}, prompt {k}" for k in range(prompts)], shared))
         for n, server in enumerate(side)
     ]
     begun, ended = zip(*[server.finished(prompt) for server, prompt in zip(side, posted)])
-    return PROMPTS * len(side) / (max(ended) - min(begun))
+    return prompts * len(side) / (max(ended) - min(begun))
 
 
 # --- time per call, in one process ---------------------------------------------------------------------------------
@@ -290,7 +303,7 @@ def added(times: dict[str, Any], unit: str) -> dict[str, Any]:
     return row
 
 
-PARTS = {"servers": measure_servers, "calls": measure_calls}
+PARTS = {"memory": measure_memory, "throughput": measure_throughput, "calls": measure_calls}
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def servers(count: int, daemon_port: int, threads: int = 0) -> Iterator[list[Ser
 
     Args:
         count: how many.
-        daemon_port: where their Luna nodes look for the daemon.
+        daemon_port: where their Luna nodes look for the daemon; 0 if there is none.
         threads: torch's threads in each; 0 is its own choice.
     """
     running: list[Server] = []
@@ -126,7 +126,7 @@ def _start(daemon_port: int, threads: int) -> Server:
         (folder / name).mkdir(parents=True, exist_ok=True)
     _link(folder / "models", MODEL_FOLDER)
     _link(folder / "custom_nodes" / "luna-daemon", ROOT)
-    environ = {**os.environ, "LUNA_PORT": str(daemon_port), "LUNA_RUNTIME_DIR": str(RUNTIME)}
+    environ = {**os.environ, "LUNA_PORT": str(daemon_port or free_port()), "LUNA_RUNTIME_DIR": str(RUNTIME)}
     if threads:
         environ["OMP_NUM_THREADS"] = str(threads)
     log = folder / "server.log"
