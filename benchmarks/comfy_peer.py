@@ -31,23 +31,41 @@ def import_comfy(root: str) -> Any:
     return comfy
 
 
-def in_turn(local: Side, daemon: Side, pairs: int) -> dict[str, Any]:
-    """Both sides do the same work, one after the other; who begins alternates."""
+def in_turn(local: Side, daemon: Side, pairs: int, client: Any) -> dict[str, Any]:
+    """Both sides do the same work, one after the other; who begins alternates.
+
+    ``cpu_s`` is the CPU time of a call on each side, of all processes that had to do with it: what others do on the
+    machine hardly shows in it.
+    """
     import torch
 
-    times: dict[str, list[float]] = {"local": [], "daemon": []}
     sides = {"local": local, "daemon": daemon}
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    spent = dict.fromkeys(sides, 0.0)
     equal = True
     with torch.inference_mode():  # as ComfyUI runs nodes
         for number in range(-1, pairs):
             found = {}
             for name in sorted(sides, reverse=bool(number % 2)):
-                start = time.perf_counter()
+                start, used = time.perf_counter(), time.process_time()
                 found[name] = sides[name](number)
                 if number >= 0:  # the first pair has loaded the models
                     times[name].append(time.perf_counter() - start)
+                    spent[name] += time.process_time() - used
             equal = equal and torch.equal(found["local"], found["daemon"])
-    return {**times, "equal": equal}
+            if number < 0:
+                before = cpu_elsewhere(client)
+    spent["daemon"] += cpu_elsewhere(client) - before
+    return {**times, "equal": equal, "cpu_s": {name: total / pairs for name, total in spent.items()}}
+
+
+def cpu_elsewhere(client: Any) -> float:
+    """Seconds of CPU that daemon and workers have used."""
+    import psutil
+
+    info = client.get_daemon_info()
+    spent = [psutil.Process(pid).cpu_times() for pid in (info["pid"], *(worker["pid"] for worker in info["workers"]))]
+    return sum(each.user + each.system for each in spent)
 
 
 def clips(comfy: Any, files: list[str], family: str, client: Any) -> tuple[Side, Side]:
@@ -96,7 +114,7 @@ def main() -> None:
         "clip_l": lambda: clips(comfy, [given.clip_l], "stable_diffusion", client),
         "vae_tiny": lambda: vaes(comfy, given.small_vae, 16, given.side, client),
     }
-    found = {name: in_turn(*makers[name](), pairs) for name, pairs in given.pairs.items()}
+    found = {name: in_turn(*makers[name](), pairs, client) for name, pairs in given.pairs.items()}
     print(json.dumps({"found": found, "fallbacks": client.fallbacks}))
 
 
