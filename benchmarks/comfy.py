@@ -24,8 +24,14 @@ COUNTS = (1, 2, 4)
 INSTANCE_GB = 3
 """Room for one ComfyUI with models of its own."""
 PROMPTS, ROUNDS = 3, 3
-PAIRS = {"clip_sdxl": 6, "vae_sdxl": 4}
-PAIRS_ONE_THREAD = {**PAIRS, "clip_l": 40, "vae_tiny": 40}
+PAIRS, SMALL_PAIRS = {"clip_sdxl": 12, "vae_sdxl": 5}, {"clip_l": 40, "vae_tiny": 40}
+ALIKE = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
+}
+"""What else differs between a worker and a process that has computed before, made the same for both: workers wait
+without spinning, and how long glibc keeps freed pages depends on what a process has freed so far."""
 
 
 def main() -> None:
@@ -249,18 +255,18 @@ def rate(side: list[Any], turn: int, prompts: int, shared: bool) -> float:
 def measure_calls() -> dict[str, Any]:
     """Shells and ComfyUI's own objects in one process, in turn.
 
-    With torch's own number of threads, as users have it; and with one thread on each side, since threads that wait for
-    one another make more noise on a busy machine than the daemon adds. At full size the bar is a share of the call;
-    what is added by itself is read from small models: the same code on the same way, with little compute in it.
+    First as users have it. Then ``alike``: with the same waiting and the same allocator on both sides, so that what is
+    left is the daemon's doing; small models, with one thread, show it in milliseconds: the same code on the same way,
+    with little compute in it.
     """
-    found = {f"comfy_{name}_added": added(times, "%") for name, times in pairs(PAIRS, threads=0).items()}
-    for name, times in pairs(PAIRS_ONE_THREAD, threads=1).items():
-        found[f"comfy_{name}_added_one_thread"] = added(times, "%" if name in PAIRS else "ms")
+    found = {f"comfy_{name}_added": added(times, "%") for name, times in pairs(PAIRS).items()}
+    for name, times in {**pairs(PAIRS, **ALIKE), **pairs(SMALL_PAIRS, OMP_NUM_THREADS="1", **ALIKE)}.items():
+        found[f"comfy_{name}_added_alike"] = added(times, "%" if name in PAIRS else "ms")
     return found
 
 
-def pairs(counts: dict[str, int], threads: int) -> dict[str, Any]:
-    """Seconds of each call, from a process of ComfyUI's interpreter beside a daemon with as many threads."""
+def pairs(counts: dict[str, int], **variables: str) -> dict[str, Any]:
+    """Seconds of each call, from a process of ComfyUI's interpreter beside a daemon in the same environment."""
     from comfy_servers import DEMO_VAE, SIDE
     from common import CLIP_G, CLIP_L, ROOT, RUNTIME, VAE
 
@@ -268,14 +274,13 @@ def pairs(counts: dict[str, int], threads: int) -> dict[str, Any]:
         "comfyui": os.environ["COMFYUI_PATH"], "runtime-dir": RUNTIME, "clip-l": CLIP_L, "clip-g": CLIP_G, "vae": VAE,
         "small-vae": DEMO_VAE, "side": SIDE, "pairs": json.dumps(counts),
     }  # fmt: skip
-    environ = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-    with comfy_daemon(cpu_threads=threads) as running:
+    with environment(variables), comfy_daemon() as running:
         said = subprocess.run(
             [
                 os.environ["COMFYUI_PYTHON"], str(ROOT / "benchmarks" / "comfy_peer.py"), f"--port={running.port}",
                 *(f"--{name}={value}" for name, value in options.items()),
             ],
-            stdout=subprocess.PIPE, text=True, env=environ,
+            stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
     if said.returncode:
         raise SystemExit(f"the process that calls ended with exit code {said.returncode}; see above")
@@ -284,6 +289,18 @@ def pairs(counts: dict[str, int], threads: int) -> dict[str, Any]:
         raise SystemExit(f"{answer['fallbacks']} calls were computed locally: the figures mean nothing")
     found: dict[str, Any] = answer["found"]
     return found
+
+
+@contextmanager
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """Variables for the processes that are started in the block."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def added(times: dict[str, Any], unit: str) -> dict[str, Any]:
