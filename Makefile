@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-comfy bench lint format clean
+.PHONY: demo test test-comfy bench bench-comfy lint format clean
 
 demo: $(READY)  ## three clients share one daemon; pictures, a chart and a table in build/demo
 	$(PY) demo/run.py
@@ -23,6 +23,9 @@ test-comfy:  ## the tests that need a real ComfyUI: COMFYUI_PATH and COMFYUI_PYT
 
 bench: $(READY)  ## measure, print a table, write build/bench.json
 	$(PY) benchmarks/run.py
+
+bench-comfy: $(READY)  ## measure inside a real ComfyUI: COMFYUI_PATH and COMFYUI_PYTHON say where
+	$(PY) benchmarks/comfy.py
 
 lint: $(READY)  ## style, types, import directions, spelling; sizes of the modules
 	$(PY) -m ruff check .

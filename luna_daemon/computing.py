@@ -11,7 +11,7 @@ import msgspec
 
 from .core import BadRequest, LimitExceeded, LunaError, ModelKind, PatchMissing, Priority, ServiceType
 from .events import model_name
-from .models import load_bytes
+from .models import LookFirst, load_bytes
 from .pool.work import PatchSet, Piece, Work, release
 from .session import ClientRequest
 from .wire import messages as m
