@@ -5,6 +5,7 @@ import { WINDOW_S } from "./store.js";
 
 const WIDTH = 600;
 const HEIGHT = 120;
+const MARKS = 3;
 
 /**
  * @typedef {object} Line
@@ -28,7 +29,7 @@ export function createChart(label, format, logarithmic = false) {
     grid, paths,
   );
   const ticks = el("div.ticks", { "aria-hidden": true });
-  const waiting = el("p.quiet.waiting", {}, "Listening …");
+  const waiting = el("p.quiet.waiting", {}, "No requests in the last two minutes");
   const node = el("div.chart", {}, picture, ticks, waiting);
 
   function draw(lines, now) {
@@ -86,7 +87,8 @@ function decades(values) {
   const low = Math.floor(Math.log10(Math.min(...positive, 1e9)));
   const high = Math.max(low + 1, Math.ceil(Math.log10(Math.max(...positive, 1e-9))));
   const marks = [];
-  for (let power = low; power <= high; power++) marks.push(10 ** power);
+  const step = Math.ceil((high - low) / MARKS);
+  for (let power = high; power >= low; power -= step) marks.push(10 ** power);
   const place = (value) => (Math.log10(Math.max(value, 10 ** low)) - low) / (high - low);
   return { place, marks };
 }

@@ -10,12 +10,16 @@ export function bytes(n) {
   return `${n >= 100 || step === 0 ? Math.round(n) : n.toFixed(1)} ${UNITS[step]}`;
 }
 
-/** @param {number|undefined} ms milliseconds @returns {string} such as `0.4 ms`, `350 ms`, `1.2 s` */
+/** @param {number|undefined} ms milliseconds @returns {string} such as `40 µs`, `0.4 ms`, `350 ms`, `1.2 s` */
 export function duration(ms) {
   if (!Number.isFinite(ms)) return "–";
-  if (ms < 10) return `${ms.toFixed(1)} ms`;
-  if (ms < 1000) return `${Math.round(ms)} ms`;
-  return ms < 60_000 ? `${(ms / 1000).toFixed(1)} s` : span(ms / 1000);
+  if (ms >= 60_000) return span(ms / 1000);
+  if (ms >= 1000) return `${short(ms / 1000)} s`;
+  return ms >= 0.1 || ms === 0 ? `${short(ms)} ms` : `${Math.round(1000 * ms)} µs`;
+}
+
+function short(n) {
+  return n < 10 ? String(Number(n.toFixed(1))) : String(Math.round(n));
 }
 
 /** @param {number|undefined} s seconds @returns {string} the two largest parts: `4 s`, `2 min 5 s`, `3 d 4 h` */

@@ -16,11 +16,8 @@ export function sentence(kind, event) {
   return kind === "error" ? trouble(event) : scaling(event);
 }
 
-function scaling({ event, worker, model, key, device, why, bytes: size }) {
-  const what = event?.startsWith("model_") ? model : (device ?? key?.split("@")[1]);
-  const verb = WORDS[event] ?? String(event).replaceAll("_", " ");
-  const known = [`Worker ${worker} ${verb}`, what && (event.startsWith("model_") ? what : `on ${what}`)];
-  const text = known.filter(Boolean).join(" ");
+function scaling({ event, worker, model, why, bytes: size }) {
+  const text = [`Worker ${worker}`, WORDS[event] ?? String(event).replaceAll("_", " "), model].filter(Boolean).join(" ");
   return [text, Number.isFinite(size) ? bytes(size) : "", why].filter(Boolean).join(", ");
 }
 

@@ -22,15 +22,16 @@ const COLUMNS = [
 export function createLoras(act) {
   let order = { by: "last_used", down: true };
   let latest = [];
-  const rows = el("tbody");
+  const rows = el("tbody", { role: "rowgroup" });
   const headings = COLUMNS.map((column) => {
     const button = el("button.sort", { type: "button", onclick: () => sort(column.name) }, column.label);
-    return el(`th${column.wide ? ".wide" : ""}`, { scope: "col", "data-column": column.name }, button);
+    return el(`th${column.wide ? ".wide" : ""}`, { scope: "col", role: "columnheader", "data-column": column.name }, button);
   });
-  const last = el("th", { scope: "col" }, el("span.unseen", {}, "Actions"));
-  const table = el("table.loras", {}, el("thead", {}, el("tr", {}, ...headings, last)), rows);
+  const last = el("th", { scope: "col", role: "columnheader" }, el("span.unseen", {}, "Actions"));
+  const head = el("thead", { role: "rowgroup" }, el("tr", { role: "row" }, ...headings, last));
+  const table = el("table.loras", { role: "table", "aria-labelledby": "luna-loras" }, head, rows);
   const none = el("p.empty", {}, "None in RAM yet. One that a client loads is kept here for all of them.");
-  const node = card("loras", "LoRAs", none, el("div.scroll", {}, table));
+  const node = card("loras", "LoRAs", none, table);
 
   function sort(by) {
     order = { by, down: order.by === by ? !order.down : by !== "name" };
@@ -59,8 +60,9 @@ export function createLoras(act) {
   return { node, update };
 }
 
+/** The roles are said aloud: in a narrow panel the rows are laid out as a grid, which would take them away. */
 function makeRow({ name }, act) {
-  const cells = COLUMNS.slice(1).map((column) => el(`td${column.wide ? ".wide" : ""}`));
+  const cells = COLUMNS.slice(1).map((column) => el(`td${column.wide ? ".wide" : ""}`, { role: "cell" }));
   const short = leaf(name);
   const pin = el("button.bare.pin", {
     type: "button",
@@ -73,8 +75,8 @@ function makeRow({ name }, act) {
     type: "button", "aria-label": `Evict ${short}`,
     onclick: () => act(evict, { op: "lora.evict", name }, `${short} is not in RAM any more`),
   }, "Evict");
-  const heading = el("th", { scope: "row", title: name }, short);
-  return el("tr", { "data-lora": name }, heading, ...cells, el("td.actions", {}, pin, evict));
+  const heading = el("th", { scope: "row", role: "rowheader", title: name }, short);
+  return el("tr", { role: "row", "data-lora": name }, heading, ...cells, el("td.actions", { role: "cell" }, pin, evict));
 }
 
 function fill(row, one) {

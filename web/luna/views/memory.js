@@ -24,19 +24,19 @@ export function createMemory() {
 }
 
 function shared({ caches = {}, arena = {}, rss }) {
-  const { conditioning, lora } = caches;
   const found = [];
-  if (conditioning) {
-    const { hits, misses, bytes: used, max_bytes: total, entries } = conditioning;
-    found.push({ name: "Prompts", note: `${count(entries)} kept, ${share(hits, misses)} hits`, used, total });
+  for (const [name, cache] of [["Prompts", caches.conditioning], ["LoRAs", caches.lora]]) {
+    if (cache) found.push({ name, note: kept(cache), used: cache.bytes, total: cache.max_bytes });
   }
-  if (lora) {
-    const { hits, misses, bytes: used, max_bytes: total, entries } = lora;
-    found.push({ name: "LoRAs", note: `${count(entries)} kept, ${share(hits, misses)} hits`, used, total });
-  }
-  if (arena.max_bytes) found.push({ name: "Shared memory", note: "tensors on their way", used: arena.used, total: arena.max_bytes });
+  const { used, max_bytes: total } = arena;
+  if (total) found.push({ name: "Shared memory", note: "tensors on their way", used, total });
   if (rss) found.push({ name: "The daemon itself", note: "", used: rss, total: null });
   return found;
+}
+
+function kept({ entries, hits, misses }) {
+  const lookups = hits + misses;
+  return [entries ? `${count(entries)} kept` : "empty", lookups ? `${share(hits, misses)} hits` : ""].filter(Boolean).join(", ");
 }
 
 function makeBar() {
@@ -57,5 +57,5 @@ function fill(bar, name, note, used, total) {
   attribute(meter, "aria-valuenow", used);
   attribute(meter, "aria-valuetext", amount.textContent);
   attribute(meter, "data-tone", part > 0.95 ? "bad" : part > 0.85 ? "warn" : null);
-  meter.firstChild.style.width = `${(100 * part).toFixed(2)}%`;
+  meter.firstChild.style.width = used > 0 ? `max(2px, ${(100 * part).toFixed(2)}%)` : "0";
 }
