@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from .core import BadRequest, LimitExceeded, LunaError, ModelKind, PatchMissing, Priority, ServiceType
+from .events import model_name
 from .models import load_bytes
 from .pool.work import PatchSet, Piece, Work, release
 from .session import ClientRequest
@@ -31,6 +32,7 @@ def compute(service: Service, request: ClientRequest, call: m.Call) -> None:
     """Answer from the cache, join work that computes the same, or queue it."""
     message = request.message
     spec = service.resolver.resolve(_model_of(call))
+    request.model = model_name(spec.key)
     _check_served(service, spec.kind)
     _check_call(service, call)
     deadline = None if message.deadline_s is None else time.monotonic() + message.deadline_s

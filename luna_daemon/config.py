@@ -60,7 +60,7 @@ VRAM_SAFETY_MARGIN_GB = 1.0
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?|GPU-[0-9a-fA-F-]+)$")]
 Port = Annotated[int, Field(ge=0, le=65535)]
 _DEVICES = "must be auto, cpu, cuda, cuda:1 (any number), mps, xpu, xpu:1 or a GPU's UUID (GPU-...)"
-_PATHS = ("comfyui_path", "comfyui_python", "arena_dir", "runtime_dir", "model_dirs")
+_PATHS = ("comfyui_path", "comfyui_python", "arena_dir", "runtime_dir", "log_file", "model_dirs")
 _MAY_BE_EMPTY = ("vae_path", "clip_l_path", "clip_g_path")
 """Set to nothing these mean "none"; other variables that are set to nothing count as not set."""
 _PATHS_OF_ENV = os.pathsep
@@ -129,6 +129,13 @@ class Settings(BaseSettings):
     vram_safety_margin_gb: float = Field(VRAM_SAFETY_MARGIN_GB, ge=0, description="VRAM left free when scaling up.")
     model_memory_gb: float = Field(0.0, ge=0, description="Most weights held per device; 0 is no limit of ours.")
 
+    max_watchers: int = Field(64, ge=0, description="Most open status pages and other WebSockets.")
+    allowed_origins: Annotated[list[str], NoDecode] = Field(
+        [], description="Pages of other addresses that may use the WebSocket, as https://host:port."
+    )
+    log_json: bool = Field(False, description="Log one JSON object per line.")
+    log_file: Path | None = Field(None, description="Log to this file too; it is rotated at 5 MB, two old ones kept.")
+
     queue_limit: int = Field(256, ge=1, description="Waiting requests before clients are told to come back.")
     max_clients: int = Field(256, ge=1, description="Most connections.")
     max_header_mb: int = Field(8, ge=1, le=64, description="Largest message without its tensors.")
@@ -167,6 +174,14 @@ class Settings(BaseSettings):
         if isinstance(value, list):
             return [base / path.expanduser() for path in value]
         return None if value is None else base / value.expanduser()
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _origins(cls, value: list[str]) -> list[str]:
+        for origin in value:
+            if not re.fullmatch(r"https?://[^\s/?#@]+", origin):
+                raise ValueError(f"{origin!r} is no origin; write http://host:port or https://host, without a path")
+        return [origin.lower() for origin in value]
 
     def named_models(self) -> dict[str, NamedModel]:
         """All models that have a name; the one of VAE_PATH and CLIP_*_PATH is named after ``model_type``."""
@@ -233,6 +248,8 @@ def _from_environ(cls: type[BaseSettings], environ: Mapping[str, str]) -> dict[s
             values[name] = _from_here(name, [part for part in text.split(_PATHS_OF_ENV) if part])
         elif name == "comfyui_args":
             values[name] = shlex.split(text)
+        elif name == "allowed_origins":
+            values[name] = text.replace(",", " ").split()
         elif name in _PATHS:
             values[name] = _from_here(name, text)
         elif name == "models":

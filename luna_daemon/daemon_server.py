@@ -27,6 +27,7 @@ from typing import Any
 
 from .config import Settings, load_settings
 from .core import ConfigError, DaemonConnectionError, LunaError, PortInUse, ServiceType, logger
+from .gpu import gpu_memory
 from .models import ModelResolver
 from .runtime import Runtime, dial_host, read_facts, runtime_folder
 from .service import Service
@@ -37,6 +38,7 @@ from .workers import WorkerPool
 __all__ = ["LunaDaemon"]
 
 _TIDY_S = 5.0
+_GPUS_S = 3.0
 _SEND_S = 5.0
 _LINGER_S = 0.1
 """Lets clients map the last results before the shared memory goes."""
@@ -208,7 +210,7 @@ class LunaDaemon:
             ends.push_async_callback(pool.close, self.settings.drain_timeout_sec)
             ends.callback(server.close)
             logger.info("Luna Daemon listens on %s:%d", self.settings.host, self.port)
-            for task in (_tidy(service), _monitor(service, self.settings)):
+            for task in (_tidy(service), _watch_gpus(service), _monitor(service, self.settings)):
                 ends.push_async_callback(_end, asyncio.create_task(task))
             await self._stopping.wait()
             logger.info("stopping: %d requests in flight", pool.in_flight)
@@ -322,17 +324,24 @@ async def _tidy(service: Service) -> None:
         service.tidy()
 
 
+async def _watch_gpus(service: Service) -> None:
+    """The driver may take its time, so it is asked in a thread, and whoever wants to know gets the last answer."""
+    while True:
+        service.gpus = await asyncio.get_running_loop().run_in_executor(None, gpu_memory)
+        await asyncio.sleep(_GPUS_S)
+
+
 async def _monitor(service: Service, settings: Settings) -> None:
     """The status page, a convenience: that its port is taken or it cannot start is no reason not to serve."""
     # Imported in a thread: it takes longer than everything before it, and requests must not wait for it.
-    await asyncio.get_running_loop().run_in_executor(None, _import_aiohttp)
+    await asyncio.get_running_loop().run_in_executor(None, _import_web)
     from .monitoring import Monitor
 
     monitor = Monitor(service, settings.host, settings.ws_port)
     try:
         await monitor.start()
         service.ws_port = monitor.port
-        logger.info("status on http://%s:%d/api/info", settings.host, monitor.port)
+        logger.info("status page on http://%s:%d/", settings.host, monitor.port)
         await asyncio.Event().wait()
     except OSError as error:
         logger.warning("no status page: port %d: %s", settings.ws_port, error.strerror or error)
@@ -360,8 +369,8 @@ async def _end(task: "asyncio.Task[None]") -> None:
         logger.exception("a background task failed")
 
 
-def _import_aiohttp() -> None:
-    import aiohttp.web  # noqa: F401
+def _import_web() -> None:
+    from . import web_app  # noqa: F401
 
 
 def main() -> None:

@@ -1,18 +1,21 @@
-"""What the daemon tells about itself: the ``info`` answer, and the same over HTTP.
+"""What the daemon tells about itself: the ``info`` answer, and over HTTP the page, the WebSocket, metrics and health.
 
-The HTTP application starts after the socket listens: importing aiohttp takes longer than everything before it.
+The HTTP application starts after the socket listens: importing aiohttp takes longer than everything before it, so what
+needs it (``web_app.py``) is imported when ``Monitor`` starts.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from . import __version__
-from .gpu import gpu_memory
+from .events import base_name, without_folders
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -20,7 +23,12 @@ if TYPE_CHECKING:
     from .pool.process import WorkerProcess
     from .service import Service
 
-__all__ = ["Monitor", "collect_info"]
+__all__ = ["Monitor", "collect_info", "open_info"]
+
+_KEEPALIVE_S = 15.0
+_CLOSE_S = 1.0
+_CONNECTIONS = 512
+"""Most HTTP connections, watchers included: each costs a file descriptor, which the socket's clients need too."""
 
 
 def collect_info(service: Service) -> dict[str, Any]:
@@ -50,7 +58,7 @@ def collect_info(service: Service) -> dict[str, Any]:
             "average_wait_s": round(pool.average_wait_s, 4),
             "limit": settings.queue_limit,
         },
-        "workers": [_worker(worker, now) for worker in pool.workers],
+        "workers": [_worker(service, worker, now) for worker in pool.workers],
         "crashes": pool.crashes,
         "retries": pool.retries,
         "models": {
@@ -65,12 +73,17 @@ def collect_info(service: Service) -> dict[str, Any]:
              "leased_bytes": s.leases.nbytes, "since": s.since, "in_flight": len(s.requests)}
             for s in service.sessions.values()
         ],
-        "gpus": gpu_memory(),
+        "gpus": service.gpus,
+        "latency": service.events.latency(),
+        "throughput_per_s": service.events.throughput_per_s,
+        "scaling": list(service.events.recent),
         "limits": {name: getattr(service.limits, name) for name in service.limits.__struct_fields__},
     }  # fmt: skip
 
 
-def _worker(worker: WorkerProcess, now: float) -> dict[str, Any]:
+def _worker(service: Service, worker: WorkerProcess, now: float) -> dict[str, Any]:
+    events = service.events
+    error, at = events.last_errors.get(worker.key, ("", None))
     return {
         "number": worker.number,
         "pid": worker.pid,
@@ -83,6 +96,10 @@ def _worker(worker: WorkerProcess, now: float) -> dict[str, Any]:
         "idle_s": 0.0 if worker.work else round(now - worker.idle_since, 3),
         "threads": worker.threads,
         "versions": worker.versions,
+        "last_error": error,
+        "last_error_at": at,
+        "crashes": events.crashes[worker.key],
+        "restarts": events.restarts[worker.key],
     }
 
 
@@ -96,14 +113,35 @@ def _arena(service: Service) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def open_info(service: Service) -> dict[str, Any]:
+    """The same for everybody who reaches the page: without folders of this machine."""
+    info: dict[str, Any] = _with_base_names(collect_info(service))
+    info["arena"]["why"] = without_folders(info["arena"]["why"])
+    return info
+
+
+def _with_base_names(document: Any) -> Any:
+    """A document in which each absolute path is its last part only."""
+    if isinstance(document, dict):
+        return {_with_base_names(key): _with_base_names(value) for key, value in document.items()}
+    if isinstance(document, (list, tuple)):
+        return [_with_base_names(value) for value in document]
+    return base_name(document) if isinstance(document, str) else document
+
+
 class Monitor:
-    """HTTP on the second port: ``/api/info``, ``/healthz``, ``/readyz``; ``/`` leads to the first."""
+    """HTTP on the second port.
+
+    Args:
+        host, port: where to listen; ``port`` is the real one once it does.
+    """
 
     def __init__(self, service: Service, host: str, port: int) -> None:
         self.service = service
         self.host = host
         self.port = port
         self._runner: web.AppRunner | None = None
+        self._ends = AsyncExitStack()
 
     async def start(self) -> None:
         """Listen.
@@ -113,38 +151,40 @@ class Monitor:
         """
         from aiohttp import web
 
-        app = web.Application()
-        app.router.add_get("/", self._front)
-        app.router.add_get("/api/info", self._info)
-        app.router.add_get("/healthz", self._health)
-        app.router.add_get("/readyz", self._ready)
-        self._runner = web.AppRunner(app, access_log=None)
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, self.host, self.port)
-        await site.start()
-        self.port = self._runner.addresses[0][1]
+        from .watchers import Watchers
+        from .web_app import make_app
+
+        service, loop = self.service, asyncio.get_running_loop()
+        watchers = Watchers(lambda: open_info(service), service.settings.max_watchers)
+        app = make_app(service, watchers, lambda: open_info(service), lambda: (self.host, self.port))
+        async with AsyncExitStack() as ends:
+            self._runner = web.AppRunner(
+                app, access_log=None, keepalive_timeout=_KEEPALIVE_S, shutdown_timeout=_CLOSE_S
+            )
+            await self._runner.setup()
+            ends.push_async_callback(self._runner.cleanup)
+            server = await loop.create_server(self._connect, self.host, self.port, backlog=256)
+            ends.callback(server.close)
+            self.port = server.sockets[0].getsockname()[1]
+            service.events.listen(watchers.hear)
+            ends.callback(service.events.unlisten, watchers.hear)
+            ends.callback(watchers.close)
+            teller = loop.create_task(watchers.run())
+            ends.callback(teller.cancel)
+            self._ends = ends.pop_all()
 
     async def stop(self) -> None:
-        if self._runner is not None:
-            await self._runner.cleanup()
+        await self._ends.aclose()
 
-    async def _front(self, request: web.Request) -> web.Response:
-        from aiohttp import web
+    def _connect(self) -> asyncio.BaseProtocol:
+        """A connection for a socket that was just accepted; past the limit one that hangs up."""
+        assert self._runner is not None and self._runner.server is not None
+        server = self._runner.server
+        return server() if len(server.connections) < _CONNECTIONS else _Full()
 
-        raise web.HTTPFound("/api/info")
 
-    async def _info(self, request: web.Request) -> web.Response:
-        from aiohttp import web
+class _Full(asyncio.Protocol):
+    """Hangs up."""
 
-        return web.json_response(collect_info(self.service))
-
-    async def _health(self, request: web.Request) -> web.Response:
-        from aiohttp import web
-
-        return web.Response(text="ok\n")
-
-    async def _ready(self, request: web.Request) -> web.Response:
-        from aiohttp import web
-
-        accepting = self.service.pool.accepting
-        return web.Response(text="ready\n" if accepting else "draining\n", status=200 if accepting else 503)
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.close()

@@ -87,6 +87,7 @@ class Service:
     ) -> None:
         self.settings = settings
         self.pool = pool
+        self.events = pool.events
         self.resolver = resolver
         self.memory = memory
         self.token = token
@@ -103,6 +104,8 @@ class Service:
         self.fallbacks = 0
         self.materialised = 0
         self.coalesced = 0
+        self.gpus: list[dict[str, Any]] = []
+        """Memory of the GPUs, as it was a few seconds ago."""
         self.ws_port: int | None = None
         """The status page's port, once it is there."""
         self.born = time.time()
@@ -163,6 +166,7 @@ class Service:
             for request in list(session.requests.values()):
                 if request.work is not None:
                     self.pool.cancel(request.work, request)
+                    request.give_up()
             if session.said_bye or not session.leases:
                 session.leases.release_all()
             else:
@@ -194,15 +198,24 @@ class Service:
             self.workers[connection] = worker
             connection.max_header = MAX_HEADER
         else:
-            self._check_token(hello.token)
+            self.check_token(hello.token)
             if len(self.sessions) >= self.settings.max_clients:
                 raise Busy(f"{len(self.sessions)} clients are connected, the most allowed", "Raise max_clients", 5.0)
-            self._numbers += 1
-            self.sessions[connection] = Session(self._numbers, connection, hello)
+            self.enter(connection, hello)
             connection.max_header = self.limits.header_bytes
         connection.send(m.Welcome(self._numbers, __version__, self.limits, self.memory.info, self.memory.why))
 
-    def _check_token(self, token: str) -> None:
+    def enter(self, connection: Connection, hello: m.Hello) -> None:
+        """Open a session for a client that has been let in."""
+        self._numbers += 1
+        self.sessions[connection] = Session(self._numbers, connection, hello)
+
+    def check_token(self, token: str) -> None:
+        """Compare in constant time.
+
+        Raises:
+            AuthenticationError: says where the token lies.
+        """
         if not hmac.compare_digest(token.encode(), self.token.encode()):
             who = f"uid {os.getuid()}" if hasattr(os, "getuid") else "another user"
             raise AuthenticationError(
@@ -237,6 +250,7 @@ class Service:
                 if request is not None and request.work is not None:
                     session.requests.pop(message.id)
                     self.pool.cancel(request.work, request)
+                    request.give_up()
             else:
                 raise ProtocolError(f"clients do not send {type(message).__name__}")
         finally:

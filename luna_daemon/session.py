@@ -49,6 +49,9 @@ class ClientRequest:
         """Its inline bytes; valid only while it is dispatched."""
         self.service = service
         self.op = "unknown"
+        self.model = ""
+        """What people call the model, once it is known."""
+        self.born = time.monotonic()
         self.work: Work | None = None
 
     def join(self, work: Work) -> None:
@@ -63,8 +66,8 @@ class ClientRequest:
 
     def answer(self, result: Any, tensors: list[m.TensorRef] | None = None) -> None:
         """Answer without a worker."""
-        self.service.requests[self.op] += 1
         self.session.connection.send(m.Reply(self.number, result, tensors or []))
+        self._count()
 
     def finish(self, outcome: Outcome, shared: bool) -> None:
         """Answer with tensors.
@@ -90,8 +93,8 @@ class ClientRequest:
                 inline.append(slot)
                 refs.append(ref.placed(at))
                 at += ref.nbytes
-        self.service.requests[self.op] += 1
         self.session.connection.send(m.Reply(self.number, outcome.result, refs, outcome.notes), inline)
+        self._count()
 
     def _may_lease(self, slot: Slot) -> bool:
         """Whether this client may hold more shared memory; what it may not comes inline."""
@@ -103,6 +106,16 @@ class ClientRequest:
         self.service.errors[error.code] += 1
         retry = getattr(error, "retry_after_s", 0.0)
         self.session.connection.send(m.Failure(self.number, error.code, error.message, error.hint, retry))
+        self.service.events.request(self.op, self.model, time.monotonic() - self.born, error.code)
+        self.service.events.failed(error.code, error.message, self.op, self.model)
+
+    def give_up(self) -> None:
+        """Its caller wants no answer any more."""
+        self.service.events.request(self.op, self.model, time.monotonic() - self.born, "cancelled")
+
+    def _count(self) -> None:
+        self.service.requests[self.op] += 1
+        self.service.events.request(self.op, self.model, time.monotonic() - self.born)
 
     def _leave(self) -> None:
         self.work = None

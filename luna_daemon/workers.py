@@ -13,6 +13,7 @@ from typing import Any
 
 from .config import Settings
 from .core import (
+    BadRequest,
     Busy,
     ConfigError,
     DeadlineExceeded,
@@ -26,6 +27,7 @@ from .core import (
     error_from_code,
     logger,
 )
+from .events import Events, model_name
 from .gpu import free_vram
 from .pool import policy
 from .pool.devices import device_mask
@@ -47,8 +49,6 @@ _SILENT_S = 60.0
 _END_S = 2.0
 _RECENT = 256
 
-OnEvent = Callable[[str, dict[str, Any]], None]
-
 
 class WorkerPool:
     """All worker processes of a daemon.
@@ -56,13 +56,13 @@ class WorkerPool:
     Args:
         settings: limits, devices, timeouts.
         logs: folder for what workers print.
-        on_event: told of scale-ups, scale-downs and restarts.
+        events: told of workers and models that come and go.
     """
 
-    def __init__(self, settings: Settings, logs: Path, on_event: OnEvent = lambda kind, facts: None) -> None:
+    def __init__(self, settings: Settings, logs: Path, events: Events | None = None) -> None:
         self.settings = settings
         self.logs = logs
-        self.on_event = on_event
+        self.events = events or Events()
         self.workers: list[WorkerProcess] = []
         self.queue: list[Work] = []
         self.pinned: set[str] = set()
@@ -188,10 +188,15 @@ class WorkerPool:
         count = 0
         for worker in self.workers:
             keys = [name for name in worker.models if key in (None, name)]
-            worker.unload(keys)
+            self._unload(worker, keys, "asked")
             count += len(keys)
         self.pinned -= {key} if key else set(self.pinned)
         return count
+
+    def _unload(self, worker: WorkerProcess, keys: list[str], why: str) -> None:
+        worker.unload(keys)
+        for key in keys:
+            self.events.scaling("model_unloaded", worker.number, worker.key, model=model_name(key), why=why)
 
     def forget(self, client: int) -> None:
         """A client has gone."""
@@ -282,7 +287,7 @@ class WorkerPool:
         self.workers.append(worker)
         self._by_token[worker.token] = worker
         work.progress("starting")
-        self.on_event("scale_up", {"worker": worker.number, "key": key, "workers": len(self.workers)})
+        self.events.scaling("worker_started", worker.number, key, workers=len(self.workers))
 
     def _options(self, backend: str, device: str) -> dict[str, Any]:
         if backend != "comfy":
@@ -320,6 +325,9 @@ class WorkerPool:
         self._jobs += 1
         self._served[work.client] = time.monotonic()
         self.waits.append(time.monotonic() - work.born)
+        self.events.waits.add(self.waits[-1])
+        for gone in going:
+            self.events.scaling("model_evicted", worker.number, worker.key, model=model_name(gone))
         worker.give(work, self._jobs, going)
         work.deadline = None  # it was about the start: a retry does not break it
 
@@ -337,8 +345,11 @@ class WorkerPool:
         worker.heard = time.monotonic()
         if isinstance(message, m.WorkerReady):
             worker.ready(message)
+            self.events.scaling("worker_ready", worker.number, worker.key, seconds=round(worker.started_s, 3))
             self._backoff(worker.key).succeeded()
         elif isinstance(message, m.WorkerStatus):
+            for key in message.models.keys() - worker.models.keys():
+                self.events.scaling("model_loaded", worker.number, worker.key, model=model_name(key))
             worker.status(message)
             self._sizes.update(message.models)
         elif isinstance(message, m.Progress) and worker.work is not None and message.id == worker.job:
@@ -384,12 +395,14 @@ class WorkerPool:
         if isinstance(error, OutOfMemory) and others and not work.evicted_all and not self.pinned & set(others):
             # The budget is only an estimate: give everything else back and try once more.
             work.evicted_all = True
-            worker.unload(others)
+            self._unload(worker, others, "out of memory")
             self.queue.insert(0, work)
         elif isinstance(error, RequestCancelled) and work.waiters:
             # Cancelled for one caller while another joined: compute it for that one.
             self.queue.insert(0, work)
         else:
+            if not isinstance(error, (BadRequest, RequestCancelled)):
+                self.events.worker_failed(worker.key, error.code, error.message)
             work.fail(error)
 
     def lost(self, worker: WorkerProcess, why: str) -> None:
@@ -411,7 +424,9 @@ class WorkerPool:
         if not wanted:
             self.crashes += 1
             logger.error("worker %d (pid %d) died: %s; last words: %s", worker.number, worker.pid, why, tail or "none")
-            self.on_event("worker_died", {"worker": worker.number, "pid": worker.pid, "why": tail or why})
+            self.events.worker_crashed(worker.number, worker.key, tail or why)
+        else:
+            self.events.scaling("worker_stopped", worker.number, worker.key, workers=len(self.workers))
         if not started:
             self._start_failed(worker.key, tail or why)
         if work is not None:
@@ -496,10 +511,8 @@ class WorkerPool:
         action = policy.idle_action(now - worker.idle_since, others, least, s.idle_timeout_sec, s.worker_keep_sec)
         if action == "stop" and len(keys) == len(worker.models):
             worker.stop()
-            self.on_event("scale_down", {"worker": worker.number, "key": worker.key, "workers": len(self.workers) - 1})
         elif action != "keep" and keys:
-            worker.unload(keys)
-            self.on_event("unloaded", {"worker": worker.number, "models": keys})
+            self._unload(worker, keys, "idle")
 
     def _drop_all(self) -> list[Work]:
         dropped, self.queue = self.queue, []

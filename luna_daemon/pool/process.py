@@ -43,6 +43,8 @@ class WorkerProcess:
         self.born = time.monotonic()
         self.idle_since = self.born
         self.heard = self.born
+        self.started_s = 0.0
+        """How long its start took."""
         self.pid = 0
         self.served = 0
         self.rss = 0
@@ -101,7 +103,8 @@ class WorkerProcess:
             self.device = message.devices[0]
         self.state = WorkerState.IDLE
         self.idle_since = time.monotonic()
-        logger.info("worker %d is ready after %.1f s", self.number, self.idle_since - self.born)
+        self.started_s = self.idle_since - self.born
+        logger.info("worker %d is ready after %.1f s", self.number, self.started_s)
 
     def exited(self) -> bool:
         """Whether the process has ended."""
