@@ -23,6 +23,7 @@ from typing import Any
 from luna_daemon.client import DaemonClient, get_client
 from luna_daemon.core import LunaError, PortInUse, logger
 
+from . import host
 from .toast import show_warnings, toast
 
 __all__ = ["SETTING", "VARIABLE", "begin", "chosen", "daemon_settings", "start_daemon"]
@@ -65,11 +66,15 @@ def daemon_settings(paths: Any, given: list[Path]) -> dict[str, Any]:
 
 
 def begin() -> threading.Thread | None:
-    """Show warnings as toasts, and do what is set, on a thread: ComfyUI does not wait for it. Else nothing happens."""
+    """Serve the panel, show warnings as toasts, and do what is set, on a thread: ComfyUI does not wait for it."""
     paths = sys.modules.get("folder_paths")
     if paths is None:
         return None
     show_warnings()
+    if (server := host.server()) is not None:
+        from .panel import install
+
+        install(server)
     choice = chosen(os.environ, Path(paths.get_user_directory()) / "default" / "comfy.settings.json")
     if choice == OFF:
         return None

@@ -1,4 +1,4 @@
-// A small line chart in SVG: time runs to the right, the last two minutes.
+// A small line chart in SVG: time runs to the right, up to the last two minutes.
 
 import { attribute, el, keyed, svg, text } from "./dom.js";
 import { WINDOW_S } from "./store.js";
@@ -6,6 +6,7 @@ import { WINDOW_S } from "./store.js";
 const WIDTH = 600;
 const HEIGHT = 120;
 const MARKS = 3;
+const LEAST_S = 30;
 
 /**
  * @typedef {object} Line
@@ -19,7 +20,7 @@ const MARKS = 3;
  * @param {string} label what it shows, for those who cannot see it
  * @param {(value: number) => string} format of the values at the grid
  * @param {boolean} [logarithmic] decades are equally high
- * @returns {{node: HTMLElement, draw: (lines: Line[], now: number) => void}}
+ * @returns {{node: HTMLElement, draw: (lines: Line[], since: number, now: number) => void}}
  */
 export function createChart(label, format, logarithmic = false) {
   const grid = svg("g.grid");
@@ -32,10 +33,11 @@ export function createChart(label, format, logarithmic = false) {
   const waiting = el("p.quiet.waiting", {}, "No requests in the last two minutes");
   const node = el("div.chart", {}, picture, ticks, waiting);
 
-  function draw(lines, now) {
+  function draw(lines, since, now) {
     const values = lines.flatMap((line) => line.points.map(([, value]) => value)).filter((v) => v !== null);
     const scale = (logarithmic ? decades : linear)(values);
-    const x = (at) => WIDTH - ((now - at) / (WINDOW_S * 1000)) * WIDTH;
+    const seconds = Math.min(WINDOW_S, Math.max(LEAST_S, (now - since) / 1000));
+    const x = (at) => WIDTH - ((now - at) / (seconds * 1000)) * WIDTH;
     const y = (value) => HEIGHT - 2 - scale.place(value) * (HEIGHT - 6);
     waiting.hidden = values.length > 0;
     const marks = values.length ? scale.marks : [];

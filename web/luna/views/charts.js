@@ -18,7 +18,7 @@ export function createCharts() {
   const node = card(
     "charts", "Pace",
     el("h3", {}, "Requests per second"), throughput.node,
-    el("h3", {}, "Latency"), latency.node, table,
+    el("h3", {}, "Latency ", el("span.quiet", {}, "median, second by second")), latency.node, table,
   );
   const tones = new Map();
 
@@ -29,11 +29,13 @@ export function createCharts() {
 
   function update({ info, past }) {
     const now = past.at(-1)?.at ?? 0;
+    const since = past[0]?.at ?? 0;
     const pace = past.map(({ at, throughput }) => [at, throughput]);
-    throughput.draw([{ name: "all", tone: "a", area: true, points: pace }], now);
+    throughput.draw([{ name: "all", tone: "a", area: true, points: pace }], since, now);
     const ops = latencies(info);
     latency.draw(
       ops.slice(0, TONES.length).map(([op]) => ({ name: op, tone: toneOf(op), points: bridged(past, op) })),
+      since,
       now,
     );
     table.hidden = ops.length === 0;
