@@ -17,7 +17,7 @@ from aiohttp import web
 
 from luna_daemon.client import get_client
 from luna_daemon.config import load_settings
-from luna_daemon.core import DaemonConnectionError, LunaError, logger
+from luna_daemon.core import AuthenticationError, BadRequest, DaemonConnectionError, LunaError, logger
 from luna_daemon.runtime import find_token, read_facts
 
 __all__ = ["ALLOW", "FORWARD", "OPS", "Panel", "install"]
@@ -42,7 +42,7 @@ def install(server: Any) -> Panel:
     server.routes.get("/luna/info")(panel.info)
     server.routes.get("/luna/ws")(panel.socket)
     server.routes.post("/luna/call")(panel.call)
-    server.app.middlewares.append(panel.after_free)
+    server.app.middlewares.append(panel.middleware())
     return panel
 
 
@@ -52,8 +52,6 @@ class Panel:
     def __init__(self, server: Any) -> None:
         self._server = server
         self._tasks: set[asyncio.Task[None]] = set()
-        self.after_free = web.middleware(self._after_free)
-        """Middleware: hears of ``/free`` after ComfyUI has answered it."""
 
     # --- reading ---
 
@@ -67,7 +65,7 @@ class Panel:
             return _refusal(503, _away(error))
 
     async def socket(self, request: web.Request) -> web.WebSocketResponse:
-        """The daemon's messages as they come; ``away`` while there are none. What the browser says is not listened to."""
+        """The daemon's messages as they come; ``away`` while there are none. Nothing is taken from the browser."""
         browser = web.WebSocketResponse(heartbeat=20.0, max_msg_size=4096)
         await browser.prepare(request)
         feeder = asyncio.get_running_loop().create_task(_feed(browser))
@@ -84,14 +82,16 @@ class Panel:
         """One of ``OPS`` with its fields, with the daemon's token; as the daemon's own ``/api/call`` answers."""
         if not self._may_change(request):
             hint = "See Luna in ComfyUI's settings"
-            return _refusal(403, LunaError("changes from here are switched off in this ComfyUI", hint))
+            return _refusal(
+                403, AuthenticationError("this ComfyUI does not let the panel change anything from here", hint)
+            )
         try:
             body = json.loads(await request.text()) if request.content_type == "application/json" else None
         except ValueError:
             body = None
         op = body.get("op") if isinstance(body, dict) else None
         if not isinstance(op, str) or op not in OPS:
-            return _refusal(400, LunaError(f"op {op!r} is not taken here", f"Use one of {', '.join(sorted(OPS))}"))
+            return _refusal(400, BadRequest(f"op {op!r} is not taken here", f"Use one of {', '.join(sorted(OPS))}"))
         try:
             answer, status = await _ask(body)
         except (LunaError, aiohttp.ClientError, OSError, ValueError) as error:
@@ -111,16 +111,25 @@ class Panel:
 
     # --- "free memory" ---
 
-    async def _after_free(self, request: web.Request, handler: Any) -> web.StreamResponse:
-        response: web.StreamResponse = await handler(request)
-        if request.method == "POST" and request.path in _FREE and response.status == 200:
-            wanted = json.loads(await request.text())
-            frees = wanted.get("unload_models") or wanted.get("free_memory")
-            if frees and self._setting(request, FORWARD, False) is True:
-                task = asyncio.get_running_loop().create_task(_free())
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
-        return response
+    def middleware(self) -> Any:
+        """Hears of ``/free`` after ComfyUI has answered it."""
+
+        @web.middleware
+        async def after_free(request: web.Request, handler: Any) -> web.StreamResponse:
+            response: web.StreamResponse = await handler(request)
+            if request.method == "POST" and request.path in _FREE and response.status == 200:
+                await self._forward(request)
+            return response
+
+        return after_free
+
+    async def _forward(self, request: web.Request) -> None:
+        wanted = json.loads(await request.text())
+        frees = wanted.get("unload_models") or wanted.get("free_memory")
+        if frees and self._setting(request, FORWARD, False) is True:
+            task = asyncio.get_running_loop().create_task(_free())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
 
 async def _free() -> None:

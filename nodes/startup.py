@@ -71,16 +71,26 @@ def begin() -> threading.Thread | None:
     if paths is None:
         return None
     show_warnings()
-    if (server := host.server()) is not None:
-        from .panel import install
-
-        install(server)
+    _serve_panel()
     choice = chosen(os.environ, Path(paths.get_user_directory()) / "default" / "comfy.settings.json")
     if choice == OFF:
         return None
     thread = threading.Thread(target=_start_and_tell, args=(paths, choice), name="luna-start", daemon=True)
     thread.start()
     return thread
+
+
+def _serve_panel() -> None:
+    """Without ComfyUI's server there is no panel; and a ComfyUI that it does not fit keeps its nodes."""
+    server = host.server()
+    if server is None:
+        return
+    try:
+        from .panel import install
+
+        install(server)
+    except Exception:
+        logger.exception("the Luna panel cannot be shown in this ComfyUI; the nodes work without it")
 
 
 def _start_and_tell(paths: Any, choice: str) -> None:

@@ -131,7 +131,7 @@ def daemon(models: Path, clip_l: Path, tmp_path_factory: pytest.TempPathFactory)
 def servers(daemon: Any, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
     """Two of them, whose only custom nodes are this pack; each is ended by its process' id."""
     with contextlib.ExitStack() as ends:
-        running = [_start(tmp_path_factory.mktemp(f"comfyui-{n}"), daemon, models, ends) for n in range(2)]
+        running = [start_server(tmp_path_factory.mktemp(f"comfyui-{n}"), daemon, models, ends) for n in range(2)]
         for server in running:
             server.wait_until_it_answers()
         yield running
@@ -141,7 +141,8 @@ def _python() -> str:
     return os.environ.get("COMFYUI_PYTHON") or sys.executable
 
 
-def _start(folder: Path, daemon: Any, models: Path, ends: contextlib.ExitStack) -> Server:
+def start_server(folder: Path, daemon: Any, models: Path, ends: contextlib.ExitStack, frontend: bool = False) -> Server:
+    """``main.py`` with this pack; with ComfyUI's own frontend if asked for, else with an empty page."""
     for name in ("custom_nodes", "output", "page"):
         (folder / name).mkdir()
     (folder / "models").symlink_to(models)
@@ -151,9 +152,9 @@ def _start(folder: Path, daemon: Any, models: Path, ends: contextlib.ExitStack) 
     port, log = free_port(), folder / "server.log"
     arguments = [
         "--cpu", "--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(folder), "--output-directory",
-        str(folder / "output"), "--front-end-root", str(folder / "page"), "--disable-all-custom-nodes",
-        "--whitelist-custom-nodes", "luna-daemon", "--disable-api-nodes", "--database-url",
-        f"sqlite:///{folder / 'comfyui.db'}",
+        str(folder / "output"), "--disable-all-custom-nodes", "--whitelist-custom-nodes", "luna-daemon",
+        "--disable-api-nodes", "--database-url", f"sqlite:///{folder / 'comfyui.db'}",
+        *(() if frontend else ("--front-end-root", str(folder / "page"))),
     ]  # fmt: skip
     with log.open("wb") as output:
         process = subprocess.Popen(
