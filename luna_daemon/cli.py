@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import __version__
+from . import __version__, logs
 from .core import AuthenticationError, ConfigError, DaemonConnectionError, LunaError, PortInUse, logger
 from .terminal import LOADED, Bar, count, loaded_rows, print_json, show_checks, show_status, tables
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _REFUSED = (ConfigError, PortInUse, AuthenticationError)
-_LOG_FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
 
 app = typer.Typer(
     help="Hold VAEs and text encoders once and serve every ComfyUI instance on this machine.",
@@ -48,6 +47,10 @@ _DEVICE = typer.Option(metavar="DEVICE", help="auto, cpu, cuda:1 or a GPU's UUID
 _BACKEND = typer.Option(metavar="NAME", help="What runs the models: auto, comfy or diffusers [auto].")
 _SERVICE = typer.Option(metavar="NAME", help="What work to accept: full, vae or clip [full].")
 _LOG_LEVEL = typer.Option(metavar="LEVEL", help="DEBUG, INFO, WARNING or ERROR [INFO].")
+_LOG_JSON = typer.Option("--log-json", help="Log one JSON object per line.")
+_LOG_FILE = typer.Option(metavar="FILE", help="Log to this file too, rotated at 5 MB.")
+_INTERVAL = typer.Option(metavar="SECONDS", help="How often it is drawn anew.", min=0.1)
+_ONCE = typer.Option("--once", help="Print one picture and end.")
 _KIND = typer.Option(metavar="KIND", help="What to load of it: vae, clip or all.")
 _PIN = typer.Option("--pin", help="Keep it loaded until it is unloaded.")
 _TIMEOUT = typer.Option(metavar="SECONDS", help="How long to wait for its end.", min=0)
@@ -109,17 +112,21 @@ def serve(
     backend: Backend = None,
     service_type: Annotated[str | None, _SERVICE] = None,
     log_level: Annotated[str | None, _LOG_LEVEL] = None,
+    log_json: Annotated[bool, _LOG_JSON] = False,
+    log_file: Annotated[Path | None, _LOG_FILE] = None,
     runtime_dir: Runtime = None,
 ) -> None:
     """Run the daemon until Ctrl-C or 'luna-daemon stop'."""
-    logging.basicConfig(format=_LOG_FORMAT, datefmt="%Y-%m-%d %H:%M:%S", level=logging.INFO, force=True)
+    logs.set_up(log_json)  # the settings may warn already
     from .daemon_server import LunaDaemon
 
     daemon = LunaDaemon(
         host, port, ws_port, service_type=service_type, config_file=config, comfyui_path=comfyui,
         comfyui_python=comfyui_python, model_dirs=model_dir or None, vae_device=vae_device, clip_device=clip_device,
         backend=backend, log_level=log_level.upper() if log_level else None, runtime_dir=runtime_dir,
+        log_json=log_json or None, log_file=log_file,
     )  # fmt: skip
+    logs.set_up(daemon.settings.log_json, daemon.settings.log_file)
     logger.setLevel(daemon.settings.log_level)
     daemon.run()
 
@@ -136,6 +143,23 @@ def status(
             print_json(info)
         else:
             show_status(info, f"{client.host}:{client.port}", _status_page(client, info["ws_port"], ws_port))
+
+
+@app.command()
+def top(
+    interval: Annotated[float, _INTERVAL] = 1.0,
+    once: Annotated[bool, _ONCE] = False,
+    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
+) -> None:  # fmt: skip
+    """Watch the daemon: q or Ctrl-C ends it."""
+    from .top import print_once, watch
+
+    if once or not sys.stdout.isatty():
+        with _dial(host, port, config, runtime_dir) as client:
+            print_once(client.get_daemon_info(), f"{client.host}:{client.port}")
+    else:
+        with _client(host, port, config, runtime_dir) as client:
+            watch(client, interval)
 
 
 @app.command()
@@ -296,26 +320,32 @@ def _dial(host: str | None, port: int | None, config: Path | None, runtime_dir: 
     Raises:
         DaemonConnectionError: none answers; one that is about to end is told from none at all.
     """
-    from .client import DaemonClient
-    from .config import load_settings
-    from .runtime import dial_host, read_facts, runtime_folder
+    from .runtime import read_facts, runtime_folder
 
-    settings = load_settings({"host": host, "port": port, "runtime_dir": runtime_dir}, config_file=config)
-    address = dial_host(settings.host)
-    # Given a folder, the client need not read the settings once more, and without --config.
-    folder = runtime_folder(settings.port, settings.runtime_dir).parent
-    client = DaemonClient(address, settings.port, runtime_dir=folder, name="luna-daemon")
+    client = _client(host, port, config, runtime_dir)
     try:
         client.ping()
     except DaemonConnectionError as error:
-        pid = read_facts(settings.port, folder).get("pid")
-        if pid is None or _has_ended(pid, folder / str(settings.port)):
+        pid = read_facts(client.port, client.runtime_dir).get("pid")
+        if pid is None or _has_ended(pid, runtime_folder(client.port, client.runtime_dir)):
             raise
         raise DaemonConnectionError(
-            f"Luna Daemon (pid {pid}) does not answer on {address}:{settings.port}",
+            f"Luna Daemon (pid {pid}) does not answer on {client.host}:{client.port}",
             "It is starting, or finishing its requests: ask again in a moment",
         ) from error
     return client
+
+
+def _client(host: str | None, port: int | None, config: Path | None, runtime_dir: Path | None) -> DaemonClient:
+    """A client of the daemon that the settings mean; nothing is dialled yet."""
+    from .client import DaemonClient
+    from .config import load_settings
+    from .runtime import dial_host, runtime_folder
+
+    settings = load_settings({"host": host, "port": port, "runtime_dir": runtime_dir}, config_file=config)
+    # Given a folder, the client need not read the settings once more, and without --config.
+    folder = runtime_folder(settings.port, settings.runtime_dir).parent
+    return DaemonClient(dial_host(settings.host), settings.port, runtime_dir=folder, name="luna-daemon")
 
 
 def _has_ended(pid: int, folder: Path) -> bool:

@@ -334,7 +334,11 @@ async def _watch_gpus(service: Service) -> None:
 async def _monitor(service: Service, settings: Settings) -> None:
     """The status page, a convenience: that its port is taken or it cannot start is no reason not to serve."""
     # Imported in a thread: it takes longer than everything before it, and requests must not wait for it.
-    await asyncio.get_running_loop().run_in_executor(None, _import_web)
+    try:
+        await asyncio.get_running_loop().run_in_executor(None, _import_web)
+    except ImportError as error:
+        logger.warning("no status page: %s; 'luna-daemon doctor' says what to install", error)
+        return
     from .monitoring import Monitor
 
     monitor = Monitor(service, settings.host, settings.ws_port)

@@ -15,7 +15,18 @@ if TYPE_CHECKING:
     from .doctor import Check
     from .wire.messages import Progress
 
-__all__ = ["LOADED", "Bar", "count", "loaded_rows", "print_json", "show_checks", "show_status", "tables"]
+__all__ = [
+    "LOADED",
+    "Bar",
+    "count",
+    "loaded_rows",
+    "print_json",
+    "show_checks",
+    "show_status",
+    "size",
+    "span",
+    "tables",
+]
 
 LOADED = "model >memory pinned"
 
@@ -53,7 +64,7 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _size(nbytes: float) -> str:
+def size(nbytes: float) -> str:
     for unit in ("B", "KB", "MB"):
         if nbytes < 1000:
             return f"{nbytes:.0f} {unit}"
@@ -61,7 +72,7 @@ def _size(nbytes: float) -> str:
     return f"{nbytes:.1f} GB"
 
 
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
     minutes, hours = int(seconds) // 60, int(seconds) // 3600
     if hours >= 48:
         return f"{hours // 24} days"
@@ -70,25 +81,25 @@ def _span(seconds: float) -> str:
 
 def loaded_rows(listing: dict[str, Any]) -> list[tuple[str, ...]]:
     pinned = listing["pinned"]
-    return [(key, _size(size), "yes" if key in pinned else "") for key, size in listing["loaded"].items()]
+    return [(key, size(size), "yes" if key in pinned else "") for key, size in listing["loaded"].items()]
 
 
 def show_status(info: dict[str, Any], address: str, page: str) -> None:
     typer.echo(
         f"Luna Daemon {info['version']} is {info['status']} on {address} "
-        f"(pid {info['pid']}, {_size(info['rss'])}) for {_span(info['uptime_s'])}"
+        f"(pid {info['pid']}, {size(info['rss'])}) for {span(info['uptime_s'])}"
     )
     tables(("", "what value", _status_rows(info, page)))
     workers = [
-        (str(w["number"]), str(w["pid"]), w["state"], w["device"], "\n".join(w["models"]), _size(w["rss"]),
+        (str(w["number"]), str(w["pid"]), w["state"], w["device"], "\n".join(w["models"]), size(w["rss"]),
          str(w["requests"])) for w in info["workers"]
     ]  # fmt: skip
     loaded = {key: size for worker in info["workers"] for key, size in worker["models"].items()}
     clients = [
-        (c["name"], str(c["pid"]), "shared memory" if c["shared_memory"] else "tcp", _size(c["leased_bytes"]),
+        (c["name"], str(c["pid"]), "shared memory" if c["shared_memory"] else "tcp", size(c["leased_bytes"]),
          str(c["in_flight"])) for c in info["clients"] if c["pid"] != os.getpid()
     ]  # fmt: skip
-    gpus = [(str(g["index"]), g["name"], _size(g["used"]), _size(g["total"])) for g in info["gpus"]]
+    gpus = [(str(g["index"]), g["name"], size(g["used"]), size(g["total"])) for g in info["gpus"]]
     tables(
         ("Workers", "># >pid state device models >memory >requests", workers),
         ("Loaded models", LOADED, loaded_rows({"loaded": loaded, "pinned": info["models"]["pinned"]})),
@@ -102,10 +113,10 @@ def _status_rows(info: dict[str, Any], page: str) -> list[tuple[str, str]]:
     kinds = ", ".join(f"{op} {count}" for op, count in sorted(info["requests"].items())) or "none"
     errors = ", ".join(f"{code} {count}" for code, count in sorted(info["errors"].items())) or "none"
     caches = [
-        (f"{name} cache", f"{c['entries']} entries, {_size(c['bytes'])} of {_size(c['max_bytes'])}; "
+        (f"{name} cache", f"{c['entries']} entries, {size(c['bytes'])} of {size(c['max_bytes'])}; "
          f"hits {c['hits']}, misses {c['misses']}") for name, c in info["caches"].items()
     ]  # fmt: skip
-    shared = f"{_size(arena['used'])} used, at most {_size(arena['max_bytes'])}, in {arena['folder']}"
+    shared = f"{size(arena['used'])} used, at most {size(arena['max_bytes'])}, in {arena['folder']}"
     return [
         ("serves", f"{info['service_type']}, backend {info['backend']}"),
         ("models", ", ".join(info["models"]["named"])),

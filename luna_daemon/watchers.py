@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,7 @@ _HEARTBEAT_S = 20.0
 _FRESH_S = 0.2
 """A status is computed at most so often, however many ask."""
 _MOST_ASKED = 4096
+_KERNEL_BYTES = 64 << 10
 
 
 class Watchers:
@@ -56,25 +58,25 @@ class Watchers:
     async def serve(self, request: web.Request) -> web.StreamResponse:
         """One WebSocket from its greeting to its end."""
         if len(self._open) >= self.most:
-            return web.Response(
-                status=503, text=f"{self.most} watchers are connected, the most allowed (max_watchers)\n",
-                headers={"Retry-After": "10", "Connection": "close"},
-            )  # fmt: skip
-        socket = web.WebSocketResponse(heartbeat=_HEARTBEAT_S, compress=False, max_msg_size=_MOST_ASKED)
-        watcher = _Watcher(socket, request)
+            text = f"{self.most} watchers are connected, the most allowed (max_watchers)\n"
+            full = web.Response(status=503, text=text, headers={"Retry-After": "10"})
+            full.force_close()
+            return full
+        websocket = web.WebSocketResponse(heartbeat=_HEARTBEAT_S, compress=False, max_msg_size=_MOST_ASKED)
+        watcher = _Watcher(websocket, request)
         self._open.add(watcher)
         try:
-            await socket.prepare(request)
+            await websocket.prepare(request)
             watcher.start()
             self._send(watcher, self._status_text())
-            async for message in socket:
+            async for message in websocket:
                 if message.type is WSMsgType.TEXT and _type_of(message.data) == "get_status":
                     self._send(watcher, self._status_text())
                     await asyncio.sleep(_FRESH_S / 4)  # whoever asks without end waits; nobody else does
         finally:
             self._open.discard(watcher)
             watcher.stop()
-        return socket
+        return websocket
 
     def hear(self, kind: str, data: dict[str, Any]) -> None:
         """An event of the daemon; a listener of ``Events``."""
@@ -138,22 +140,26 @@ class Watchers:
 class _Watcher:
     """One WebSocket and the texts that wait for it."""
 
-    def __init__(self, socket: web.WebSocketResponse, request: web.Request) -> None:
+    def __init__(self, websocket: web.WebSocketResponse, request: web.Request) -> None:
         self.remote = request.remote
-        self._socket = socket
+        self._websocket = websocket
         self._request = request
         self._texts: asyncio.Queue[str] = asyncio.Queue(_QUEUED)
         self._writer: asyncio.Task[None] | None = None
         self._stuck = False
 
     def start(self) -> None:
+        """Write from now on; what the system buffers is bounded too, else it would take megabytes to see who sleeps."""
+        if self._request.transport is not None:
+            kernel = self._request.transport.get_extra_info("socket")
+            kernel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _KERNEL_BYTES)
         self._writer = asyncio.get_running_loop().create_task(self._write())
 
     async def _write(self) -> None:
         try:
             while True:
                 text = await self._texts.get()
-                await asyncio.wait_for(self._socket.send_str(text), _SEND_S)
+                await asyncio.wait_for(self._websocket.send_str(text), _SEND_S)
         except asyncio.TimeoutError:
             self._stuck = True
         except ConnectionError:

@@ -17,6 +17,7 @@ from .core import (
     Busy,
     ConfigError,
     DeadlineExceeded,
+    InternalError,
     LunaError,
     ModelKind,
     OutOfMemory,
@@ -402,8 +403,14 @@ class WorkerPool:
             self.queue.insert(0, work)
         else:
             if not isinstance(error, (BadRequest, RequestCancelled)):
-                self.events.worker_failed(worker.key, error.code, error.message)
+                self._tell_failure(worker, work, error)
             work.fail(error)
+
+    def _tell_failure(self, worker: WorkerProcess, work: Work, error: LunaError) -> None:
+        trace = worker.trace() if isinstance(error, InternalError) else ""
+        what = f"{error.message}\n{trace}" if trace else error.message
+        logger.warning("worker %d: %s on %s failed: %s", worker.number, work.op, work.spec.key, what)
+        self.events.worker_failed(worker.key, error.code, error.message)
 
     def lost(self, worker: WorkerProcess, why: str) -> None:
         """A worker's connection is gone: it ended, was killed, or crashed."""

@@ -19,7 +19,7 @@ from .work import Piece, Work
 
 __all__ = ["WorkerProcess"]
 
-_TAIL_BYTES = 4096
+_TAIL_BYTES, _TRACE_BYTES = 4096, 32 << 10
 
 
 class WorkerProcess:
@@ -125,13 +125,22 @@ class WorkerProcess:
 
     def tail(self) -> str:
         """The last thing it printed: why a start failed."""
+        lines = self._printed(_TAIL_BYTES).splitlines()
+        return lines[-1].strip() if lines else ""
+
+    def trace(self) -> str:
+        """The traceback that it printed last, without its heading; empty if there is none."""
+        _, heading, trace = self._printed(_TRACE_BYTES).rpartition("Traceback (most recent call last):\n")
+        return trace if heading else ""
+
+    def _printed(self, nbytes: int) -> str:
+        """The end of its log."""
         try:
             with self.log.open("rb") as log:
-                log.seek(max(0, self.log.stat().st_size - _TAIL_BYTES))
-                lines = log.read().decode(errors="replace").strip().splitlines()
+                log.seek(max(0, self.log.stat().st_size - nbytes))
+                return log.read().decode(errors="replace").rstrip()
         except OSError:
             return ""
-        return lines[-1].strip() if lines else ""
 
     # --- work ---
 

@@ -147,13 +147,13 @@ def test_options_of_serve_reach_the_settings(monkeypatch, tmp_path, run):
 )
 def test_sizes(nbytes, text):
     """Sizes are read at a glance: at most four characters and a unit."""
-    assert terminal._size(nbytes) == text
+    assert terminal.size(nbytes) == text
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(4.2, "4 s"), (61, "1 min"), (7260, "2 h 1 min")])
 def test_times(seconds, text):
     """Times have the unit that fits them."""
-    assert terminal._span(seconds) == text
+    assert terminal.span(seconds) == text
 
 
 @pytest.mark.parametrize(
