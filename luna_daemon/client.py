@@ -284,8 +284,8 @@ class DaemonClient:
         return bool(self._plain(m.LoraCheck(lora_name))["exists"])
 
     def lora_cache_stats(self) -> dict[str, Any]:
-        """Figures of the LoRA cache."""
-        return self._plain(m.LoraStats())
+        """Legacy name of ``lora_stats``."""
+        return self.lora_stats()
 
     def has_lora(self, lora_hash: str) -> bool:
         """Legacy name of ``lora_cache_check``."""
@@ -294,6 +294,44 @@ class DaemonClient:
     def upload_lora(self, lora_hash: str, weights: StateDict) -> dict[str, Any]:
         """Legacy name of ``lora_cache_put``."""
         return {"success": self.lora_cache_put(lora_hash, weights)}
+
+    def load_lora(
+        self, name: str, on_progress: OnProgress | None = None, is_cancelled: IsCancelled | None = None
+    ) -> StateDict:
+        """A LoRA file's tensors, which the daemon keeps in RAM for all: mapped, copied only where they are written to.
+
+        Args:
+            name: as ComfyUI lists it, or a full path; then this very file is meant.
+
+        Raises:
+            ModelNotFound, ModelMismatchError, ModelLoadError: no such file, not the daemon's, or corrupt.
+        """
+        from . import lora_client
+
+        return lora_client.load(self.link(), name, on_progress, is_cancelled)
+
+    def put_lora(self, name: str, state_dict: StateDict) -> int:
+        """Keep a state dict under a name of your own, for ``load_lora`` of every client; its bytes."""
+        answer = self.call(m.LoraPut(name, list(state_dict)), list(state_dict.values()))
+        nbytes: int = answer.result["bytes"]
+        return nbytes
+
+    def warm_lora(self, name: str, on_progress: OnProgress | None = None) -> dict[str, Any]:
+        """Load a LoRA file into the daemon's cache: ``name, kind, bytes, load_s, kept, was_kept``."""
+        result: dict[str, Any] = self.call(m.LoraWarm(name), on_progress=on_progress).result
+        return result
+
+    def pin_lora(self, name: str, pinned: bool = True) -> str:
+        """Keep a LoRA until it is unpinned or evicted by name; the name by which the cache has it."""
+        return str(self._plain(m.LoraPin(name, pinned))["name"])
+
+    def evict_lora(self, name: str | None = None) -> list[str]:
+        """Forget one LoRA, or all that are not pinned; which. Tensors that clients hold stay theirs."""
+        return list(self._plain(m.LoraEvict(name))["evicted"])
+
+    def lora_stats(self) -> dict[str, Any]:
+        """Figures of the LoRA cache: totals, and per LoRA in ``loras``."""
+        return self._plain(m.LoraStats())
 
 
 def _named(kind: ModelKind, name: str) -> m.ModelRef:

@@ -147,6 +147,9 @@ class Settings(BaseSettings):
     conditioning_cache_mb: int = Field(512, ge=0, description="Answers to repeated prompts; 0 turns it off.")
     lora_cache_gb: float = Field(8.0, ge=0, description="LoRA files kept in RAM.")
     lora_cache_entries: int = Field(100, ge=0, description="Most LoRA files kept.")
+    lora_copy: Literal["auto", "always", "never"] = Field(
+        "auto", description="Hold a copy of a LoRA file instead of mapping it; auto copies from network disks."
+    )
     drain_timeout_sec: float = Field(30.0, ge=0, description="How long a stop waits for running requests.")
     runtime_dir: Path | None = Field(None, description="Folder of the token; one per user and port by default.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="How much is logged.")

@@ -33,7 +33,7 @@ __all__ = ["DEPENDENCIES", "Check", "examine"]
 
 DEPENDENCIES = {
     "aiohttp": "3.9", "filelock": "3.12", "msgspec": "0.18", "numpy": "1.24", "prometheus-client": "0.20",
-    "psutil": "5.9", "pydantic-settings": "2.3", "rich": "13", "safetensors": "0.4", "typer": "0.12",
+    "psutil": "5.9", "pydantic-settings": "2.3", "PyYAML": "6", "rich": "13", "safetensors": "0.4", "typer": "0.12",
 }  # fmt: skip
 """What pyproject.toml asks for and we import, and the least version."""
 

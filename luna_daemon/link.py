@@ -40,7 +40,7 @@ from .wire.frame import encode_call
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Answer", "IsCancelled", "Link", "OnProgress"]
+__all__ = ["Answer", "IsCancelled", "Link", "OnProgress", "Unopened"]
 
 _CONNECT_S = 1.0
 _GREETING_S = 0.8
@@ -65,6 +65,17 @@ class Answer:
         self.notes = notes
 
 
+class Unopened:
+    """An answer whose tensors have not been looked at; its slots are held until ``Link.give_back``."""
+
+    __slots__ = ("payload", "refs", "result")
+
+    def __init__(self, result: Any, refs: list[m.TensorRef], payload: memoryview) -> None:
+        self.result = result
+        self.refs = refs
+        self.payload = payload
+
+
 class _Waiting:
     """A request that has been sent."""
 
@@ -86,6 +97,7 @@ class Link:
     """
 
     def __init__(self, host: str, port: int, runtime_dir: Path | None, name: str, use_arena: bool) -> None:
+        self.use_arena = use_arena
         self.waiting: dict[int, _Waiting] = {}
         self.released: deque[int] = deque()
         self._leased: dict[int, int] = {}
@@ -165,6 +177,35 @@ class Link:
                 self._calls -= 1
             self._used = time.monotonic()
             self._hang_up_if_done()
+
+    def call_for_refs(
+        self, call: m.Call, on_progress: OnProgress | None = None, is_cancelled: IsCancelled | None = None
+    ) -> Unopened:
+        """Call without tensors; the answer's descriptors as they came, for whoever maps memory by himself."""
+        with self._id_lock:
+            self._calls += 1
+        try:
+            waiting = self._ask(call, [], [], on_progress=on_progress, is_cancelled=is_cancelled)
+            reply = _reply(waiting)
+            for ref in reply.tensors:
+                if ref.slot:
+                    self._leased.setdefault(ref.slot, 0)
+            return Unopened(reply.result, reply.tensors, waiting.payload)
+        finally:
+            with self._id_lock:
+                self._calls -= 1
+            self._used = time.monotonic()
+            self._hang_up_if_done()
+
+    def tensors(self, answer: Unopened) -> list[torch.Tensor]:
+        """The tensors of an answer, as ``call`` returns them."""
+        return self._open_all(answer.refs, answer.payload)
+
+    def give_back(self, answer: Unopened) -> None:
+        """What the answer describes is not used any more. May run in any thread, in the middle of anything."""
+        for ref in answer.refs:
+            if ref.slot:
+                self._let_go(ref.slot)
 
     def _ask(
         self,
@@ -297,20 +338,18 @@ class Link:
             self._break(DaemonConnectionError(f"the daemon has been silent for {silent:.0f} s"))
 
     def _unpack(self, waiting: _Waiting) -> Answer:
-        outcome = waiting.outcome
-        if isinstance(outcome, m.Failure):
-            raise error_from_code(outcome.code, outcome.message, outcome.hint, outcome.retry_after_s)
-        if not isinstance(outcome, m.Reply):
-            assert outcome is not None
-            raise outcome
+        reply = _reply(waiting)
+        return Answer(reply.result, self._open_all(reply.tensors, waiting.payload), reply.notes)
+
+    def _open_all(self, refs: list[m.TensorRef], payload: memoryview) -> list[torch.Tensor]:
         tensors: list[torch.Tensor] = []
         try:
-            for ref in outcome.tensors:
-                tensors.append(self._tensor(ref, waiting.payload))  # noqa: PERF401 (the part made before an error counts)
+            for ref in refs:
+                tensors.append(self._tensor(ref, payload))  # noqa: PERF401 (the part made before an error counts)
         except BaseException:
-            self._drop(outcome.tensors[len(tensors) :])
+            self._drop(refs[len(tensors) :])
             raise
-        return Answer(outcome.result, tensors, outcome.notes)
+        return tensors
 
     def _drop(self, refs: Sequence[m.TensorRef]) -> None:
         """Give back what arrived and is not wanted."""
@@ -406,6 +445,17 @@ class Link:
             with contextlib.suppress(DaemonConnectionError):
                 self.channel.try_send(m.Bye())
         self._break(DaemonConnectionError("the client was closed"))
+
+
+def _reply(waiting: _Waiting) -> m.Reply:
+    """The outcome, if it is no error."""
+    outcome = waiting.outcome
+    if isinstance(outcome, m.Failure):
+        raise error_from_code(outcome.code, outcome.message, outcome.hint, outcome.retry_after_s)
+    if not isinstance(outcome, m.Reply):
+        assert outcome is not None
+        raise outcome
+    return outcome
 
 
 def _shake_hands(host: str, port: int, runtime_dir: Path | None, name: str) -> tuple[Channel, m.Welcome]:

@@ -1,101 +1,242 @@
-"""LoRA state dicts in RAM, shared by all clients: least recently used out first, by bytes and by count."""
+"""LoRAs in RAM, shared by all clients: what is kept, who uses it, what goes first. Knows neither disk nor socket."""
 
 from __future__ import annotations
 
+import difflib
 import time
-from collections import OrderedDict
-from dataclasses import dataclass, field
+from collections import Counter, OrderedDict
+from collections.abc import Callable
 from typing import Any
 
-from .core import LimitExceeded
-from .pool.work import Piece, release
+from .core import BadRequest, ModelNotFound
+from .lora_files import NamedRef
+from .pool.work import Piece
+from .wire.arena import Slot
+from .wire.messages import FileId
 
 __all__ = ["LoRACache", "LoRAEntry"]
 
+_FIGURES = 1000
+"""Names whose counts are remembered after they were dropped."""
 
-@dataclass
+
 class LoRAEntry:
-    """One LoRA: its tensors by key, and its figures."""
+    """One LoRA. Its memory is free when neither the cache nor a client uses it any more.
 
-    keys: list[str]
-    pieces: list[Piece]
-    packed: Any = None
-    """Of a patch set: how its tensors belong together."""
-    hits: int = 0
-    last_used: float = field(default_factory=time.time)
+    Args:
+        kind: ``file`` (clients map the file itself, which the page cache holds), ``arena`` (a copy of the file in
+            our memory) or ``put`` (a client's state dict).
+        refs: its tensors; for ``file`` their offsets count from its start, else from the start of ``slots[0]``.
+        slots: the memory: none for ``file``, one for ``arena``, one per tensor for ``put``.
+        source: the file's identity; a file that changed is another.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        refs: list[NamedRef],
+        nbytes: int,
+        slots: list[Slot] | None = None,
+        source: FileId | None = None,
+        load_s: float = 0.0,
+    ) -> None:
+        self.name = name
+        self.kind = kind
+        self.refs = refs
+        self.nbytes = nbytes
+        self.slots = slots or []
+        self.source = source
+        self.load_s = load_s
+        self.last_used = time.time()
+        self.clients: Counter[int] = Counter()
+        """Uses by the number of the client's session."""
+        self.table: Any = None
+        """What ``lora.load`` answers with, once made."""
+        self._uses = 1
+
+    def hold(self, client: int = 0) -> Slot:
+        """One use of it, which ends with the slot's ``release``; 0 is the daemon itself."""
+        self._uses += 1
+        if client:
+            self.clients[client] += 1
+        return Slot(1, "", 0, memoryview(b""), lambda _: self._let_go(client))
+
+    def drop(self) -> None:
+        """End the use that it was made with: the cache's."""
+        self._let_go(0)
+
+    def _let_go(self, client: int) -> None:
+        if client:
+            self.clients[client] -= 1
+            self.clients += Counter()  # forgets zeros
+        self._uses -= 1
+        if self._uses == 0:
+            for slot in self.slots:
+                slot.release()
 
     @property
-    def nbytes(self) -> int:
-        return sum(piece.slot.nbytes for piece in self.pieces)
+    def mappable(self) -> bool:
+        """Whether a client that sees our memory can map it as it lies."""
+        return all(slot.number for slot in self.slots) and not any(ref.order for _, ref in self.refs)
+
+    def places(self) -> list[tuple[str, str, Any]]:
+        """(key, segment, descriptor with its offset there) of each tensor."""
+        if self.kind == "file":
+            return [(key, "", ref) for key, ref in self.refs]
+        return [(key, slot.segment, ref.placed(slot.offset + start)) for key, ref, slot, start in self._parts()]
+
+    def pieces(self) -> list[Piece]:
+        """Each tensor with a use of the memory behind it: the caller's to release."""
+        return [Piece(ref.placed(0), slot.part(start, ref.nbytes)) for _, ref, slot, start in self._parts()]
+
+    def _parts(self) -> list[tuple[str, Any, Slot, int]]:
+        if self.kind == "put":
+            return [(key, ref, slot, 0) for (key, ref), slot in zip(self.refs, self.slots)]
+        return [(key, ref, self.slots[0], ref.offset) for key, ref in self.refs]
 
 
 class LoRACache:
-    """Holds state dicts that clients put, in the daemon's shared memory.
+    """Keeps entries by name: within so many bytes and so many entries, the least recently used out first.
+
+    One that a client uses, or that is pinned, stays. Where that leaves no room, a further LoRA is not kept.
 
     Args:
         max_bytes: 8 GB by default.
         max_entries: 100 by default.
     """
 
-    def __init__(self, max_bytes: int, max_entries: int) -> None:
+    def __init__(self, max_bytes: int, max_entries: int, clock: Callable[[], float] = time.time) -> None:
         self.max_bytes = max_bytes
         self.max_entries = max_entries
         self.nbytes = 0
         self.hits = 0
         self.misses = 0
+        self.evictions = 0
+        self.uncached = 0
+        """Loads that found no room."""
+        self.pinned: set[str] = set()
+        self._clock = clock
         self._kept: OrderedDict[str, LoRAEntry] = OrderedDict()
+        self._counts: OrderedDict[str, Counter[str]] = OrderedDict()
 
     def __contains__(self, name: str) -> bool:
         return name in self._kept
 
-    def get(self, name: str) -> LoRAEntry | None:
-        """The entry; its slots stay the cache's."""
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def entries(self) -> list[LoRAEntry]:
+        """All, the least recently used first."""
+        return list(self._kept.values())
+
+    def look(self, name: str, source: FileId | None = None) -> LoRAEntry | None:
+        """The entry, without counting; one of another state of its file is no longer it, and is dropped."""
         entry = self._kept.get(name)
-        if entry is None:
-            self.misses += 1
+        if entry is not None and source is not None and entry.source != source:
+            self.evict(name)
             return None
-        self.hits += 1
-        entry.hits += 1
-        entry.last_used = time.time()
-        self._kept.move_to_end(name)
         return entry
 
-    def put(self, name: str, entry: LoRAEntry) -> None:
-        """Keep an entry, in place of one of the same name; takes over its slots' use.
+    def get(self, name: str, source: FileId | None = None) -> LoRAEntry | None:
+        """The entry, counted as a use or as a miss."""
+        entry = self.look(name, source)
+        self.count(name, hit=entry is not None)
+        if entry is not None:
+            entry.last_used = self._clock()
+            self._kept.move_to_end(name)
+        return entry
 
-        Raises:
-            LimitExceeded: larger than the whole cache; the slots stay the caller's.
-        """
-        if entry.nbytes > self.max_bytes or self.max_entries < 1:
-            raise LimitExceeded(
-                f"LoRA {name!r} has {entry.nbytes} bytes; the cache holds {self.max_bytes}", "Raise lora_cache_gb"
-            )
-        self.drop(name)
-        while self.nbytes + entry.nbytes > self.max_bytes or len(self._kept) >= self.max_entries:
-            self.drop(next(iter(self._kept)))
-        self._kept[name] = entry
+    def count(self, name: str, hit: bool) -> None:
+        """Count a hit or a miss of this LoRA."""
+        counts = self._counts.setdefault(name, Counter())
+        self._counts.move_to_end(name)
+        if len(self._counts) > _FIGURES:
+            self._counts.popitem(last=False)
+        if hit:
+            self.hits += 1
+            counts["hits"] += 1
+        else:
+            self.misses += 1
+            counts["misses"] += 1
+
+    def keep(self, entry: LoRAEntry) -> bool:
+        """Keep it, in place of one of the same name; ``False`` if there is no room: it stays the caller's."""
+        old = self._kept.get(entry.name)
+        gone = self._to_make_room(entry, old)
+        if gone is None:
+            self.uncached += 1
+            return False
+        for name in gone:
+            self.evict(name)
+            self.evictions += 1
+        if old is not None:
+            self.evict(entry.name)
+        self._kept[entry.name] = entry
         self.nbytes += entry.nbytes
+        return True
 
-    def drop(self, name: str) -> bool:
-        """Forget an entry; whether there was one."""
+    def _to_make_room(self, entry: LoRAEntry, old: LoRAEntry | None) -> list[str] | None:
+        """Whom to drop, besides the one in whose place it comes; ``None`` if that would not be enough."""
+        nbytes, count = self.nbytes - (old.nbytes if old else 0), len(self._kept) - (1 if old else 0)
+        gone: list[str] = []
+        for other in self._kept.values():
+            if nbytes + entry.nbytes <= self.max_bytes and count < self.max_entries:
+                break
+            if other is not old and not other.clients and other.name not in self.pinned:
+                gone.append(other.name)
+                nbytes, count = nbytes - other.nbytes, count - 1
+        return gone if nbytes + entry.nbytes <= self.max_bytes and count < self.max_entries else None
+
+    def evict(self, name: str) -> bool:
+        """Forget an entry, whoever uses it: its memory goes with its last user. Whether there was one."""
         entry = self._kept.pop(name, None)
         if entry is None:
             return False
         self.nbytes -= entry.nbytes
-        release(entry.pieces)
+        entry.drop()
         return True
+
+    def evict_all(self) -> list[LoRAEntry]:
+        """Forget all that are not pinned; which."""
+        gone = [entry for entry in self._kept.values() if entry.name not in self.pinned]
+        for entry in gone:
+            self.evict(entry.name)
+        return gone
 
     def clear(self) -> None:
         for name in list(self._kept):
-            self.drop(name)
+            self.evict(name)
+
+    def named(self, name: str) -> LoRAEntry:
+        """The entry of that name, or of the file of that path.
+
+        Raises:
+            ModelNotFound: none; names those that are close.
+        """
+        if not name:
+            raise BadRequest("a LoRA's name is empty")
+        for entry in self._kept.values():
+            if name == entry.name or (entry.source is not None and name == entry.source.path):
+                return entry
+        close = difflib.get_close_matches(name, self._kept, n=3, cutoff=0.4)
+        hint = f"Close to it: {', '.join(close)}" if close else "'luna-daemon lora ls' lists what is kept"
+        raise ModelNotFound(f"no LoRA {name!r} is in the cache", hint)
 
     def stats(self) -> dict[str, Any]:
-        """Figures for ``info``: totals, and per LoRA."""
+        """Figures for ``info``: totals, and per LoRA. Sizes are bytes, times seconds; ``last_used`` since 1970."""
         return {
             "entries": len(self._kept), "bytes": self.nbytes, "max_bytes": self.max_bytes,
             "max_entries": self.max_entries, "hits": self.hits, "misses": self.misses,
-            "loras": {
-                name: {"bytes": entry.nbytes, "hits": entry.hits, "last_used": entry.last_used}
-                for name, entry in self._kept.items()
-            },
+            "evictions": self.evictions, "uncached": self.uncached,
+            "loras": {name: self._figures(entry) for name, entry in self._kept.items()},
+        }  # fmt: skip
+
+    def _figures(self, entry: LoRAEntry) -> dict[str, Any]:
+        counts = self._counts.get(entry.name, Counter())
+        return {
+            "kind": entry.kind, "bytes": entry.nbytes, "tensors": len(entry.refs), "hits": counts["hits"],
+            "misses": counts["misses"], "load_s": round(entry.load_s, 4), "last_used": entry.last_used,
+            "clients": len(entry.clients), "pinned": entry.name in self.pinned,
+            "path": entry.source.path if entry.source else None,
         }  # fmt: skip

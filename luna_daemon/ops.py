@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .core import BadRequest, LimitExceeded, LunaError
-from .lora_cache import LoRACache, LoRAEntry
-from .pool.work import Outcome, release
+from .lora_ops import LORA_HANDLERS
+from .patch_sets import PatchEntry
+from .pool.work import release
 from .session import ClientRequest
 from .wire import messages as m
 from .wire.arena import process_space
@@ -86,40 +87,12 @@ def _unload(service: Service, request: ClientRequest, call: m.ModelUnload) -> No
 
 def _patch_put(service: Service, request: ClientRequest, call: m.PatchPut) -> None:
     pieces = service.pieces(request)
-    _keep(service.patches, call.name, LoRAEntry([], pieces, call.packed))
-    request.answer(None)
-
-
-def _keep(cache: LoRACache, name: str, entry: LoRAEntry) -> None:
     try:
-        cache.put(name, entry)
+        service.patches.put(call.name, PatchEntry(call.packed, pieces))
     except LunaError:
-        release(entry.pieces)
+        release(pieces)
         raise
-
-
-def _lora_put(service: Service, request: ClientRequest, call: m.LoraPut) -> None:
-    if len(call.keys) != len(request.message.tensors):
-        raise BadRequest(f"{len(call.keys)} keys for {len(request.message.tensors)} tensors")
-    pieces = service.pieces(request)
-    _keep(service.loras, call.name, LoRAEntry(call.keys, pieces))
-    request.answer({"success": True, "bytes": sum(piece.slot.nbytes for piece in pieces)})
-
-
-def _lora_get(service: Service, request: ClientRequest, call: m.LoraGet) -> None:
-    entry = service.loras.get(call.name)
-    if entry is None:
-        request.answer({"keys": None})
-    else:
-        request.finish(Outcome({"keys": entry.keys}, entry.pieces, []), shared=True)
-
-
-def _lora_check(service: Service, request: ClientRequest, call: m.LoraCheck) -> None:
-    request.answer({"exists": call.name in service.loras})
-
-
-def _lora_stats(service: Service, request: ClientRequest, call: m.LoraStats) -> None:
-    request.answer(service.loras.stats())
+    request.answer(None)
 
 
 def _register(service: Service, request: ClientRequest, call: m.Register) -> None:
@@ -145,7 +118,7 @@ def _shutdown(service: Service, request: ClientRequest, call: m.Shutdown) -> Non
 HANDLERS: dict[type, Callable[..., None]] = {
     m.Ping: _ping, m.Info: _info, m.ArenaProof: _prove, m.Alloc: _alloc,
     m.ModelsList: _models, m.ModelUnload: _unload, m.PatchPut: _patch_put,
-    m.LoraPut: _lora_put, m.LoraGet: _lora_get, m.LoraCheck: _lora_check, m.LoraStats: _lora_stats,
+    **LORA_HANDLERS,
     m.Register: _register, m.Report: _report, m.Drain: _drain, m.Shutdown: _shutdown,
 }  # fmt: skip
 """By the type of the call; every other op is computed by a worker."""

@@ -36,8 +36,10 @@ from .core import (
     logger,
 )
 from .lora_cache import LoRACache
+from .lora_loader import LoRALoader
 from .models import DigestUnknown, ModelResolver
 from .ops import HANDLERS
+from .patch_sets import PatchSets
 from .pool.process import WorkerProcess
 from .pool.work import Piece, release
 from .session import ClientRequest, Session
@@ -95,7 +97,7 @@ class Service:
         self.collect_info = collect_info
         self.on_shutdown = on_shutdown
         self.cache = ConditioningCache(settings.conditioning_cache_mb << 20)
-        self.patches = LoRACache(_PATCH_BYTES, _PATCH_SETS)
+        self.patches = PatchSets(_PATCH_BYTES, _PATCH_SETS)
         self.loras = LoRACache(int(settings.lora_cache_gb * (1 << 30)), settings.lora_cache_entries)
         self.sessions: dict[Connection, Session] = {}
         self.workers: dict[Connection, WorkerProcess] = {}
@@ -113,6 +115,7 @@ class Service:
             settings.max_header_mb << 20, settings.max_tensor_mb << 20, settings.arena_client_mb << 20,
             settings.queue_limit, settings.max_clients,
         )  # fmt: skip
+        self.lora_loader = LoRALoader(settings, self.loras, memory, self.limits.tensor_bytes)
         self._connections: set[Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._numbers = 0
@@ -333,6 +336,7 @@ class Service:
     def tidy(self) -> None:
         """Give unused shared memory back, cut off who does not read; called every few seconds."""
         self.memory.tidy()
+        self.lora_loader.tidy()
         for connection in list(self._connections):
             if connection.stalled_s > _STALL_S:
                 logger.warning("%s has read nothing for %.0f s and is cut off", connection.remote, connection.stalled_s)
@@ -347,7 +351,7 @@ class Service:
         """Close every connection and forget every cache."""
         self.cache.clear()
         self.patches.clear()
-        self.loras.clear()
+        self.lora_loader.close()
         for connection in list(self._connections):
             connection.close()
 

@@ -52,23 +52,15 @@ def _only(name: str, found: list[str]) -> str:
 
 
 def read_lora(path: str) -> dict[str, Any]:
-    """A LoRA's state dict, from the daemon's RAM if any instance has read this very file, else from disk."""
-    facts = os.stat(path)
-    key = f"{os.path.realpath(path)}|{facts.st_size}|{facts.st_mtime_ns}"
+    """A LoRA's state dict: mapped from what the daemon keeps in RAM for all, else read as ComfyUI reads it.
+
+    Tensors are the caller's own: what is written to one is seen by nobody else.
+    """
     try:
-        kept = get_client().lora_cache_get(key)
+        return get_client().load_lora(os.path.abspath(path))
     except LunaError as error:
         logger.info("%s is read from disk: %s", path, error)
-        return _from_disk(path)
-    if kept is not None:
-        return kept
-    weights = _from_disk(path)
-    if all(hasattr(value, "untyped_storage") for value in weights.values()):
-        try:
-            get_client().lora_cache_put(key, weights)
-        except LunaError as error:
-            logger.info("%s is not kept by the daemon: %s", path, error)
-    return weights
+    return _from_disk(path)
 
 
 def _from_disk(path: str) -> dict[str, Any]:

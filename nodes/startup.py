@@ -30,7 +30,7 @@ __all__ = ["SETTING", "VARIABLE", "begin", "chosen", "daemon_settings", "start_d
 
 VARIABLE, SETTING = "LUNA_START_FROM_COMFYUI", "Luna.StartFromComfyUI"
 OFF, WITH_COMFYUI, INDEPENDENT = CHOICES = ("off", "with_comfyui", "independent")
-_MODEL_FOLDERS = ("checkpoints", "text_encoders", "vae", "vae_approx")
+_MODEL_FOLDERS = ("checkpoints", "text_encoders", "vae", "vae_approx", "loras")
 
 
 def chosen(environ: Mapping[str, str], settings_file: Path | None = None) -> str:

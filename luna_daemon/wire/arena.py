@@ -288,9 +288,25 @@ class ArenaView:
             raise BadRequest(f"bytes {offset}..{offset + nbytes} are outside arena segment {segment!r}")
         return view[offset : offset + nbytes]
 
-    def _map(self, segment: str) -> mmap.mmap:
+    def private(self, segment: str, offset: int, nbytes: int) -> tuple[mmap.mmap, int]:
+        """A map of these bytes that is written to without anybody seeing it, and the offset at which it begins.
+
+        Raises:
+            BadRequest: no such segment, or outside it.
+        """
+        start = offset - offset % mmap.ALLOCATIONGRANULARITY
+        self._check(segment)
+        try:
+            return _open_privately(self.folder, segment, start, offset + nbytes - start), start
+        except (OSError, ValueError) as error:
+            raise BadRequest(f"arena segment {segment!r}: {getattr(error, 'strerror', None) or error}") from error
+
+    def _check(self, segment: str) -> None:
         if "/" in segment or "\\" in segment or not segment.startswith("seg-"):
             raise BadRequest(f"{segment!r} is no arena segment")
+
+    def _map(self, segment: str) -> mmap.mmap:
+        self._check(segment)
         try:
             return _open_segment(self.folder, segment)
         except (OSError, ValueError) as error:  # ValueError: an empty file, or a NUL in the name
@@ -334,6 +350,16 @@ def _open_segment(folder: Path, name: str) -> mmap.mmap:
     file = os.open(folder / name, os.O_RDWR)
     try:
         return mmap.mmap(file, os.fstat(file).st_size)
+    finally:
+        os.close(file)
+
+
+def _open_privately(folder: Path, name: str, start: int, nbytes: int) -> mmap.mmap:
+    if sys.platform == "win32":
+        return mmap.mmap(-1, nbytes, tagname=f"Local\\{folder.name}-{name}", access=mmap.ACCESS_COPY, offset=start)
+    file = os.open(folder / name, os.O_RDONLY)
+    try:
+        return mmap.mmap(file, nbytes, access=mmap.ACCESS_COPY, offset=start)
     finally:
         os.close(file)
 

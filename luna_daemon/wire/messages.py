@@ -29,9 +29,13 @@ __all__ = [
     "Limits",
     "LoadSpec",
     "LoraCheck",
+    "LoraEvict",
     "LoraGet",
+    "LoraLoad",
+    "LoraPin",
     "LoraPut",
     "LoraStats",
+    "LoraWarm",
     "Message",
     "ModelLoad",
     "ModelRef",
@@ -262,6 +266,36 @@ class LoraStats(msgspec.Struct, tag_field="op", tag="lora.stats", frozen=True):
     """Figures of the LoRA cache."""
 
 
+class LoraLoad(msgspec.Struct, tag_field="op", tag="lora.load", frozen=True):
+    """A LoRA file's tensors, as it lies or as a copy in shared memory: for the client to map copy-on-write."""
+
+    name: str
+    """As ComfyUI lists it, or a full path; or what was put under this name."""
+    file: FileId | None = None
+    """The client's own file, where it has it: the daemon's must be the same."""
+    copy: bool = False
+    """The client cannot open the daemon's file: bytes, by shared memory or by the socket."""
+
+
+class LoraWarm(msgspec.Struct, tag_field="op", tag="lora.warm", frozen=True):
+    """Load a LoRA file into the cache."""
+
+    name: str
+
+
+class LoraPin(msgspec.Struct, tag_field="op", tag="lora.pin", frozen=True):
+    """Load a LoRA and keep it until it is evicted by name; or let it go first again."""
+
+    name: str
+    pinned: bool = True
+
+
+class LoraEvict(msgspec.Struct, tag_field="op", tag="lora.evict", frozen=True):
+    """Forget a LoRA, pinned or not; ``None`` forgets all that are not pinned."""
+
+    name: str | None = None
+
+
 class Register(msgspec.Struct, tag_field="op", tag="register", frozen=True):
     """The predecessor's registration calls: they succeed and do nothing."""
 
@@ -286,7 +320,8 @@ class Shutdown(msgspec.Struct, tag_field="op", tag="shutdown", frozen=True):
 
 Call = Union[
     Ping, Info, ArenaProof, Alloc, Echo, VaeEncode, VaeDecode, ClipTokenize, ClipEncode, ModelsList, ModelLoad,
-    ModelUnload, PatchPut, LoraPut, LoraGet, LoraCheck, LoraStats, Register, Report, Drain, Shutdown,
+    ModelUnload, PatchPut, LoraPut, LoraGet, LoraCheck, LoraStats, LoraLoad, LoraWarm, LoraPin, LoraEvict,
+    Register, Report, Drain, Shutdown,
 ]  # fmt: skip
 
 

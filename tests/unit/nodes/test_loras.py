@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luna_daemon.core import BadRequest, DaemonConnectionError
+from luna_daemon.core import BadRequest, DaemonConnectionError, ModelNotFound
 
 
 @pytest.fixture(scope="session")
@@ -96,49 +96,34 @@ class Client:
     """The part of a client that LoRAs use."""
 
     def __init__(self, error=None):
-        self.kept, self.error = {}, error
+        self.asked, self.error = [], error
 
-    def lora_cache_get(self, key):
+    def load_lora(self, name):
+        self.asked.append(name)
         if self.error:
             raise self.error
-        return self.kept.get(key)
-
-    def lora_cache_put(self, key, weights):
-        self.kept[key] = weights
-
-
-class Tensor:
-    def untyped_storage(self):
-        pass
+        return {"from": "the daemon"}
 
 
 @pytest.fixture
 def reads(loras, monkeypatch):
-    """Counts reads from disk."""
-    counted = []
-
-    def load(path):
-        counted.append(path)
-        return {"w": Tensor()}
-
-    monkeypatch.setattr(loras, "_from_disk", load)
-    return counted
+    """Reads from disk are noted, not done."""
+    noted = []
+    monkeypatch.setattr(loras, "_from_disk", lambda path: noted.append(path) or {"from": "disk"})
+    return noted
 
 
-def test_a_file_is_read_once_and_anew_when_it_changes(loras, reads, monkeypatch, tmp_path):
-    """The key is the file, its size and its time: whoever has the same file gets it from RAM."""
-    client, path = Client(), tmp_path / "a.safetensors"
+def test_the_daemon_is_asked_for_this_very_file(loras, reads, monkeypatch, tmp_path):
+    """By its full path: another ComfyUI may have another file of the same name."""
+    client = Client()
     monkeypatch.setattr(loras, "get_client", lambda: client)
-    path.write_bytes(b"1")
-    first = loras.read_lora(str(path))
-    assert loras.read_lora(str(path)) is first and len(reads) == 1
-    path.write_bytes(b"22")
-    assert loras.read_lora(str(path)) is not first and len(reads) == 2 and len(client.kept) == 2
+    monkeypatch.chdir(tmp_path)
+    assert loras.read_lora("a.safetensors") == {"from": "the daemon"}
+    assert client.asked == [str(tmp_path / "a.safetensors")] and not reads
 
 
-def test_without_a_daemon_it_is_read_from_disk(loras, reads, monkeypatch, tmp_path):
-    """Each time, and nothing fails."""
-    client, path = Client(DaemonConnectionError("away")), tmp_path / "a.safetensors"
-    monkeypatch.setattr(loras, "get_client", lambda: client)
-    path.touch()
-    assert loras.read_lora(str(path)).keys() == {"w"} and len(reads) == 1 and not client.kept
+@pytest.mark.parametrize("error", [DaemonConnectionError("away"), ModelNotFound("elsewhere"), BadRequest("no")])
+def test_whatever_the_daemon_says_no_to_is_read_from_disk(loras, reads, monkeypatch, error):
+    """No daemon, not its folder, not a file that it knows: nothing fails."""
+    monkeypatch.setattr(loras, "get_client", lambda: Client(error))
+    assert loras.read_lora("/x/a.safetensors") == {"from": "disk"} and reads == ["/x/a.safetensors"]
