@@ -7,10 +7,10 @@ const COLUMNS = [
   { name: "name", label: "LoRA", value: (one) => leaf(one.name).toLowerCase() },
   { name: "bytes", label: "Size", value: (one) => one.bytes ?? 0, show: (one) => bytes(one.bytes) },
   { name: "hits", label: "Hits", value: (one) => one.hits ?? 0, show: (one) => count(one.hits) },
-  { name: "mapped", label: "Mapped", value: (one) => one.mapped ?? -1, show: (one) => count(one.mapped), wide: true },
+  { name: "clients", label: "Clients", value: (one) => one.clients ?? -1, show: (one) => count(one.clients), wide: true },
   {
     name: "load_s", label: "Load", value: (one) => one.load_s ?? -1, wide: true,
-    show: (one) => (one.load_s === undefined ? "–" : duration(one.load_s * 1000)),
+    show: (one) => (one.load_s ? duration(one.load_s * 1000) : "–"),
   },
   {
     name: "last_used", label: "Used", value: (one) => one.last_used ?? 0,
