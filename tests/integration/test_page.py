@@ -22,7 +22,7 @@ from tests.integration.helpers import DEMO_TOML
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.filterwarnings("default::ResourceWarning")]
 
-LORAS = {"styles/watercolour_xl.safetensors": 3000, "detail-tweaker.safetensors": 900, "<b>ink</b>.safetensors": 2000}
+LORAS = {"styles/watercolour_xl.safetensors": 3000, "detail-tweaker.safetensors": 900, "<b>ink.safetensors": 2000}
 WORK = ("vae", "clip", "lora", "echo", "models.load")
 CONTRAST = """
 const channel = (v) => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
@@ -244,6 +244,7 @@ def test_pin_and_evict_need_the_token(page):
     page.press("Pin", name)
     page.browser.wait(lambda: page.browser.run("return document.querySelector('dialog')"), 3)
     page.browser.shot("token", whole=False)
+    assert page.browser.run(CONTRAST.replace(".luna *", "dialog *")) == []
     page.browser.press("\ue00c")
     page.browser.wait(lambda: not page.browser.run("return document.querySelector('dialog')"), 3)
     assert not pinned() and page.toasts() == ""

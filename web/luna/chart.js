@@ -30,7 +30,7 @@ export function createChart(label, format, logarithmic = false) {
     grid, paths,
   );
   const ticks = el("div.ticks", { "aria-hidden": true });
-  const waiting = el("p.quiet.waiting", {}, "No requests in the last two minutes");
+  const waiting = el("p.quiet.waiting", {}, "No requests seen yet");
   const node = el("div.chart", {}, picture, ticks, waiting);
 
   function draw(lines, since, now) {

@@ -37,10 +37,10 @@ export function count(n) {
   return Number.isFinite(n) ? String(Math.round(n)).replace(/\B(?=(\d{3})+$)/g, "\u202f") : "–";
 }
 
-/** @param {number|undefined} n a rate @returns {string} one decimal below ten */
+/** @param {number|undefined} n a rate @returns {string} two digits below ten */
 export function rate(n) {
   if (!Number.isFinite(n)) return "–";
-  return n > 0 && n < 10 ? n.toFixed(1) : count(n);
+  return n < 10 ? String(Number(n.toPrecision(2))) : count(n);
 }
 
 /** @param {number} hits @param {number} misses @returns {string} hits of all lookups, in percent */

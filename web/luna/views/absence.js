@@ -19,7 +19,7 @@ export function createAbsence(sayStart) {
     if (node.hidden) return;
     text(title, link === "connecting" ? "Looking for the daemon" : "The daemon is away");
     const local = "Pictures are still made: each ComfyUI uses its own models until it is back.";
-    text(why, link === "away" ? [reason, local].filter(Boolean).join(" ") : "");
+    text(why, link === "away" ? [reason && `${reason[0].toUpperCase()}${reason.slice(1)}.`, local].filter(Boolean).join(" ") : "");
     start.hidden = link !== "away" || !sayStart;
     text(last, info ? `Below is what was known at ${clock(seen)}.` : "");
   }

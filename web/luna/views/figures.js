@@ -9,7 +9,7 @@ export function createFigures() {
   const tiles = {};
   const node = el("dl.figures", { "data-part": "figures" });
   for (const [name, label] of [
-    ["throughput", "requests / s"], ["requests", "requests"], ["in_flight", "in flight"], ["queue", "waiting"],
+    ["throughput", "per second"], ["requests", "requests"], ["in_flight", "in flight"], ["queue", "waiting"],
     ["clients", "clients"], ["fallbacks", "fallbacks"],
   ]) {
     const value = el("dd", { "data-field": name });
