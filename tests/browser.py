@@ -13,6 +13,28 @@ from typing import Any
 
 import pytest
 
+_FAINT = """
+const [selector, host] = arguments;
+const channel = (v) => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+const light = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
+const parse = (text) => text.match(/[\\d.]+/g).map(Number);
+const ground = (node) => {
+  for (; node; node = node.parentElement ?? node.getRootNode().host) {
+    const colour = parse(getComputedStyle(node).backgroundColor);
+    if (colour.length === 3) return colour;
+  }
+  return [255, 255, 255];
+};
+const top = host ? document.querySelector(host).shadowRoot : document;
+return [...top.querySelectorAll(selector)].filter((node) => node.checkVisibility() &&
+  [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim())
+).map((node) => {
+  const [a, b] = [parse(getComputedStyle(node).color), ground(node)].map(light).sort((x, y) => y - x);
+  return [(a + 0.05) / (b + 0.05), `${node.tagName} ${node.className}: ${node.textContent.slice(0, 40)}`];
+}).filter(([ratio]) => ratio < 4.5);
+"""
+"""Texts with less than the contrast that WCAG asks for (AA), with their ratio."""
+
 __all__ = ["SCREENSHOTS", "Browser", "browsing", "missing"]
 
 SCREENSHOTS = Path(__file__).resolve().parents[1] / "build" / "screenshots"
@@ -94,6 +116,10 @@ class Browser:
         path = SCREENSHOTS / f"{name}.png"
         path.write_bytes(base64.b64decode(data))
         return path
+
+    def faint(self, selector: str, host: str = "") -> list[Any]:
+        """Texts that are hard to read on their ground, below elements of a selector; in the shadow of ``host``."""
+        return self.run(_FAINT, selector, host)
 
     def errors(self) -> list[str]:
         """Errors on the console since the last look, but those that the test brings about."""

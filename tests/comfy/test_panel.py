@@ -166,11 +166,16 @@ def test_the_theme_is_comfyuis(panel, server):
         panel.open()
         assert panel.browser.run(SHADOW + "return root.querySelector('.luna').dataset.theme") == "light"
         panel.browser.wait(lambda: panel.field("status") == "running", 5)
+        time.sleep(1)
         panel.browser.shot("comfyui-light", whole=False)
+        assert panel.browser.faint(".luna *", ".luna-host") == []
     finally:
         setting(server, "Comfy.ColorPalette", "dark")
     panel.open()
     assert panel.browser.run(SHADOW + "return root.querySelector('.luna').dataset.theme") == "dark"
+    panel.browser.wait(lambda: panel.field("status") == "running", 5)
+    time.sleep(1)
+    assert panel.browser.faint(".luna *", ".luna-host") == []
 
 
 def test_buttons_do_what_the_setting_allows(panel, server, daemon):
