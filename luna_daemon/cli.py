@@ -163,6 +163,15 @@ def top(
 
 
 @app.command()
+def token(host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None) -> None:
+    """Print the token that the status page asks for."""
+    from .runtime import find_token
+
+    with _dial(host, port, config, runtime_dir) as client:
+        typer.echo(find_token(client.port, client.runtime_dir))
+
+
+@app.command()
 def models(
     host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
     as_json: AsJson = False,
