@@ -182,7 +182,7 @@ class Settings(BaseSettings):
     @classmethod
     def _origins(cls, value: list[str]) -> list[str]:
         for origin in value:
-            if not re.fullmatch(r"https?://[^\s/?#@]+", origin):
+            if not re.fullmatch(r"https?://[^\s/?#@]+", origin, re.IGNORECASE):
                 raise ValueError(f"{origin!r} is no origin; write http://host:port or https://host, without a path")
         return [origin.lower() for origin in value]
 

@@ -267,6 +267,8 @@ def _service_type(value: Any) -> ServiceType | str | None:
 def _as_text(name: str, value: Any) -> str:
     if name == "comfyui_args":
         return shlex.join(value)
+    if name == "allowed_origins":
+        return " ".join(value)
     if isinstance(value, (list, tuple)):
         return os.pathsep.join(str(part) for part in value)
     if isinstance(value, dict):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from bisect import bisect_left
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import PurePosixPath, PureWindowsPath
@@ -24,7 +24,7 @@ BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0
 _WINDOW_S, _WINDOW_SIZE = 300.0, 512
 """Latencies are told of at most so many answers of the last minutes."""
 _THROUGHPUT_S = 10
-_TICKS = 10
+_TICKS, _DIGEST = 10, 200
 _MOST_MODELS = 100
 """Models with figures of their own; the rest is counted together, since a label's values must not grow for ever."""
 _MOST_TEXT = 300
@@ -61,10 +61,6 @@ class Events:
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.results: Counter[tuple[str, str]] = Counter()
-        """Requests that have ended, by op and by ``ok`` or the error's code."""
-        self.latencies: dict[tuple[str, str], Histogram] = {}
-        """Seconds from receipt to answer, by op and model, of those that went well."""
         self.waits = Histogram()
         """Seconds in the queue."""
         self.scalings: Counter[str] = Counter()
@@ -79,8 +75,11 @@ class Events:
         """By key the last error of a worker, and when (seconds since 1970)."""
         self._clock = clock
         self._fallen: Counter[str] = Counter()
-        self._window: dict[str, deque[tuple[float, float]]] = {}
-        self._answered: deque[tuple[int, int]] = deque(maxlen=_THROUGHPUT_S * _TICKS + 1)
+        self._ended: list[tuple[float, str, str, float, str]] = []
+        self._results: Counter[tuple[str, str]] = Counter()
+        self._latencies: dict[tuple[str, str], Histogram] = {}
+        self._windows: dict[str, deque[tuple[float, float]]] = defaultdict(lambda: deque(maxlen=_WINDOW_SIZE))
+        self._ticks: Counter[int] = Counter()
         self._models: set[str] = set()
         self._listeners: list[Listener] = []
 
@@ -101,24 +100,34 @@ class Events:
 
     def request(self, op: str, model: str, seconds: float, result: str = "ok") -> None:
         """A request has ended: answered (``ok``), failed (its code) or given up by its caller (``cancelled``)."""
-        now = self._clock()
-        self.results[op, result] += 1
-        tick = int(now * _TICKS)
-        if self._answered and self._answered[-1][0] == tick:
-            self._answered[-1] = (tick, self._answered[-1][1] + 1)
-        else:
-            self._answered.append((tick, 1))
-        if result == "ok":
-            model = self._known(model)
-            histogram = self.latencies.get((op, model))
-            if histogram is None:
-                histogram = self.latencies[op, model] = Histogram()
-                self._window.setdefault(op, deque(maxlen=_WINDOW_SIZE))
-            histogram.add(seconds)
-            self._window[op].append((now, seconds))
+        self._ended.append((self._clock(), op, model, seconds, result))
+        if len(self._ended) >= _DIGEST:
+            self._digest()
         if self._listeners:
             facts = {"op": op, "model": model, "seconds": round(seconds, 6), "result": result, "at": time.time()}
             self._tell("request", facts)
+
+    def _digest(self) -> None:
+        """Count the requests that have ended since the last time.
+
+        Many at a time, in a loop that stays in the processor's caches: one by one it costs four times as much, which is
+        a tenth of a small call.
+        """
+        ended, self._ended = self._ended, []
+        for now, op, model, seconds, result in ended:
+            self._results[op, result] += 1
+            self._ticks[int(now * _TICKS)] += 1
+            if result != "ok":
+                continue
+            known = (op, model if model in self._models else self._known(model))
+            histogram = self._latencies.get(known)
+            if histogram is None:
+                histogram = self._latencies[known] = Histogram()
+            histogram.add(seconds)
+            self._windows[op].append((now, seconds))
+        oldest = int(self._clock() * _TICKS) - _THROUGHPUT_S * _TICKS
+        for tick in [tick for tick in self._ticks if tick <= oldest]:
+            del self._ticks[tick]
 
     def _known(self, model: str) -> str:
         if model not in self._models and len(self._models) >= _MOST_MODELS:
@@ -165,17 +174,30 @@ class Events:
 
     # --- what it comes to ---
 
+    @property
+    def results(self) -> Counter[tuple[str, str]]:
+        """Requests that have ended, by op and by ``ok`` or the error's code."""
+        self._digest()
+        return self._results
+
+    @property
+    def latencies(self) -> dict[tuple[str, str], Histogram]:
+        """Seconds from receipt to answer, by op and model, of requests that went well."""
+        self._digest()
+        return self._latencies
+
     def latency(self) -> dict[str, dict[str, float]]:
         """Per op the ``count``, median, 95th percentile and mean (ms) of its answers of the last minutes."""
+        self._digest()
         since = self._clock() - _WINDOW_S
-        recent = {op: sorted(s for at, s in kept if at >= since) for op, kept in self._window.items()}
+        recent = {op: sorted(s for at, s in kept if at >= since) for op, kept in self._windows.items()}
         return {op: _summary(seconds) for op, seconds in recent.items() if seconds}
 
     @property
     def throughput_per_s(self) -> float:
         """Requests that ended in the last ten seconds, per second."""
-        since = int(self._clock() * _TICKS) - _THROUGHPUT_S * _TICKS
-        return sum(count for tick, count in self._answered if tick > since) / _THROUGHPUT_S
+        self._digest()
+        return self._ticks.total() / _THROUGHPUT_S
 
 
 def _summary(seconds: list[float]) -> dict[str, float]:

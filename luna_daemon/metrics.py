@@ -137,10 +137,11 @@ class Collector:
         stats = {"conditioning": self._service.cache.stats(), "lora": self._service.loras.stats()}
 
         def of(name: str) -> Values:
-            return {(cache,): figures[name] for cache, figures in stats.items()}
+            return {(cache,): figures[name] for cache, figures in stats.items() if name in figures}
 
         yield _counters("luna_cache_hits", "Answers from a cache.", ["cache"], of("hits"))
         yield _counters("luna_cache_misses", "What a cache did not hold.", ["cache"], of("misses"))
+        yield _counters("luna_cache_evictions", "What had to make room in a cache.", ["cache"], of("evictions"))
         yield _gauges("luna_cache_entries", "Entries of a cache.", ["cache"], of("entries"))
         yield _gauges("luna_cache_bytes", "Memory of a cache.", ["cache"], of("bytes"))
         yield _gauges("luna_cache_limit_bytes", "Most memory of a cache.", ["cache"], of("max_bytes"))
@@ -154,11 +155,11 @@ class Collector:
             ("load_s", _gauges, "luna_lora_load_seconds", "How long loading it took."),
             ("last_used", _gauges, "luna_lora_last_used_timestamp_seconds", "When it was last asked for, since 1970."),
             ("clients", _gauges, "luna_lora_clients", "Clients that map it."),
+            ("pinned", _gauges, "luna_lora_pinned", "Whether it stays."),
         )
         for figure, family, name, text in figures:
             values = {(base_name(lora),): facts[figure] for lora, facts in loras.items() if figure in facts}
-            if values or figure in ("hits", "bytes", "last_used"):
-                yield family(name, text, ["lora"], values)
+            yield family(name, text, ["lora"], values)
 
     def _memory(self) -> Iterator[Metric]:
         arena = self._service.memory.arena

@@ -81,7 +81,7 @@ def span(seconds: float) -> str:
 
 def loaded_rows(listing: dict[str, Any]) -> list[tuple[str, ...]]:
     pinned = listing["pinned"]
-    return [(key, size(size), "yes" if key in pinned else "") for key, size in listing["loaded"].items()]
+    return [(key, size(nbytes), "yes" if key in pinned else "") for key, nbytes in listing["loaded"].items()]
 
 
 def show_status(info: dict[str, Any], address: str, page: str) -> None:
@@ -94,7 +94,7 @@ def show_status(info: dict[str, Any], address: str, page: str) -> None:
         (str(w["number"]), str(w["pid"]), w["state"], w["device"], "\n".join(w["models"]), size(w["rss"]),
          str(w["requests"])) for w in info["workers"]
     ]  # fmt: skip
-    loaded = {key: size for worker in info["workers"] for key, size in worker["models"].items()}
+    loaded = {key: nbytes for worker in info["workers"] for key, nbytes in worker["models"].items()}
     clients = [
         (c["name"], str(c["pid"]), "shared memory" if c["shared_memory"] else "tcp", size(c["leased_bytes"]),
          str(c["in_flight"])) for c in info["clients"] if c["pid"] != os.getpid()

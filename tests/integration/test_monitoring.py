@@ -192,6 +192,18 @@ def test_metric_names_follow_the_rules(daemon):
         assert all(name.endswith("_total") for name in names) == (family.type == "counter") or not names
 
 
+def test_the_page_about_it_is_complete(daemon):
+    """docs/monitoring.md names every figure, every key of the document and of its parts, and no figure of old."""
+    page = (ROOT / "docs" / "monitoring.md").read_text("utf-8")
+    figures = set(re.findall(r"^# TYPE (\S+) ", ask(daemon, "/metrics")[2], re.MULTILINE))
+    assert set(re.findall(r"`(luna_\w+)`", page)) == figures
+    said = json.loads(ask(daemon, "/api/info")[2])
+    del said["start_id"]  # only for who started it
+    parts = [said, said["queue"], said["workers"][0], said["models"], said["arena"], said["clients"][0]]
+    keys = {key for part in [*parts, said["caches"]["conditioning"]] for key in part}
+    assert [key for key in keys if f"`{key}`" not in page] == []
+
+
 def test_the_dashboard_asks_for_figures_that_exist(daemon):
     """Every ``luna_*`` name in the Grafana dashboard's expressions is in ``/metrics``."""
     dashboard = json.loads((ROOT / "docs" / "grafana-dashboard.json").read_text("utf-8"))

@@ -13,6 +13,7 @@ import pytest
 
 from luna_daemon.config import CLIP_G_PATH, CLIP_L_PATH, VAE_PATH, NamedModel, Settings, load_settings
 from luna_daemon.core import ConfigError, ServiceType
+from luna_daemon.daemon_server import LunaDaemon
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 
@@ -114,7 +115,26 @@ def test_named_models_of_toml_and_environment(tmp_path):
     assert load_settings({}, environ).named_models()["mine"].clip == ["t5"]
 
 
+def test_allowed_origins(tmp_path):
+    """A list in luna.toml, separated by spaces or commas in the environment; LunaDaemon hands them on."""
+    here, there = "https://pictures.example", "http://10.0.0.1:8188"
+    text = 'allowed_origins = ["HTTPS://Pictures.example", "http://10.0.0.1:8188"]'
+    assert load_settings({}, {}, _toml(tmp_path, text)).allowed_origins == [here, there]
+    for value in (f"{here} {there}", f"{here},{there}", f" {here}, {there} "):
+        assert load_settings({}, {"LUNA_ALLOWED_ORIGINS": value}).allowed_origins == [here, there]
+    daemon = LunaDaemon(allowed_origins=[here, there], environ={})
+    assert load_settings({}, daemon._environment("")).allowed_origins == [here, there]
+
+
 # --- what is refused ---
+
+
+@pytest.mark.parametrize("origin", ["pictures.example", "https://", "https://x/path", "ftp://x", "*", "http://a@b"])
+def test_origins_that_are_none(origin):
+    """Names setting and value, and shows the form."""
+    with pytest.raises(ConfigError, match="allowed_origins") as caught:
+        load_settings({"allowed_origins": [origin]}, {})
+    assert repr(origin) in caught.value.message and "http://host:port" in caught.value.message
 
 
 @pytest.mark.parametrize(
