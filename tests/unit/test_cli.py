@@ -16,7 +16,7 @@ import pytest
 from luna_daemon import __version__, cli, doctor, terminal
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ["serve", "status", "top", "models", "warm", "unload", "stop", "doctor", "bench"]
+COMMANDS = ["serve", "status", "top", "token", "models", "warm", "unload", "stop", "doctor", "bench"]
 
 
 @pytest.fixture(autouse=True)
