@@ -253,6 +253,11 @@ def test_away_and_back_and_a_toast_for_what_was_made_locally(panel, server, daem
     panel.browser.shot("comfyui-away", whole=False)
     assert panel.ours() == [], "the panel's own connection to ComfyUI stays"
 
+    panel.open()
+    panel.browser.wait(lambda: panel.field("status") == "away", 5, "a window that opens meanwhile says it too")
+    assert panel.browser.run(SHADOW + "return root.querySelector('main').hidden") and panel.badge() == ""
+    panel.browser.shot("comfyui-never-there", whole=False)
+
     again = start(port=daemon.port, ws_port=daemon.ws_port)
     panel.browser.wait(lambda: panel.field("status") == "running", 15, "it is found again")
     assert again.info()["status"] == "running"

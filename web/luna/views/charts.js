@@ -11,7 +11,7 @@ const BRIDGED_MS = 8000;
 /** @returns {{node: HTMLElement, update: (state: object) => void}} */
 export function createCharts() {
   const throughput = createChart("Requests per second, the last two minutes", rate);
-  const latency = createChart("Latency by op, the last two minutes", duration, true);
+  const latency = createChart("Latency by op, the last two minutes", power, true);
   const rows = el("tbody");
   const head = ["op", "requests", "median", "95 %"].map((name) => el("th", { scope: "col" }, name));
   const table = el("table.ops", {}, el("thead", {}, el("tr", {}, ...head)), rows);
@@ -22,9 +22,13 @@ export function createCharts() {
   );
   const tones = new Map();
 
-  function toneOf(op) {
-    if (!tones.has(op)) tones.set(op, TONES[tones.size % TONES.length]);
-    return tones.get(op);
+  /** An op keeps its colour as long as it is drawn. */
+  function assign(drawn) {
+    for (const op of tones.keys()) if (!drawn.includes(op)) tones.delete(op);
+    for (const op of drawn) {
+      const taken = [...tones.values()];
+      if (!tones.has(op)) tones.set(op, TONES.find((tone) => !taken.includes(tone)));
+    }
   }
 
   function update({ info, past }) {
@@ -33,21 +37,24 @@ export function createCharts() {
     const pace = past.map(({ at, throughput }) => [at, throughput]);
     throughput.draw([{ name: "all", tone: "a", area: true, points: pace }], since, now);
     const ops = latencies(info);
-    latency.draw(
-      ops.slice(0, TONES.length).map(([op]) => ({ name: op, tone: toneOf(op), points: bridged(past, op) })),
-      since,
-      now,
-    );
+    const drawn = ops.slice(0, TONES.length).map(([op]) => op);
+    assign(drawn);
+    latency.draw(drawn.map((op) => ({ name: op, tone: tones.get(op), points: bridged(past, op) })), since, now);
     table.hidden = ops.length === 0;
     keyed(rows, ops, ([op]) => op, makeRow, (row, [op, facts]) => {
       attribute(row, "data-op", op);
-      row.cells[0].firstChild.className = `swatch ${toneOf(op)}`;
+      row.cells[0].firstChild.className = `swatch ${tones.get(op) ?? "none"}`;
       text(row.cells[1], count(facts.count));
       text(row.cells[2], duration(facts.p50_ms));
       text(row.cells[3], duration(facts.p95_ms));
     });
   }
   return { node, update };
+}
+
+/** A power of ten at the grid, which needs no minutes. */
+function power(ms) {
+  return ms >= 1000 ? `${ms / 1000} s` : duration(ms);
 }
 
 /** Latency of an op over time: a line over short pauses, none over long ones or while the daemon was away. */
