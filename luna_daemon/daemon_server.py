@@ -19,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, suppress
@@ -210,7 +211,8 @@ class LunaDaemon:
             ends.push_async_callback(pool.close, self.settings.drain_timeout_sec)
             ends.callback(server.close)
             logger.info("Luna Daemon listens on %s:%d", self.settings.host, self.port)
-            for task in (_tidy(service), _watch_gpus(service), _monitor(service, self.settings)):
+            ends.callback(_watch_gpus(service))
+            for task in (_tidy(service), _monitor(service, self.settings)):
                 ends.push_async_callback(_end, asyncio.create_task(task))
             await self._stopping.wait()
             logger.info("stopping: %d requests in flight", pool.in_flight)
@@ -326,11 +328,20 @@ async def _tidy(service: Service) -> None:
         service.tidy()
 
 
-async def _watch_gpus(service: Service) -> None:
-    """The driver may take its time, so it is asked in a thread, and whoever wants to know gets the last answer."""
-    while True:
-        service.gpus = await asyncio.get_running_loop().run_in_executor(None, gpu_memory)
-        await asyncio.sleep(_GPUS_S)
+def _watch_gpus(service: Service) -> Callable[[], None]:
+    """Ask the driver now and then; whoever wants to know gets the last answer. Returns what ends it.
+
+    In a thread that nobody waits for: a driver whose GPU has failed may never answer.
+    """
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.is_set():
+            service.gpus = gpu_memory()
+            over.wait(_GPUS_S)
+
+    threading.Thread(target=watch, name="gpus", daemon=True).start()
+    return over.set
 
 
 async def _monitor(service: Service, settings: Settings) -> None:

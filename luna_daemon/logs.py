@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from datetime import datetime, timezone
-from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 from .core import ConfigError
@@ -46,6 +45,8 @@ def set_up(as_json: bool = False, file: Path | None = None) -> None:
 
 
 def _rotated(file: Path) -> logging.Handler:
+    from logging.handlers import RotatingFileHandler  # with what it imports it takes longer than all of this module
+
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         return RotatingFileHandler(file, maxBytes=_FILE_BYTES, backupCount=_OLD_FILES, encoding="utf-8")

@@ -22,7 +22,7 @@ _VERSION = 1
 _STATUS_S = 1.0
 _FLUSH_S = 0.2
 _MOST_PER_FLUSH = 10
-"""Requests and errors told of per flush, so 50 per second; the rest is counted."""
+"""Requests, and errors, told of per flush: 50 per second. Further requests are counted; all are in the status."""
 _QUEUED = 64
 """Messages that may wait for a reader; with more it is dropped."""
 _SEND_S = 10.0
@@ -49,7 +49,7 @@ class Watchers:
         self._status = status
         self._open: set[_Watcher] = set()
         self._waiting: dict[str, list[dict[str, Any]]] = {"request": [], "error": []}
-        self._left_out = {"request": 0, "error": 0}
+        self._left_out = 0
         self._made = (-_FRESH_S, "")
 
     def __len__(self) -> int:
@@ -86,8 +86,8 @@ class Watchers:
             self._send_all(_text(kind, data))
         elif len(self._waiting[kind]) < _MOST_PER_FLUSH:
             self._waiting[kind].append(data)
-        else:
-            self._left_out[kind] += 1
+        elif kind == "request":
+            self._left_out += 1
 
     async def run(self) -> None:
         """Send the status every second and what has gathered, as long as somebody watches."""
@@ -113,8 +113,8 @@ class Watchers:
         requests, self._waiting["request"] = self._waiting["request"], []
         errors, self._waiting["error"] = self._waiting["error"], []
         if requests:
-            self._send_all(_text("request", {"requests": requests, "left_out": self._left_out["request"]}))
-            self._left_out["request"] = 0
+            self._send_all(_text("request", {"requests": requests, "left_out": self._left_out}))
+            self._left_out = 0
         for error in errors:
             self._send_all(_text("error", error))
 
@@ -130,7 +130,7 @@ class Watchers:
             self._send(watcher, text)
 
     def _send(self, watcher: _Watcher, text: str) -> None:
-        if not watcher.send(text):
+        if watcher in self._open and not watcher.send(text):
             self.dropped += 1
             logger.info("a watcher at %s reads too slowly and is dropped", watcher.remote)
             self._open.discard(watcher)
