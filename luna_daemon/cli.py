@@ -72,6 +72,8 @@ AsJson = Annotated[bool, _JSON]
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command; ends with 0, 1 (no daemon, or it said no) or 2 (wrong usage or setting)."""
+    from . import cli_lora  # noqa: F401 (adds its commands)
+
     arguments = sys.argv[1:] if argv is None else argv
     try:
         app(arguments, prog_name="luna-daemon")

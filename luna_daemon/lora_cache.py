@@ -114,7 +114,7 @@ class LoRACache:
         self.misses = 0
         self.evictions = 0
         self.uncached = 0
-        """Loads that found no room."""
+        """Loads that found no room; whoever loads counts them."""
         self.pinned: set[str] = set()
         self._clock = clock
         self._kept: OrderedDict[str, LoRAEntry] = OrderedDict()
@@ -165,7 +165,6 @@ class LoRACache:
         old = self._kept.get(entry.name)
         gone = self._to_make_room(entry, old)
         if gone is None:
-            self.uncached += 1
             return False
         for name in gone:
             self.evict(name)

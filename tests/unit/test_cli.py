@@ -67,14 +67,14 @@ def test_help_lists_every_command_in_one_line_each(run):
     block = out.partition("Commands:\n")[2].partition("\n\n")[0]
     listed = dict(re.findall(r"^  (\w+) +(\S.*)$", block, re.MULTILINE))
     assert code == 0
-    assert list(listed) == COMMANDS
+    assert list(listed) == [*COMMANDS, "lora"]
     assert all(re.search(r"[\w']\.$", sentence) for sentence in listed.values())
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, *(f"lora {name}" for name in ("ls", "warm", "pin", "unpin", "evict"))])
 def test_help_explains_every_option_within_80_columns(run, command):
     """No option is without words, and no line is wider than a terminal."""
-    code, out, _ = run(command, "--help")
+    code, out, _ = run(*command.split(), "--help")
     options = re.findall(r"^  (--[\w-]+)(.*)$", out, re.MULTILINE)
     assert code == 0
     assert {"--help", "--port", "--runtime-dir"} <= {name for name, _ in options}
@@ -90,7 +90,7 @@ def test_serve_and_status_take_both_ports(run, command):
     assert re.search(r"--ws-port PORT .*19284", out)
 
 
-@pytest.mark.parametrize("argv", [["status"], ["models"], ["warm", "sdxl"], ["unload"], ["stop"]])
+@pytest.mark.parametrize("argv", [["status"], ["models"], ["warm", "sdxl"], ["unload"], ["stop"], ["lora", "ls"]])
 def test_without_a_daemon_one_line_says_how_to_start_it(run, port, tmp_path, argv):
     """Exit code 1, nothing on stdout, one line on stderr."""
     code, out, err = run(*argv, "--port", str(port), "--runtime-dir", str(tmp_path))
@@ -100,7 +100,7 @@ def test_without_a_daemon_one_line_says_how_to_start_it(run, port, tmp_path, arg
     assert len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("argv", [["status"], ["models"], ["warm", "sdxl"], ["unload"], ["stop"]])
+@pytest.mark.parametrize("argv", [["status"], ["models"], ["warm", "sdxl"], ["unload"], ["stop"], ["lora", "ls"]])
 def test_without_a_daemon_json_says_stopped(run, port, tmp_path, argv):
     """With --json stdout is one document whose status is stopped; the exit code stays 1."""
     code, out, _ = run(*argv, "--json", "--port", str(port), "--runtime-dir", str(tmp_path))

@@ -146,7 +146,7 @@ def test_an_unknown_name_suggests_what_is_close():
     cache = LoRACache(100, 10)
     cache.keep(a_file("style/ink.safetensors"))
     assert cache.named("/loras/style/ink.safetensors").name == "style/ink.safetensors"
-    with pytest.raises(ModelNotFound, match="'style/inc'.*style/ink.safetensors"):
+    with pytest.raises(ModelNotFound, match=r"'style/inc'.*style/ink\.safetensors"):
         cache.named("style/inc")
     with pytest.raises(ModelNotFound, match="lora ls"):
         cache.named("zzz")

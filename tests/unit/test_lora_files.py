@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import json
 import struct
+from collections import namedtuple
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -42,9 +45,9 @@ def test_what_safetensors_saves_is_read():
     found = dict(read(data))
     assert found.keys() == state.keys()
     for key, ref in found.items():
-        raw = torch.frombuffer(bytearray(data[ref.offset : ref.offset + ref.nbytes]), dtype=torch.uint8) if ref.nbytes else None
+        raw = data[ref.offset : ref.offset + ref.nbytes]
         assert f"torch.{ref.dtype}" == str(state[key].dtype) and ref.shape == tuple(state[key].shape)
-        assert raw is None or bytes(raw.numpy()) == bytes(state[key].contiguous().view(torch.uint8).numpy())
+        assert raw == bytes(state[key].reshape(-1).view(torch.uint8).numpy())
 
 
 def entry(**changed: object) -> dict[str, object]:
@@ -103,7 +106,7 @@ def test_a_damaged_header_is_read_right_or_refused(data):
         found = dict(read(bytes(whole)))
     except ModelLoadError:
         return
-    assert all(0 <= ref.offset and ref.offset + ref.nbytes <= len(whole) for ref in found.values())
+    assert all(ref.offset >= 0 and ref.offset + ref.nbytes <= len(whole) for ref in found.values())
     try:
         theirs = reference_load(bytes(whole))
     except (SafetensorError, KeyError):
@@ -125,7 +128,7 @@ def test_any_bytes_as_a_header(header, size):
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
-        st.sampled_from(["dtype", "shape", "data_offsets", "__metadata__", "a"]) | st.text(max_size=3), inner, max_size=4
+        st.sampled_from(["dtype", "shape", "data_offsets", "__metadata__"]) | st.text(max_size=3), inner, max_size=4
     ),
     max_leaves=20,
 )  # fmt: skip
@@ -166,22 +169,16 @@ def test_reading_through_takes_all_and_sees_the_end(tmp_path):
 
 def test_network_disks_are_told_from_local_ones(monkeypatch, tmp_path):
     """By the mount that holds the path, the innermost one."""
-    from collections import namedtuple
-
-    import psutil
-
     Mount = namedtuple("Mount", "mountpoint fstype opts")
     mounts = [
         Mount("/", "ext4", "rw"), Mount("/net", "nfs4", "rw"), Mount("/net/local", "xfs", "rw"),
         Mount("/host", "fuse.sshfs", "rw"), Mount("/z", "NTFS", "rw,remote"),
     ]  # fmt: skip
     monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounts)
-    from pathlib import Path
-
-    found = {path: is_on_network(Path(path)) for path in ("/a", "/net/a", "/net/local/a", "/network", "/host/a", "/z/a")}
-    assert found == {
+    expected = {
         "/a": False, "/net/a": True, "/net/local/a": False, "/network": False, "/host/a": True, "/z/a": True
     }  # fmt: skip
+    assert {path: is_on_network(Path(path)) for path in expected} == expected
 
 
 def test_the_same_file_is_told_from_its_successor(tmp_path):

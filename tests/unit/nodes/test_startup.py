@@ -57,7 +57,8 @@ def test_the_daemon_gets_this_comfyuis_folders(startup, comfyui):
     found = startup.daemon_settings(comfyui.paths, [Path("/mine")])
     assert found["comfyui_path"] == comfyui.root and found["comfyui_python"] == Path(sys.executable)
     assert found["model_dirs"] == [
-        Path("/mine"), *(comfyui.models / name for name in ("checkpoints", "text_encoders", "vae", "vae_approx", "loras")),
+        Path("/mine"),
+        *(comfyui.models / name for name in ("checkpoints", "text_encoders", "vae", "vae_approx", "loras")),
     ]  # fmt: skip
 
 
