@@ -10,7 +10,7 @@ import typer
 
 from .cli import AsJson, Config, Host, Port, Runtime, _dial, app
 from .core import LunaError
-from .terminal import Bar, _size, _span, count, print_json, tables
+from .terminal import Bar, count, print_json, size, span, tables
 
 __all__ = ["lora_app"]
 
@@ -41,15 +41,15 @@ def list_(
     rows = sorted(stats["loras"].items(), key=lambda pair: -pair[1]["last_used"])
     tables(("LoRAs", "name kind >memory >hits >clients pinned >used", [_row(*row) for row in rows]))
     typer.echo(
-        f"\n{count(stats['entries'], 'LoRA')}, {_size(stats['bytes'])} of {_size(stats['max_bytes'])}; "
+        f"\n{count(stats['entries'], 'LoRA')}, {size(stats['bytes'])} of {size(stats['max_bytes'])}; "
         f"hits {stats['hits']}, misses {stats['misses']}"
     )
 
 
 def _row(name: str, lora: dict[str, Any]) -> tuple[str, ...]:
     pinned = "yes" if lora["pinned"] else ""
-    return (name, lora["kind"], _size(lora["bytes"]), str(lora["hits"]), str(lora["clients"]), pinned,
-            f"{_span(time.time() - lora['last_used'])} ago")  # fmt: skip
+    return (name, lora["kind"], size(lora["bytes"]), str(lora["hits"]), str(lora["clients"]), pinned,
+            f"{span(time.time() - lora['last_used'])} ago")  # fmt: skip
 
 
 @lora_app.command("warm")
@@ -76,7 +76,7 @@ def warm(
     if as_json:
         print_json({"warmed": warmed, "refused": refused})
     else:
-        typer.echo(f"warmed {count(len(warmed) - len(without_room), 'LoRA')} ({_size(nbytes)})")
+        typer.echo(f"warmed {count(len(warmed) - len(without_room), 'LoRA')} ({size(nbytes)})")
     for name in without_room:
         typer.echo(f"luna-daemon: the cache has no room for {name}", err=True)
     for line in refused:

@@ -36,6 +36,7 @@ class Panel:
 
     def open(self) -> Panel:
         """ComfyUI's window, with the tab open and wide enough to be read."""
+        self.browser.errors()  # of the test before
         self.browser.open(self.url, 1400, 1000)
         self.browser.wait(lambda: self.browser.run("return document.querySelector('.luna-tab-button')"), 60, "the tab")
         self.browser.run("document.querySelector('.luna-tab-button').click()")
