@@ -6,7 +6,7 @@ import importlib
 import sys
 from typing import Any
 
-__all__ = ["ANY", "choices", "embeddings", "module", "names", "node_class", "path"]
+__all__ = ["ANY", "choices", "embeddings", "module", "names", "node_class", "path", "server"]
 
 
 class _AnyType(str):
@@ -24,6 +24,11 @@ ANY = _AnyType("*")
 def module(name: str) -> Any:
     """A module of ComfyUI, such as ``folder_paths`` or ``comfy.sd``."""
     return importlib.import_module(name)
+
+
+def server() -> Any:
+    """ComfyUI's ``PromptServer``; ``None`` if there is none, as in a script."""
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
 def names(folder: str) -> list[str]:

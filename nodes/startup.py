@@ -23,6 +23,7 @@ from typing import Any
 from luna_daemon.client import DaemonClient, get_client
 from luna_daemon.core import LunaError, PortInUse, logger
 
+from . import host
 from .toast import show_warnings, toast
 
 __all__ = ["SETTING", "VARIABLE", "begin", "chosen", "daemon_settings", "start_daemon"]
@@ -65,17 +66,31 @@ def daemon_settings(paths: Any, given: list[Path]) -> dict[str, Any]:
 
 
 def begin() -> threading.Thread | None:
-    """Show warnings as toasts, and do what is set, on a thread: ComfyUI does not wait for it. Else nothing happens."""
+    """Serve the panel, show warnings as toasts, and do what is set, on a thread: ComfyUI does not wait for it."""
     paths = sys.modules.get("folder_paths")
     if paths is None:
         return None
     show_warnings()
+    _serve_panel()
     choice = chosen(os.environ, Path(paths.get_user_directory()) / "default" / "comfy.settings.json")
     if choice == OFF:
         return None
     thread = threading.Thread(target=_start_and_tell, args=(paths, choice), name="luna-start", daemon=True)
     thread.start()
     return thread
+
+
+def _serve_panel() -> None:
+    """Without ComfyUI's server there is no panel; and a ComfyUI that it does not fit keeps its nodes."""
+    server = host.server()
+    if server is None:
+        return
+    try:
+        from .panel import install
+
+        install(server)
+    except Exception:
+        logger.exception("the Luna panel cannot be shown in this ComfyUI; the nodes work without it")
 
 
 def _start_and_tell(paths: Any, choice: str) -> None:

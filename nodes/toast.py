@@ -6,7 +6,8 @@ Every warning of ``luna_daemon`` is written for its user, so all of them are sho
 from __future__ import annotations
 
 import logging
-import sys
+
+from . import host
 
 __all__ = ["ToastHandler", "show_warnings", "toast"]
 
@@ -16,7 +17,7 @@ _SEVERITY = ((logging.ERROR, "error"), (logging.WARNING, "warn"))
 
 def toast(detail: str, severity: str = "info") -> bool:
     """Send a toast to every window of this ComfyUI; ``False`` if there is no server, as in a script."""
-    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    server = host.server()
     if server is None:
         return False
     server.send_sync(_NAME, {"severity": severity, "summary": "Luna Daemon", "detail": detail})

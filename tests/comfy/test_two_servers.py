@@ -142,9 +142,18 @@ def _python() -> str:
 
 
 def start_server(
-    folder: Path, daemon: Any, models: Path, ends: contextlib.ExitStack, packs: Sequence[str] = ()
+    folder: Path,
+    daemon: Any,
+    models: Path,
+    ends: contextlib.ExitStack,
+    packs: Sequence[str] = (),
+    frontend: bool = False,
 ) -> Server:
-    """A ComfyUI with a base directory of its own; ``packs`` lie in its ``custom_nodes`` already, or are loaded not."""
+    """A ComfyUI with a base directory of its own; ``packs`` lie in its ``custom_nodes`` already, or are loaded not.
+
+    Args:
+        frontend: ComfyUI's own; else an empty page.
+    """
     for name in ("custom_nodes", "output", "page"):
         (folder / name).mkdir(exist_ok=True)
     (folder / "models").symlink_to(models)
@@ -154,9 +163,9 @@ def start_server(
     port, log = free_port(), folder / "server.log"
     arguments = [
         "--cpu", "--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(folder), "--output-directory",
-        str(folder / "output"), "--front-end-root", str(folder / "page"), "--disable-all-custom-nodes",
-        "--whitelist-custom-nodes", "luna-daemon", *packs, "--disable-api-nodes", "--database-url",
-        f"sqlite:///{folder / 'comfyui.db'}",
+        str(folder / "output"), "--disable-all-custom-nodes", "--whitelist-custom-nodes", "luna-daemon", *packs,
+        "--disable-api-nodes", "--database-url", f"sqlite:///{folder / 'comfyui.db'}",
+        *(() if frontend else ("--front-end-root", str(folder / "page"))),
     ]  # fmt: skip
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -189,6 +189,30 @@ def test_status_page_is_where_status_says(terminal: Terminal) -> None:
     assert "does not answer" in other
 
 
+def test_token_is_what_the_status_page_asks_for(terminal: Terminal) -> None:
+    """One line, with which a call is let in."""
+    terminal.serve()
+    shown = terminal.ask("token")
+    assert (shown.returncode, shown.stderr) == (0, "") and len(shown.stdout.splitlines()) == 1
+    headers = {"Authorization": f"Bearer {shown.stdout.strip()}", "Content-Type": "application/json"}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{terminal.ws_port}/api/call", json.dumps({"op": "models.unload"}).encode(), headers
+    )
+    end = time.monotonic() + 10
+    while not terminal_page_answers(terminal):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    with urllib.request.urlopen(request, timeout=5) as answer:
+        assert json.load(answer)["result"] == {"unloaded": 0}
+
+
+def terminal_page_answers(terminal: Terminal) -> bool:
+    try:
+        return urllib.request.urlopen(f"http://127.0.0.1:{terminal.ws_port}/healthz", timeout=1).status == 200
+    except OSError:
+        return False
+
+
 def test_no_status_page_where_its_port_is_taken(terminal: Terminal) -> None:
     """The daemon serves all the same; status shows no address that would be somebody else's."""
     with socket.socket() as other:

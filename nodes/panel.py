@@ -1,0 +1,217 @@
+"""The panel's way to the daemon: ``/luna/*`` of this ComfyUI, so that it works wherever ComfyUI does.
+
+The daemon's token stays on the server. Who may change something by this way is the setting ``Luna.AllowChanges``, which
+is looked up here for each call; ComfyUI itself lets everybody who reaches it change its settings, so that it guards
+against mishaps and curious visitors, not against whoever can send this ComfyUI any request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+from luna_daemon.client import get_client
+from luna_daemon.config import load_settings
+from luna_daemon.core import AuthenticationError, BadRequest, DaemonConnectionError, LunaError, logger
+from luna_daemon.runtime import find_token, read_facts
+
+__all__ = ["ALLOW", "FORWARD", "OPS", "Panel", "install"]
+
+ALLOW, FORWARD = "Luna.AllowChanges", "Luna.ForwardFreeMemory"
+LOCAL, ALL, OFF = "local", "all", "off"
+OPS = frozenset({"models.load", "models.unload", "drain", "lora.warm", "lora.pin", "lora.evict"})
+"""What the panel's buttons ask for."""
+_CONNECT_S, _SILENCE_S, _RETRY_S, _CALL_S = 3.0, 5.0, 1.0, 600.0
+_MESSAGE_BYTES = 16 << 20
+_FREE = ("/free", "/api/free")
+_FORWARDED = ("Forwarded", "X-Forwarded-For", "X-Real-IP")
+
+
+def install(server: Any) -> Panel:
+    """Add the routes, and look at ``/free``, before ComfyUI's server starts.
+
+    Args:
+        server: ComfyUI's ``PromptServer``.
+    """
+    panel = Panel(server)
+    server.routes.get("/luna/info")(panel.info)
+    server.routes.get("/luna/ws")(panel.socket)
+    server.routes.post("/luna/call")(panel.call)
+    server.app.middlewares.append(panel.middleware())
+    return panel
+
+
+class Panel:
+    """The routes' handlers."""
+
+    def __init__(self, server: Any) -> None:
+        self._server = server
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # --- reading ---
+
+    async def info(self, request: web.Request) -> web.Response:
+        """The daemon's ``info`` as JSON; 503 while it is away."""
+        try:
+            base, _ = _daemon()
+            async with _session() as session, session.get(f"{base}/api/info") as answer:
+                return web.json_response(await answer.json(), status=answer.status)
+        except (LunaError, aiohttp.ClientError, OSError, ValueError) as error:
+            return _refusal(503, _away(error))
+
+    async def socket(self, request: web.Request) -> web.WebSocketResponse:
+        """The daemon's messages as they come; ``away`` while there are none. Nothing is taken from the browser."""
+        browser = web.WebSocketResponse(heartbeat=20.0, max_msg_size=4096)
+        await browser.prepare(request)
+        feeder = asyncio.get_running_loop().create_task(_feed(browser))
+        try:
+            async for _ in browser:
+                pass
+        finally:
+            feeder.cancel()
+        return browser
+
+    # --- changing ---
+
+    async def call(self, request: web.Request) -> web.Response:
+        """One of ``OPS`` with its fields, with the daemon's token; as the daemon's own ``/api/call`` answers."""
+        if not self._may_change(request):
+            hint = "See Luna in ComfyUI's settings"
+            return _refusal(
+                403, AuthenticationError("this ComfyUI does not let the panel change anything from here", hint)
+            )
+        try:
+            body = json.loads(await request.text()) if request.content_type == "application/json" else None
+        except ValueError:
+            body = None
+        op = body.get("op") if isinstance(body, dict) else None
+        if not isinstance(op, str) or op not in OPS:
+            return _refusal(400, BadRequest(f"op {op!r} is not taken here", f"Use one of {', '.join(sorted(OPS))}"))
+        try:
+            answer, status = await _ask(body)
+        except (LunaError, aiohttp.ClientError, OSError, ValueError) as error:
+            return _refusal(503, _away(error))
+        return web.json_response(answer, status=status)
+
+    def _may_change(self, request: web.Request) -> bool:
+        choice = self._setting(request, ALLOW, LOCAL)
+        return choice == ALL or (choice == LOCAL and _is_local(request))
+
+    def _setting(self, request: web.Request, name: str, default: Any) -> Any:
+        """A setting of the user who asks. One that ComfyUI does not know has none."""
+        try:
+            return self._server.user_manager.settings.get_settings(request).get(name, default)
+        except web.HTTPException:
+            return None
+
+    # --- "free memory" ---
+
+    def middleware(self) -> Any:
+        """Hears of ``/free`` after ComfyUI has answered it."""
+
+        @web.middleware
+        async def after_free(request: web.Request, handler: Any) -> web.StreamResponse:
+            response: web.StreamResponse = await handler(request)
+            if request.method == "POST" and request.path in _FREE and response.status == 200:
+                await self._forward(request)
+            return response
+
+        return after_free
+
+    async def _forward(self, request: web.Request) -> None:
+        wanted = json.loads(await request.text())
+        frees = wanted.get("unload_models") or wanted.get("free_memory")
+        if frees and self._setting(request, FORWARD, False) is True:
+            task = asyncio.get_running_loop().create_task(_free())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+
+async def _free() -> None:
+    try:
+        answer, status = await _ask({"op": "models.unload"})
+        why = "" if status == 200 else answer.get("message", "")
+    except (LunaError, aiohttp.ClientError, OSError, ValueError) as error:
+        why = str(_away(error))
+    if why:
+        logger.warning("the daemon's models were not unloaded along with ComfyUI's: %s", why)
+
+
+async def _feed(browser: web.WebSocketResponse) -> None:
+    """Pass the daemon's messages on, for as long as the browser listens."""
+    while not browser.closed:
+        try:
+            await _relay(browser)
+            why: Exception = DaemonConnectionError("the daemon closed the connection")
+        except (LunaError, aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+            why = error
+        try:
+            await browser.send_json({"v": 1, "type": "away", "data": {"message": str(_away(why))}})
+        except (ConnectionError, RuntimeError):
+            return
+        await asyncio.sleep(_RETRY_S)
+
+
+async def _relay(browser: web.WebSocketResponse) -> None:
+    base, _ = _daemon()
+    async with _session() as session:
+        daemon = await asyncio.wait_for(session.ws_connect(f"{base}/ws", max_msg_size=_MESSAGE_BYTES), _CONNECT_S)
+        async with daemon:
+            while (message := await daemon.receive(timeout=_SILENCE_S)).type is aiohttp.WSMsgType.TEXT:
+                await browser.send_str(message.data)
+
+
+async def _ask(body: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """The daemon's answer to a call, and its HTTP status."""
+    base, token = _daemon()
+    headers = {"Authorization": f"Bearer {token}"}
+    async with _session() as session, session.post(f"{base}/api/call", json=body, headers=headers) as answer:
+        return await answer.json(), answer.status
+
+
+def _session() -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_CALL_S, sock_connect=_CONNECT_S))
+
+
+def _daemon() -> tuple[str, str]:
+    """Where the daemon's HTTP is and its token, looked up each time: a daemon that starts anew has another.
+
+    Raises:
+        ConfigError, AuthenticationError: as they say.
+    """
+    client = get_client()
+    port = read_facts(client.port, client.runtime_dir).get("ws_port") or load_settings().ws_port
+    host = f"[{client.host}]" if ":" in client.host else client.host
+    return f"http://{host}:{port}", find_token(client.port, client.runtime_dir)
+
+
+def _away(error: Exception) -> LunaError:
+    """What to say of a daemon that cannot be reached."""
+    if isinstance(error, LunaError):
+        return error
+    if isinstance(error, aiohttp.WSServerHandshakeError):
+        return DaemonConnectionError(f"the daemon does not let the panel watch (HTTP {error.status})")
+    if isinstance(error, asyncio.TimeoutError):
+        return DaemonConnectionError("the daemon is there, but does not answer")
+    return DaemonConnectionError("no Luna Daemon answers", "Start it with 'luna-daemon serve'")
+
+
+def _refusal(status: int, error: LunaError) -> web.Response:
+    return web.json_response({"error": error.code, "message": error.message, "hint": error.hint}, status=status)
+
+
+def _is_local(request: web.Request) -> bool:
+    """Whether the browser runs on this machine: not where a proxy on it speaks for others."""
+    if any(name in request.headers for name in _FORWARDED):
+        return False
+    try:
+        address = ipaddress.ip_address(request.remote or "")
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback

@@ -1,0 +1,34 @@
+// The top line: the moon, the state, since when; and draining.
+
+import { attribute, el, svg, text } from "../dom.js";
+import { confirmFirst } from "../actions.js";
+import { span } from "../format.js";
+
+const MOON = "M20.5 14.6A9 9 0 1 1 9.4 3.5a7.2 7.2 0 0 0 11.1 11.1z";
+
+/** @param {Function} act @returns {{node: HTMLElement, update: (state: object) => void}} */
+export function createHeader(act) {
+  const moon = svg("svg.moon", { viewBox: "0 0 24 24", "aria-hidden": true }, svg("path", { d: MOON }));
+  const status = el("span.status", { role: "status", "data-field": "status" });
+  const uptime = el("span", { "data-field": "uptime" });
+  const facts = el("span.quiet", { "data-field": "facts" });
+  const drain = el("button.bare", { type: "button", title: "Take nothing new; finish what runs" }, "Drain");
+  confirmFirst(drain, "Really? It takes no new work until it is started again", () =>
+    act(drain, { op: "drain" }, "The daemon takes nothing new and finishes what runs"),
+  );
+  const node = el(
+    "header", {}, moon,
+    el("div.title", {}, el("h1", {}, "Luna Daemon"), el("p", {}, status, uptime, facts)), drain,
+  );
+
+  function update({ link, info }) {
+    const word = link === "live" ? info.status : link;
+    text(status, word);
+    attribute(node, "data-status", word);
+    const live = link === "live";
+    text(uptime, live ? `up ${span(info.uptime_s)}` : "");
+    text(facts, live ? [info.version, info.backend, info.pid ? `process ${info.pid}` : ""].filter(Boolean).join(" · ") : "");
+    drain.hidden = !live || info.status !== "running";
+  }
+  return { node, update };
+}
