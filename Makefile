@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-comfy bench bench-comfy lint format clean
+.PHONY: demo test test-comfy bench bench-comfy soak lint format clean
 
 demo: $(READY)  ## three clients share one daemon; pictures, a chart and a table in build/demo
 	$(PY) demo/run.py
@@ -26,6 +26,9 @@ bench: $(READY)  ## measure, print a table, write build/bench.json
 
 bench-comfy: $(READY)  ## measure inside a real ComfyUI: COMFYUI_PATH and COMFYUI_PYTHON say where
 	$(PY) benchmarks/comfy.py
+
+soak: $(READY)  ## sixteen clients and a fault every twenty seconds, for SOAK_S seconds (600)
+	$(PY) benchmarks/soak.py
 
 lint: $(READY)  ## style, types, import directions, spelling; sizes of the modules
 	$(PY) -m ruff check .

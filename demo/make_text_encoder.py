@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-__all__ = ["make_clip_g", "make_clip_l", "make_sdxl_vae", "to_ldm"]
+__all__ = ["make_clip_g", "make_clip_l", "make_sdxl_vae", "make_tiny_clip", "to_ldm"]
 
 _CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 _CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
@@ -47,6 +47,21 @@ def make_clip_l(path: Path, seed: int = 0) -> Path:
 def make_clip_g(path: Path, seed: int = 0) -> Path:
     """Write a CLIP-G text encoder (float16, 1.4 GB) unless ``path`` exists."""
     return path if path.exists() else _save_clip(path, seed, _CLIP_G, "gelu", projected=True)
+
+
+def make_tiny_clip(path: Path, seed: int = 3) -> Path:
+    """Write a text encoder of CLIP-L's layout with two narrow layers: real enough to be loaded and run in no time."""
+    chance = torch.Generator().manual_seed(seed)
+    shapes = {"embeddings.token_embedding.weight": (49408, 64), "embeddings.position_embedding.weight": (77, 64)}
+    for layer in ("encoder.layers.0", "encoder.layers.1"):
+        shapes |= {f"{layer}.self_attn.{name}_proj.weight": (64, 64) for name in ("q", "k", "v", "out")}
+        shapes |= {f"{layer}.self_attn.{name}_proj.bias": (64,) for name in ("q", "k", "v", "out")}
+        shapes |= {f"{layer}.mlp.fc1.weight": (128, 64), f"{layer}.mlp.fc1.bias": (128,)}
+        shapes |= {f"{layer}.mlp.fc2.weight": (64, 128), f"{layer}.mlp.fc2.bias": (64,)}
+        shapes |= {f"{layer}.layer_norm{n}.{name}": (64,) for n in (1, 2) for name in ("weight", "bias")}
+    shapes |= {f"final_layer_norm.{name}": (64,) for name in ("weight", "bias")}
+    weights = {f"text_model.{key}": torch.randn(shape, generator=chance) / 8 for key, shape in shapes.items()}
+    return _save(path, weights)
 
 
 def make_sdxl_vae(path: Path, seed: int = 0) -> Path:

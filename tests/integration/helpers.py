@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -142,19 +143,8 @@ def listening(answer: Callable[[socket.socket], None]) -> Iterator[int]:
 
 
 def tiny_clip(path: Path) -> Path:
-    """A text encoder of CLIP-L's layout with two narrow layers: real enough to be loaded and run in no time."""
-    import torch
-    from safetensors.torch import save_file
+    """A text encoder of CLIP-L's layout with two narrow layers."""
+    sys.path.insert(0, str(DEMO_VAE.parents[1]))
+    from make_text_encoder import make_tiny_clip
 
-    seed = torch.Generator().manual_seed(3)
-    shapes = {"embeddings.token_embedding.weight": (49408, 64), "embeddings.position_embedding.weight": (77, 64)}
-    for layer in ("encoder.layers.0", "encoder.layers.1"):
-        shapes |= {f"{layer}.self_attn.{name}_proj.weight": (64, 64) for name in ("q", "k", "v", "out")}
-        shapes |= {f"{layer}.self_attn.{name}_proj.bias": (64,) for name in ("q", "k", "v", "out")}
-        shapes |= {f"{layer}.mlp.fc1.weight": (128, 64), f"{layer}.mlp.fc1.bias": (128,)}
-        shapes |= {f"{layer}.mlp.fc2.weight": (64, 128), f"{layer}.mlp.fc2.bias": (64,)}
-        shapes |= {f"{layer}.layer_norm{n}.{name}": (64,) for n in (1, 2) for name in ("weight", "bias")}
-    shapes |= {"final_layer_norm.weight": (64,), "final_layer_norm.bias": (64,)}
-    weights = {f"text_model.{key}": torch.randn(shape, generator=seed).half() / 8 for key, shape in shapes.items()}
-    save_file(weights, path)
-    return path
+    return make_tiny_clip(path)

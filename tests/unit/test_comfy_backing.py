@@ -51,6 +51,7 @@ def played(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
         soft_empty_cache=lambda: None, OOM_EXCEPTION=MemoryError,
     )  # fmt: skip
     monkeypatch.setattr(comfy_backing, "comfy", lambda name: memory)
+    monkeypatch.setattr(comfy_backing, "running_comfyui", lambda: None)
 
 
 def fall_back(backing: Backing, error: LunaError) -> str:
