@@ -27,6 +27,8 @@ class InsideCaller:
 
     crowded = True
     """No signs of progress, please."""
+    is_loopback = False
+    """Whoever pressed the button may sit elsewhere: no ComfyUI of this host is run for them because they name it."""
 
     def __init__(self, service: Service, name: str) -> None:
         self._service = service

@@ -183,7 +183,8 @@ def test_status_page_is_where_status_says(terminal: Terminal) -> None:
     address = f"http://127.0.0.1:{terminal.ws_port}/"
     assert re.search(rf"^status page +{re.escape(address)} *$", said, re.MULTILINE)
     with urllib.request.urlopen(address, timeout=10) as answer:
-        assert answer.status == 200
+        assert answer.status == 200 and b"<title>Luna Daemon</title>" in answer.read()
+    with urllib.request.urlopen(f"{address}api/info", timeout=10) as answer:
         assert json.loads(answer.read())["pid"] == served.process.pid
     other = terminal.ask("status", "--ws-port", str(_free_port())).stdout
     assert "does not answer" in other
