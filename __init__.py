@@ -17,6 +17,12 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {}
 WEB_DIRECTORY = "./web" if os.path.isdir(os.path.join(_HERE, "web")) else None
 
 
+def _is_installed() -> bool:
+    """Whether the package is found; a bare folder of its name, as an uninstall may leave, is not it."""
+    spec = importlib.util.find_spec("luna_daemon")
+    return spec is not None and spec.origin is not None
+
+
 def _become_the_package() -> None:
     """A checkout named ``luna_daemon`` was imported from the folder around it: the package inside is meant."""
     place = os.path.join(_HERE, "luna_daemon")
@@ -30,7 +36,7 @@ def _become_the_package() -> None:
 if __name__ == "luna_daemon":
     _become_the_package()
 elif __package__:  # not if a tool has loaded this file as a plain module
-    if importlib.util.find_spec("luna_daemon") is None:
+    if not _is_installed():
         # Appended, never inserted: ComfyUI has top-level modules named nodes and server.
         sys.path.append(_HERE)
     from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS

@@ -52,6 +52,9 @@ def test_the_folder_is_appended_only_where_the_package_is_not_found(tmp_path):
     hidden = f"import sys\nsys.path[:] = [p for p in sys.path if 'site-packages' in p or 'lib' in p]\n{code}"
     found = run(hidden, tmp_path).split()
     assert found[1:] == ["False", "1"]
+    (tmp_path / "lib" / "luna_daemon" / "web").mkdir(parents=True)  # a folder that is no package
+    bare = f"import sys\nsys.path.append({str(tmp_path / 'lib')!r})\n{hidden}"
+    assert run(bare, tmp_path).split()[1:] == ["False", "1"]
     known = run(
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); n = len(sys.path)\n{code}; print(len(sys.path) - n)", tmp_path
     )
