@@ -109,7 +109,7 @@ def daemon(comfy, small_comfyui, files, tmp_path_factory):
     """Its workers have as many threads as this process; no prompt is remembered."""
     with daemons_below(tmp_path_factory.mktemp("daemon")) as start:
         yield start(
-            backend="comfy", comfyui_path=small_comfyui,
+            backend="comfy", comfyui_path=small_comfyui, client_roots=False,
             comfyui_python=os.environ.get("COMFYUI_PYTHON") or sys.executable,
             model_dirs=os.pathsep.join(map(str, (DEMO_VAE.parent, files["clip_l"].parent))), max_vae_workers=1,
             cpu_threads=comfy.torch.get_num_threads(), max_clip_workers=1, conditioning_cache_mb=0,
