@@ -43,7 +43,8 @@ SIZES = {
     # Its width tells ComfyUI that it is a T5-XXL.
     "text_encoders/t5_config_xxl.json": {"d_ff": 64, "d_kv": 8, "num_heads": 8},
 }  # fmt: skip
-SMALL_MODULES = ("comfy.sd1_clip", "comfy.sdxl_clip", "comfy.text_encoders.sd3_clip")
+SMALL_MODULES = ("comfy.sd1_clip", "comfy.sdxl_clip", "comfy.text_encoders.sd3_clip", "comfy.cli_args")
+"""They find the sizes beside their own file; the last one's place is where a shell says that its ComfyUI is."""
 PROMPT = "a (lighthouse:1.3) in a [storm], oil painting"
 
 
@@ -109,7 +110,7 @@ def daemon(comfy, small_comfyui, files, tmp_path_factory):
     """Its workers have as many threads as this process; no prompt is remembered."""
     with daemons_below(tmp_path_factory.mktemp("daemon")) as start:
         yield start(
-            backend="comfy", comfyui_path=small_comfyui, client_roots=False,
+            backend="comfy", comfyui_path=small_comfyui,
             comfyui_python=os.environ.get("COMFYUI_PYTHON") or sys.executable,
             model_dirs=os.pathsep.join(map(str, (DEMO_VAE.parent, files["clip_l"].parent))), max_vae_workers=1,
             cpu_threads=comfy.torch.get_num_threads(), max_clip_workers=1, conditioning_cache_mb=0,
