@@ -180,6 +180,8 @@ def textual_inversion(stock, clip):
     tokens = clip.tokenize(PROMPT)
     for name, chunk in tokens.items():
         network = getattr(clip.cond_stage_model, name if name == "t5xxl" else f"clip_{name}")
+        if network is None:  # SD3 has tokens for a T5 that it can do without
+            continue
         width = network.transformer.get_input_embeddings().weight.shape[1]
         for place in (2, 3):
             chunk[0][place] = (random(stock, width, seed=place) - 0.5, 1.1)
