@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .core import ProtocolError
+from .files import facts_of, same_file
 from .link import IsCancelled, Link, OnProgress
-from .lora_files import same_file
 from .wire import messages as m
 from .wire.arena import ArenaView
 from .wire.codec import ITEM_SIZES
@@ -68,7 +68,7 @@ def _own_file(name: str) -> m.FileId | None:
         facts = path.stat()
     except OSError:
         return None
-    return m.FileId(name, facts.st_size, facts.st_mtime_ns, facts.st_ino)
+    return facts_of(name, facts)
 
 
 class _Map:

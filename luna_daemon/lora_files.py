@@ -14,10 +14,10 @@ from typing import Any, BinaryIO
 
 from .core import BadRequest, ModelLoadError
 from .wire.codec import ITEM_SIZES
-from .wire.messages import FileId, TensorRef
+from .wire.messages import TensorRef
 
 __all__ = [
-    "NamedRef", "columns", "facts_of", "is_on_network", "parse_header", "read_header", "read_through", "same_file",
+    "NamedRef", "columns", "is_on_network", "parse_header", "read_header", "read_through",
 ]  # fmt: skip
 
 NamedRef = tuple[str, TensorRef]
@@ -130,16 +130,6 @@ def columns(places: Iterable[tuple[str, str, TensorRef]]) -> list[list[Any]]:
         runs[-1][4].append(ref.shape)
         end = ref.offset + ref.nbytes
     return runs
-
-
-def same_file(mine: os.stat_result, size: int, mtime_ns: int, inode: int) -> bool:
-    """Whether an open file is the very one that the other side has looked at."""
-    return (mine.st_size, mine.st_mtime_ns, mine.st_ino) == (size, mtime_ns, inode)
-
-
-def facts_of(path: str, facts: os.stat_result) -> FileId:
-    """A file's identity, from what the system says about it."""
-    return FileId(path, facts.st_size, facts.st_mtime_ns, facts.st_ino)
 
 
 def read_through(file: BinaryIO, into: memoryview | None, size: int, start: int = 0) -> None:

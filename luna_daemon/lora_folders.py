@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from .config import Settings
-from .core import BadRequest, ModelMismatchError, ModelNotFound, logger
-from .lora_files import facts_of
+from .core import BadRequest, ModelNotFound, logger
+from .files import check_same, facts_of, first_existing
 from .wire.messages import FileId
 
-__all__ = ["FoundLoRA", "LoRAFolders", "extra_folders"]
+__all__ = ["ENDINGS", "FoundLoRA", "LoRAFolders", "extra_folders"]
 
 ENDINGS = (".safetensors", ".sft", ".pt", ".ckpt", ".bin", ".pth")
 _LONGEST_NAME = 4096
@@ -80,18 +80,15 @@ class LoRAFolders:
             raise BadRequest(f"LoRA {name!r} is no LoRA file", f"Its name must end in {', '.join(ENDINGS)}")
         source = facts_of(str(real), real.stat())
         if file is not None:
-            _check_same(name, file, source)
+            check_same(f"LoRA {name!r}", file, source)
         return FoundLoRA(self._listed_as(path, real, roots), source)
 
     def _first(self, name: str) -> Path:
         given = Path(name)
         tried = [given] if given.is_absolute() else [folder / given for folder in self.folders]
-        for path in tried:
-            try:
-                if path.exists():
-                    return path
-            except OSError:
-                continue
+        path = first_existing(tried)
+        if path is not None:
+            return path
         if not self.folders:
             raise ModelNotFound(f"LoRA {name!r}: no LoRA folder is known", "Give comfyui_path or model_dirs")
         known = {known.lower(): known for known in self.names()}
@@ -129,15 +126,6 @@ class LoRAFolders:
                 if len(found) >= _MOST_NAMES:  # or a link that leads to itself
                     return list(found)
         return list(found)
-
-
-def _check_same(name: str, theirs: FileId, mine: FileId) -> None:
-    for what in ("size", "mtime_ns", "inode"):
-        given, own = getattr(theirs, what), getattr(mine, what)
-        if given and given != own:
-            raise ModelMismatchError(
-                f"LoRA {name!r}: the client's {what} is {given}, the daemon's {own}", "Both must read the same file"
-            )
 
 
 def _folders(settings: Settings) -> Iterable[Path]:

@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 
 from .config import Settings
 from .core import InternalError, LimitExceeded, LunaError, ModelLoadError, logger
+from .files import same_file
 from .lora_cache import LoRACache, LoRAEntry
-from .lora_files import NamedRef, is_on_network, read_header, read_through, same_file
+from .lora_files import NamedRef, is_on_network, read_header, read_through
 from .lora_folders import FoundLoRA, LoRAFolders
 from .shared_memory import SharedMemory
 from .wire.arena import Slot

@@ -7,8 +7,11 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import msgspec
+
 from .config import NamedModel, Settings
-from .core import BadRequest, ModelKind, ModelMismatchError, ModelNotFound
+from .core import BadRequest, ModelKind, ModelNotFound
+from .files import ON_ONE_DISK, check_same, facts_of, first_existing
 from .wire.messages import ComfyId, FileId, LoadSpec, ModelRef
 
 __all__ = ["DigestUnknown", "LookFirst", "ModelResolver", "file_id", "load_bytes"]
@@ -30,7 +33,7 @@ def file_id(path: Path) -> FileId:
         facts = path.stat()
     except OSError as error:
         raise ModelNotFound(f"model file {str(path)!r}: {error.strerror or error}", "Check the path") from error
-    return FileId(str(path), facts.st_size, facts.st_mtime_ns, facts.st_ino)
+    return facts_of(str(path), facts)
 
 
 class LookFirst(Exception):
@@ -132,7 +135,7 @@ class ModelResolver:
         """A path that the user wrote: absolute, below ComfyUI, in a model folder, or beside the configuration."""
         given = Path(name).expanduser()
         tried = [given] if given.is_absolute() else [*self._below_roots(given, kind), *self._beside(given)]
-        return _first_existing(name, tried)
+        return _found(name, tried)
 
     def _beside(self, given: Path) -> list[Path]:
         return [folder / given for folder in (self.base, Path.cwd()) if folder is not None]
@@ -151,7 +154,7 @@ class ModelResolver:
         given = Path(file.path)
         if "\0" in file.path or not file.path:
             raise BadRequest(f"model path {file.path!r} is not a path")
-        path = _first_existing(file.path, [given] if given.is_absolute() else self._below_roots(given, kind))
+        path = _found(file.path, [given] if given.is_absolute() else self._below_roots(given, kind))
         real = path.resolve()
         allowed = [*self.roots, *theirs, *(Path(os.path.realpath(path.parent)) for path in self._configured())]
         if not any(real.is_relative_to(root) for root in allowed):
@@ -169,15 +172,8 @@ class ModelResolver:
         mine = file_id(real)
         if file.digest and mine not in self._digests:
             raise DigestUnknown(str(real), lambda: self.hash(real))
-        names = ("digest",) if file.digest else ("size", "mtime_ns", "inode")
-        facts = {"digest": self._digests.get(mine), "size": mine.size, "mtime_ns": mine.mtime_ns, "inode": mine.inode}
-        for name in names:
-            theirs = getattr(file, name)
-            if theirs and theirs != facts[name]:
-                raise ModelMismatchError(
-                    f"model file {file.path!r}: the client's {name} is {theirs}, the daemon's {facts[name]}",
-                    "Both must read the same file",
-                )
+        mine = msgspec.structs.replace(mine, digest=self._digests.get(mine, ""))
+        check_same(f"model file {file.path!r}", file, mine, ("digest",) if file.digest else ON_ONE_DISK)
 
     def hash(self, path: Path) -> None:
         """Compute a file's digest and keep it as long as the file does not change; takes seconds for gigabytes."""
@@ -194,13 +190,10 @@ class ModelResolver:
             yield from (Path(name) for name in [*model.vae, *model.clip] if Path(name).is_absolute())
 
 
-def _first_existing(name: str, tried: list[Path]) -> Path:
-    for path in tried:
-        try:
-            if path.exists():
-                return path
-        except OSError:
-            continue
+def _found(name: str, tried: list[Path]) -> Path:
+    path = first_existing(tried)
+    if path is not None:
+        return path
     places = ", ".join(dict.fromkeys(str(path) for path in tried)) or "no folder: give comfyui_path or model_dirs"
     raise ModelNotFound(f"model file {name!r} does not exist; tried {places}")
 

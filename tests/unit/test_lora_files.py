@@ -18,7 +18,8 @@ from safetensors.torch import load as reference_load
 from safetensors.torch import save
 
 from luna_daemon.core import BadRequest, ModelLoadError
-from luna_daemon.lora_files import columns, is_on_network, parse_header, read_header, read_through, same_file
+from luna_daemon.files import same_file
+from luna_daemon.lora_files import columns, is_on_network, parse_header, read_header, read_through
 from luna_daemon.wire.messages import TensorRef
 
 GOOD = {"a": {"dtype": "F16", "shape": [2, 3], "data_offsets": [0, 12]},
