@@ -14,7 +14,6 @@ from .terminal import Bar, count, print_json, size, span, tables
 
 __all__ = ["lora_app"]
 
-_ENDINGS = (".safetensors", ".sft", ".pt", ".ckpt", ".bin", ".pth")
 _NAMES = typer.Argument(metavar="NAME", help="LoRAs as ComfyUI lists them, files, or folders of files.")
 _NAME = typer.Argument(help="A LoRA's name, or its file.")
 _ALL = typer.Option("--all", help="Every LoRA that is not pinned.")
@@ -87,9 +86,11 @@ def warm(
 
 def _files(name: str) -> list[str]:
     """What a name on the command line stands for: itself, or the LoRA files in a folder and below it."""
+    from .lora_folders import ENDINGS
+
     path = Path(name)
     if path.is_dir():
-        found = [str(file.absolute()) for file in path.rglob("*") if file.suffix.lower() in _ENDINGS]
+        found = [str(file.absolute()) for file in path.rglob("*") if file.suffix.lower() in ENDINGS]
         if not found:
             raise typer.BadParameter(f"there is no LoRA file in {name}", param_hint="NAME")
         return sorted(found)

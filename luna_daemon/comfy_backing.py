@@ -201,8 +201,6 @@ class Backing:
             likely: whether the states of this process' generators go along until it is known that nothing draws. They
                 keep identical requests apart; but what draws without them has to be computed twice, the first time.
         """
-        import msgspec
-
         way = type(call), getattr(call, "raw", False)
         if not self._draws.get(way, likely):
             answer = self.send(call, tensors)

@@ -273,6 +273,11 @@ class InternalError(LunaError):
 
     code = "internal"
 
+    @classmethod
+    def of(cls, bug: BaseException) -> InternalError:
+        """What callers are told of an exception that nobody expected; whoever caught it logs it."""
+        return cls(f"{type(bug).__name__}: {bug}", "The daemon's log has the traceback")
+
 
 def _tree(root: type[LunaError]) -> dict[str, type[LunaError]]:
     """Classes by their own code; a subclass without one is the client's own affair."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import ipaddress
 import os
 import socket
 import ssl
@@ -14,7 +13,7 @@ import psutil
 
 from .config import Settings
 from .core import ConfigError, PortInUse, logger
-from .runtime import read_facts
+from .runtime import is_loopback, read_facts
 from .wire.tls import server_context
 
 __all__ = ["bind", "facts_of", "tls_of"]
@@ -35,20 +34,13 @@ def tls_of(settings: Settings) -> ssl.SSLContext | None:
     if settings.tls_cert is None:
         if settings.tls_key is not None:
             raise ConfigError("setting 'tls_key' is given without 'tls_cert'", "Name the certificate too")
-        if not _is_loopback(settings.host):
+        if settings.host != "localhost" and not is_loopback(settings.host):
             logger.warning(
                 "listening on %s without TLS: whoever shares the network can read tokens and pictures. Set tls_cert",
                 settings.host,
             )
         return None
     return server_context(settings.tls_cert, settings.tls_key)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def bind(settings: Settings) -> socket.socket:

@@ -115,7 +115,7 @@ class LoRALoader:
             error = ModelLoadError(f"LoRA {found.name!r}: {refusal.strerror or refusal}", "Check the disk")
         except Exception as bug:
             logger.exception("LoRA %s could not be loaded", found.name)
-            error = InternalError(f"{type(bug).__name__}: {bug}", "The daemon's log has the traceback")
+            error = InternalError.of(bug)
         waiting = self._pending.pop((found, copy))
         kept = entry is not None and self.cache.keep(entry)
         for future, client in waiting:

@@ -45,7 +45,7 @@ async def _watched(work: Coroutine[Any, Any, None], request: ClientRequest) -> N
         request.fail(error)
     except Exception as error:
         logger.exception("request %s failed", request.op)
-        request.fail(InternalError(f"{type(error).__name__}: {error}", "The daemon's log has the traceback"))
+        request.fail(InternalError.of(error))
     finally:
         task.cancel()
 

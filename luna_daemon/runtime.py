@@ -7,6 +7,7 @@ what a dead one left.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import secrets
@@ -20,7 +21,17 @@ from typing import Any
 
 from .core import AuthenticationError, PortInUse
 
-__all__ = ["Runtime", "dial_host", "find_token", "has_ended", "read_facts", "runtime_folder", "state_folder"]
+__all__ = [
+    "Runtime",
+    "dial_host",
+    "find_token",
+    "has_ended",
+    "is_loopback",
+    "page_address",
+    "read_facts",
+    "runtime_folder",
+    "state_folder",
+]
 
 _TOKEN = "token"  # noqa: S105 (a file's name)
 _FACTS = "daemon.json"
@@ -125,6 +136,21 @@ def has_ended(pid: int, folder: Path) -> bool:
 def dial_host(host: str) -> str:
     """Where a process of this machine finds a daemon that listens on ``host``, every address included."""
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def page_address(scheme: str, host: str, port: int) -> str:
+    """The status page of a daemon that is dialled at ``host``, without a slash at its end."""
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an IP address is of this host alone; anything else is not."""
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    mapped = getattr(found, "ipv4_mapped", None)
+    return bool((mapped or found).is_loopback)
 
 
 class Runtime:

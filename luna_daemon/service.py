@@ -313,7 +313,7 @@ class Service:
             logger.exception("request %s failed", request.op)
             if request.work is not None:
                 self.pool.cancel(request.work, request)
-            request.fail(InternalError(f"{type(error).__name__}: {error}", "The daemon's log has the traceback"))
+            request.fail(InternalError.of(error))
 
     async def _look_first(
         self, look: Callable[[], object], session: Session, message: m.Request, payload: Slot | None

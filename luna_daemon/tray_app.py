@@ -31,7 +31,7 @@ from typing import Any
 
 from .core import LunaError, logger
 from .daemon_server import LunaDaemon
-from .runtime import dial_host, state_folder
+from .runtime import dial_host, page_address, state_folder
 from .tray_icon import draw_icon
 from .tray_state import Action, Entry, Preferences, View, figures, menu, notice, title
 from .tray_watch import Watch, Wish
@@ -233,8 +233,8 @@ class Tray:
             self._preferences.save(self._file)
 
     def _page(self) -> str:
-        host = dial_host(self._watch.settings.host)
-        return f"http://{f'[{host}]' if ':' in host else host}:{self._view.page_port}/"
+        settings = self._watch.settings
+        return page_address("http", dial_host(settings.host), self._view.page_port or settings.ws_port) + "/"
 
     def _leave(self) -> None:
         self._closing = True

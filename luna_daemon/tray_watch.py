@@ -77,8 +77,9 @@ class Watch:
     @property
     def log(self) -> Path:
         """Where the output of a daemon that was started here goes."""
-        log: Path | None = getattr(self.settings, "log_file", None)
-        return log or runtime_folder(self.settings.port, self.settings.runtime_dir).with_suffix(".log")
+        return self.settings.log_file or runtime_folder(self.settings.port, self.settings.runtime_dir).with_suffix(
+            ".log"
+        )
 
     def run(self) -> None:
         """Attach or start, then serve wishes and look, until one of them is to exit."""

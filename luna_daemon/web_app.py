@@ -38,10 +38,8 @@ if TYPE_CHECKING:
     from .service import Service
     from .watchers import Watchers
 
-__all__ = ["CALLS", "make_app"]
+__all__ = ["make_app"]
 
-CALLS = frozenset({"models.load", "models.unload", "drain", "lora.warm", "lora.pin", "lora.evict"})
-"""Ops that ``POST /api/call`` takes."""
 _BODY_BYTES = 64 << 10
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _COMFYUI_PORT = 8188
@@ -248,8 +246,8 @@ def _decode(body: bytes) -> m.Call:
     """
     try:
         op = msgspec.json.decode(body, type=_Op).op
-        if op not in CALLS:
-            raise BadRequest(f"op {op!r} is not taken here", f"Use one of {', '.join(sorted(CALLS))}")
+        if op not in m.PAGE_OPS:
+            raise BadRequest(f"op {op!r} is not taken here", f"Use one of {', '.join(sorted(m.PAGE_OPS))}")
         call: m.Call = msgspec.json.decode(body, type=m.Call)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BadRequest(f"the call cannot be read: {error}", "See docs/protocol.md for the ops' fields") from error

@@ -383,7 +383,6 @@ class WorkerPool:
     def _failed(self, worker: WorkerProcess, error: LunaError) -> None:
         others = [key for key in worker.models if worker.work is not None and key != worker.work.spec.key]
         work = worker.done()
-        worker.leases.release_all()
         if work is None:
             return
         if isinstance(error, OutOfMemory) and others and not work.evicted_all and not self.pinned & set(others):

@@ -8,7 +8,6 @@ against mishaps and curious visitors, not against whoever can send this ComfyUI 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 from typing import Any
 
@@ -18,14 +17,13 @@ from aiohttp import web
 from luna_daemon.client import get_client
 from luna_daemon.config import load_settings
 from luna_daemon.core import AuthenticationError, BadRequest, DaemonConnectionError, LunaError, logger
-from luna_daemon.runtime import find_token, read_facts
+from luna_daemon.runtime import find_token, is_loopback, page_address, read_facts
+from luna_daemon.wire.messages import PAGE_OPS
 
-__all__ = ["ALLOW", "FORWARD", "OPS", "Panel", "install"]
+__all__ = ["ALLOW", "FORWARD", "Panel", "install"]
 
 ALLOW, FORWARD = "Luna.AllowChanges", "Luna.ForwardFreeMemory"
 LOCAL, ALL, OFF = "local", "all", "off"
-OPS = frozenset({"models.load", "models.unload", "drain", "lora.warm", "lora.pin", "lora.evict"})
-"""What the panel's buttons ask for."""
 _CONNECT_S, _SILENCE_S, _RETRY_S, _CALL_S = 3.0, 5.0, 1.0, 600.0
 _MESSAGE_BYTES = 16 << 20
 _FREE = ("/free", "/api/free")
@@ -79,7 +77,7 @@ class Panel:
     # --- changing ---
 
     async def call(self, request: web.Request) -> web.Response:
-        """One of ``OPS`` with its fields, with the daemon's token; as the daemon's own ``/api/call`` answers."""
+        """One of ``PAGE_OPS`` with its fields, with the daemon's token; as the daemon's own ``/api/call`` answers."""
         if not self._may_change(request):
             hint = "See Luna in ComfyUI's settings"
             return _refusal(
@@ -90,8 +88,10 @@ class Panel:
         except ValueError:
             body = None
         op = body.get("op") if isinstance(body, dict) else None
-        if not isinstance(op, str) or op not in OPS:
-            return _refusal(400, BadRequest(f"op {op!r} is not taken here", f"Use one of {', '.join(sorted(OPS))}"))
+        if not isinstance(op, str) or op not in PAGE_OPS:
+            return _refusal(
+                400, BadRequest(f"op {op!r} is not taken here", f"Use one of {', '.join(sorted(PAGE_OPS))}")
+            )
         try:
             answer, status = await _ask(body)
         except (LunaError, aiohttp.ClientError, OSError, ValueError) as error:
@@ -186,8 +186,7 @@ def _daemon() -> tuple[str, str]:
     """
     client = get_client()
     port = read_facts(client.port, client.runtime_dir).get("ws_port") or load_settings().ws_port
-    host = f"[{client.host}]" if ":" in client.host else client.host
-    return f"http://{host}:{port}", find_token(client.port, client.runtime_dir)
+    return page_address("http", client.host, port), find_token(client.port, client.runtime_dir)
 
 
 def _away(error: Exception) -> LunaError:
@@ -209,9 +208,4 @@ def _is_local(request: web.Request) -> bool:
     """Whether the browser runs on this machine: not where a proxy on it speaks for others."""
     if any(name in request.headers for name in _FORWARDED):
         return False
-    try:
-        address = ipaddress.ip_address(request.remote or "")
-    except ValueError:
-        return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return (mapped or address).is_loopback
+    return is_loopback(request.remote or "")

@@ -170,7 +170,7 @@ class Worker:
             self._fail(job.id, OutOfMemory(f"no memory for the call: {error or 'allocation failed'}"))
         except Exception as error:
             logger.exception("job %d failed", job.id)
-            self._fail(job.id, InternalError(f"{type(error).__name__}: {error}", "The daemon's log has the traceback"))
+            self._fail(job.id, InternalError.of(error))
         finally:
             self.cancelled.discard(job.id)
             compute.release_device_cache()

@@ -6,14 +6,14 @@ Inline payloads are received straight into a slot that the owner provides, and s
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import socket
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 from ..core import InternalError, LunaError, ProtocolError, logger
+from ..runtime import is_loopback
 from .arena import Slot
 from .frame import PREFIX_SIZE, decode_message, encode_frame, parse_prefix
 from .messages import Failure, Message
@@ -85,7 +85,7 @@ class Connection(asyncio.BufferedProtocol):
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
         name = transport.get_extra_info("peername")
-        self.remote, self.is_loopback = str(name), _is_loopback(name)
+        self.remote, self.is_loopback = str(name), bool(name) and is_loopback(str(name[0]))
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # Paused means "not all of it has left": a slot may be reused only once the kernel has its bytes. TLS pauses at
         # the limit, not above it, and would never go on from 0.
@@ -118,7 +118,7 @@ class Connection(asyncio.BufferedProtocol):
             self._refuse(error)
         except Exception as error:
             logger.exception("a message of %s could not be handled", self.remote)
-            self._refuse(InternalError(f"{type(error).__name__}: {error}", "The daemon's log has the traceback"))
+            self._refuse(InternalError.of(error))
 
     def eof_received(self) -> bool:
         return False
@@ -285,13 +285,3 @@ class Connection(asyncio.BufferedProtocol):
             transport.write(head)
             for slot in slots:
                 self._sending.extend(slot.view[at : at + _CHUNK] for at in range(0, slot.nbytes, _CHUNK))
-
-
-def _is_loopback(name: Any) -> bool:
-    """Whether a socket's peer name is an address of this host alone."""
-    try:
-        address = ipaddress.ip_address(name[0])
-    except (ValueError, TypeError, IndexError):
-        return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return bool((mapped or address).is_loopback)

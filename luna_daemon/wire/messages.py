@@ -12,6 +12,7 @@ from typing import Any, Union
 import msgspec
 
 __all__ = [
+    "PAGE_OPS",
     "Alloc",
     "ArenaInfo",
     "ArenaProof",
@@ -368,6 +369,10 @@ Call = Union[
     ModelUnload, PatchPut, LoraPut, LoraGet, LoraCheck, LoraStats, LoraLoad, LoraWarm, LoraPin, LoraEvict,
     Register, Report, Reload, TokenRenew, Drain, Shutdown,
 ]  # fmt: skip
+
+
+PAGE_OPS = frozenset({"models.load", "models.unload", "drain", "lora.warm", "lora.pin", "lora.evict"})
+"""What the status page and ComfyUI's panel may ask for: ``POST /api/call`` takes these alone."""
 
 
 # --- read by the daemon ------------------------------------------------------------------------------------------

@@ -20,16 +20,8 @@ COMMANDS = ["serve", "status", "top", "models", "warm", "unload", "token", "relo
 
 
 @pytest.fixture(autouse=True)
-def _clean_surroundings(tmp_path, monkeypatch):
-    """No luna.toml, no variables of whoever runs the tests, and logging as it was."""
-    monkeypatch.chdir(tmp_path)
+def _clean_surroundings(clean, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    for name in [name for name in os.environ if name.startswith(("LUNA_", "COMFYUI_"))]:
-        monkeypatch.delenv(name)
-    handlers, level = logging.root.handlers[:], logging.root.level
-    yield
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import logging
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -185,18 +184,6 @@ def test_every_state_is_told_without_colour():
 
 
 # --- the command ---
-
-
-@pytest.fixture
-def clean(tmp_path, monkeypatch):
-    """No settings of whoever runs the tests, and logging as it was."""
-    monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith(("LUNA_", "COMFYUI_"))]:
-        monkeypatch.delenv(name)
-    handlers, level = logging.root.handlers[:], logging.root.level
-    yield
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
 
 
 def test_options_reach_the_daemon(clean, monkeypatch, tmp_path):
