@@ -33,8 +33,9 @@ from .core import LunaError, logger
 from .daemon_server import LunaDaemon
 from .runtime import dial_host, page_address, state_folder
 from .tray_icon import draw_icon
-from .tray_state import Action, Entry, Preferences, View, figures, menu, notice, title
+from .tray_state import Action, Entry, Preferences, TrayState, View, figures, menu, notice, title
 from .tray_watch import Watch, Wish
+from .tray_x11 import IconLoop, TrayUnavailable, is_plain_x11, wait_for_a_panel
 
 __all__ = ["Tray", "TrayRunning", "TrayUnavailable", "run_tray"]
 
@@ -43,14 +44,6 @@ _NOTICE_LETTERS = 250
 """Windows takes 255 for a notification."""
 _FIGURES_S = 5.0
 """A menu is built anew for changed figures only so often: some desktops close an open one then."""
-_TRAY_WAIT_S = 10.0
-"""At login the icon may be there before the panel."""
-
-
-class TrayUnavailable(LunaError):
-    """No icon can be shown here; says why."""
-
-    code = "tray"
 
 
 class TrayRunning(LunaError):
@@ -96,14 +89,10 @@ class Tray:
         self._closing = False
         self._gone = False
         """The icon's loop has ended."""
-        self._over = False
-        """It is to end."""
         # Backends without a menu (plain X11) know no transparency either.
         self._transparent = bool(pystray.Icon.HAS_MENU)
-        self._icon = pystray.Icon(_NAME, self._image(), title(self._view), pystray.Menu(self._items))
-        self._plain_x11 = _is_plain_x11(pystray)
-        if self._plain_x11:
-            _ask_for_clicks(self._icon)
+        self._icon = pystray.Icon(_NAME, self._image(self._view.state), title(self._view), pystray.Menu(self._items))
+        self._loop = IconLoop(self._icon) if is_plain_x11(pystray) else None
 
     def run(self) -> None:
         """Show the icon until Exit, SIGTERM, or the end of the desktop."""
@@ -127,27 +116,24 @@ class Tray:
     def _begin(self, icon: Any) -> None:
         if self._gone:
             return
-        if self._plain_x11:
-            threading.Thread(target=_keep_awake, args=(icon._window.id, lambda: self._gone), daemon=True).start()
-        icon.visible = True
+        self._at_icon(lambda: setattr(icon, "visible", True))
         logger.info("the tray icon is shown")
         self._watching.start()
         while self._watching.is_alive() and not self._gone:
             self._watching.join(0.1)
-        if self._gone:  # the watch ends when the user leaves; without its loop the icon cannot be told
-            return
-        if self._plain_x11:  # pystray's own stop gets lost now and then: see _keep_awake
-            self._over = True
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
-        else:
-            icon.stop()
+        if not self._gone:  # the watch ends when the user leaves; without its loop the icon cannot be told
+            self._at_icon(icon.stop)
 
     def _on_signal(self, number: int, frame: object) -> None:
-        if self._gone:
-            return
-        if self._over:
-            raise InterruptedError("the icon's loop is over")
-        self._leave()
+        if not self._gone:
+            self._leave()
+
+    def _at_icon(self, task: Callable[[], object]) -> None:
+        """Change the icon; from any thread."""
+        if self._loop is not None:
+            self._loop.do(task)
+        else:
+            task()
 
     # --- showing ---
 
@@ -158,11 +144,15 @@ class Tray:
             return
         if view.state is not before.state:
             logger.info("%s", title(view))
-            self._icon.icon = self._image()
-        if title(view) != self._icon.title:
-            self._icon.title = title(view)
+        self._at_icon(lambda: self._redraw(view, anew=view.state is not before.state))
         self._update_menu()
         self._tell(notice(before, view, self._preferences.restart))
+
+    def _redraw(self, view: View, anew: bool) -> None:
+        if anew:
+            self._icon.icon = self._image(view.state)
+        if title(view) != self._icon.title:
+            self._icon.title = title(view)
 
     def _update_menu(self) -> None:
         entries, shown = self._menu(), self._entries
@@ -176,8 +166,8 @@ class Tray:
     def _menu(self) -> list[Entry]:
         return menu(self._view, self._preferences, self._watch.log.is_file())
 
-    def _image(self) -> Any:
-        return draw_icon(self._view.state, self._transparent)
+    def _image(self, state: TrayState) -> Any:
+        return draw_icon(state, self._transparent)
 
     def _tell(self, text: str) -> None:
         if not text or text == self._told:
@@ -260,8 +250,8 @@ def _load_pystray() -> Any:
         raise TrayUnavailable("the tray icon needs pystray and Pillow", "pip install luna-daemon[tray]")
     pystray = _first_backend(_backends(linux))
     logging.getLogger("pystray").setLevel(logging.CRITICAL)  # it logs tracebacks about a panel that restarts
-    if _is_plain_x11(pystray):
-        _wait_for_a_panel()
+    if is_plain_x11(pystray):
+        wait_for_a_panel()
     return pystray
 
 
@@ -295,64 +285,6 @@ def _first_backend(names: list[str | None]) -> Any:
             if name is not None:
                 del os.environ["PYSTRAY_BACKEND"]
     raise TrayUnavailable(f"no display for a tray icon: {why}", "Use 'luna-daemon serve' on a machine without one")
-
-
-def _is_plain_x11(pystray: Any) -> bool:
-    return bool(pystray.Icon.__module__ == "pystray._xorg")
-
-
-def _ask_for_clicks(icon: Any) -> None:
-    """Have X11 send clicks on the icon: pystray 0.19 handles them, but does not ask for them."""
-    from Xlib import X
-
-    icon._window.change_attributes(event_mask=X.ExposureMask | X.StructureNotifyMask | X.ButtonPressMask)
-    icon._display.flush()
-    # It docks anew with each picture as well, and a panel may lose the icon then: once is enough.
-    dock = icon._dock_window
-    icon._dock_window = lambda: None if icon._systray_manager else dock()
-
-
-def _keep_awake(window_id: int, is_gone: Callable[[], bool]) -> None:
-    """Send the icon's window something to read, from a connection of our own.
-
-    An event that python-xlib read in one thread does not wake the loop that waits for it in another.
-    """
-    import Xlib.display
-    from Xlib.protocol.event import ClientMessage
-
-    display = Xlib.display.Display()
-    display.set_error_handler(lambda *_: None)
-    window = display.create_resource_object("window", window_id)
-    nothing = ClientMessage(window=window, client_type=display.intern_atom("_LUNA_WAKE"), data=(32, [0] * 5))
-    while not is_gone():
-        window.send_event(nothing)
-        display.flush()
-        time.sleep(0.2)
-    display.close()
-
-
-def _wait_for_a_panel() -> None:
-    """Until somebody shows the tray of this X11 display.
-
-    Raises:
-        TrayUnavailable: nobody does.
-    """
-    import Xlib.display
-    import Xlib.X
-
-    display = Xlib.display.Display()
-    try:
-        tray = display.intern_atom(f"_NET_SYSTEM_TRAY_S{display.get_default_screen()}")
-        end = time.monotonic() + _TRAY_WAIT_S
-        while display.get_selection_owner(tray) == Xlib.X.NONE:
-            if time.monotonic() > end:
-                raise TrayUnavailable(
-                    f"nothing on display {os.environ.get('DISPLAY')} shows tray icons",
-                    "Start a panel with a tray, or use 'luna-daemon serve'",
-                )
-            time.sleep(0.2)
-    finally:
-        display.close()
 
 
 @contextmanager

@@ -63,9 +63,9 @@ def process(*command: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
 
 @contextmanager
 def virtual_screen() -> Iterator[str]:
-    """An X server of our own; yields its display."""
+    """An X server of our own, which does not begin anew when a client was the last for a moment; yields its display."""
     read, write = os.pipe()
-    command = ["Xvfb", "-displayfd", str(write), "-screen", "0", "480x360x24", "-nolisten", "tcp"]
+    command = ["Xvfb", "-displayfd", str(write), "-screen", "0", "480x360x24", "-nolisten", "tcp", "-noreset"]
     with process(*command, pass_fds=[write], stderr=subprocess.DEVNULL):
         os.close(write)
         with os.fdopen(read) as answer:
@@ -81,6 +81,7 @@ def panel() -> Iterator[str]:
         environ = {**os.environ, "DISPLAY": display}
         shown = stack.enter_context(process("trayer", *look, env=environ, stderr=subprocess.DEVNULL))
         wait_for(lambda: '"panel"' in windows(display) or shown.poll() is not None)
+        assert shown.poll() is None, "the panel ended"
         yield display
 
 

@@ -219,9 +219,9 @@ def test_without_pystray_one_line_says_what_to_install(clean, monkeypatch, tmp_p
     assert err == "luna-daemon: the tray icon needs pystray and Pillow. pip install luna-daemon[tray]\n"
 
 
-@pytest.mark.parametrize("module", ["tray_app", "tray_icon", "tray_state", "tray_watch"])
+@pytest.mark.parametrize("module", ["tray_app", "tray_icon", "tray_state", "tray_watch", "tray_x11"])
 def test_neither_torch_nor_a_screen_is_needed_to_import_it(module):
     """torch is not imported, and pystray, which opens the display, only when an icon is to be shown."""
-    code = f"import sys, luna_daemon.{module}; print({{'torch', 'pystray', 'PIL'}} & set(sys.modules))"
+    code = f"import sys, luna_daemon.{module}; print({{'torch', 'pystray', 'PIL', 'Xlib'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
