@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import ssl
 import threading
 import time
 import weakref
@@ -460,13 +461,23 @@ def _dial(host: str, port: int, runtime_dir: Path | None, tls_ca: str) -> socket
             f"no Luna Daemon answers on {host}:{port} ({error.strerror or error})", "Start it with 'luna-daemon serve'"
         ) from error
     try:
-        if tls_ca:
-            return TlsSocket(sock, client_context(tls_ca), host)
-        pinned = read_facts(port, runtime_dir).get("tls_cert")
-        return TlsSocket(sock, pinned_context(Path(pinned)), host) if pinned else sock
+        context = tls_towards(port, runtime_dir, tls_ca)
+        return TlsSocket(sock, context, host) if context is not None else sock
     except LunaError:
         sock.close()
         raise
+
+
+def tls_towards(port: int, runtime_dir: Path | None, tls_ca: str) -> ssl.SSLContext | None:
+    """How a daemon proves itself: by the authority that is named, or as its runtime folder says; ``None`` without TLS.
+
+    Raises:
+        AuthenticationError: the certificate's file cannot be read.
+    """
+    if tls_ca:
+        return client_context(tls_ca)
+    pinned = read_facts(port, runtime_dir).get("tls_cert")
+    return pinned_context(Path(pinned)) if pinned else None
 
 
 def _reply(waiting: _Waiting) -> m.Reply:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 from typing import Any
 
 import aiohttp
@@ -17,6 +18,7 @@ from aiohttp import web
 from luna_daemon.client import get_client
 from luna_daemon.config import load_settings
 from luna_daemon.core import AuthenticationError, BadRequest, DaemonConnectionError, LunaError, logger
+from luna_daemon.link import tls_towards
 from luna_daemon.runtime import find_token, is_loopback, page_address, read_facts
 from luna_daemon.wire.messages import PAGE_OPS
 
@@ -56,8 +58,8 @@ class Panel:
     async def info(self, request: web.Request) -> web.Response:
         """The daemon's ``info`` as JSON; 503 while it is away."""
         try:
-            base, _ = _daemon()
-            async with _session() as session, session.get(f"{base}/api/info") as answer:
+            base, _, tls = _daemon()
+            async with _session(tls) as session, session.get(f"{base}/api/info") as answer:
                 return web.json_response(await answer.json(), status=answer.status)
         except (LunaError, aiohttp.ClientError, OSError, ValueError) as error:
             return _refusal(503, _away(error))
@@ -158,8 +160,8 @@ async def _feed(browser: web.WebSocketResponse) -> None:
 
 
 async def _relay(browser: web.WebSocketResponse) -> None:
-    base, _ = _daemon()
-    async with _session() as session:
+    base, _, tls = _daemon()
+    async with _session(tls) as session:
         daemon = await asyncio.wait_for(session.ws_connect(f"{base}/ws", max_msg_size=_MESSAGE_BYTES), _CONNECT_S)
         async with daemon:
             while (message := await daemon.receive(timeout=_SILENCE_S)).type is aiohttp.WSMsgType.TEXT:
@@ -168,25 +170,29 @@ async def _relay(browser: web.WebSocketResponse) -> None:
 
 async def _ask(body: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """The daemon's answer to a call, and its HTTP status."""
-    base, token = _daemon()
+    base, token, tls = _daemon()
     headers = {"Authorization": f"Bearer {token}"}
-    async with _session() as session, session.post(f"{base}/api/call", json=body, headers=headers) as answer:
+    async with _session(tls) as session, session.post(f"{base}/api/call", json=body, headers=headers) as answer:
         return await answer.json(), answer.status
 
 
-def _session() -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_CALL_S, sock_connect=_CONNECT_S))
+def _session(tls: ssl.SSLContext | None) -> aiohttp.ClientSession:
+    connector = aiohttp.TCPConnector(ssl=tls) if tls is not None else None
+    timeout = aiohttp.ClientTimeout(total=_CALL_S, sock_connect=_CONNECT_S)
+    return aiohttp.ClientSession(connector=connector, timeout=timeout)
 
 
-def _daemon() -> tuple[str, str]:
-    """Where the daemon's HTTP is and its token, looked up each time: a daemon that starts anew has another.
+def _daemon() -> tuple[str, str, ssl.SSLContext | None]:
+    """Where the daemon's HTTP is, its token and its TLS, looked up each time: a daemon that starts anew has others.
 
     Raises:
         ConfigError, AuthenticationError: as they say.
     """
     client = get_client()
     port = read_facts(client.port, client.runtime_dir).get("ws_port") or load_settings().ws_port
-    return page_address("http", client.host, port), find_token(client.port, client.runtime_dir)
+    tls = tls_towards(client.port, client.runtime_dir, client.tls_ca)
+    base = page_address("http" if tls is None else "https", client.host, port)
+    return base, find_token(client.port, client.runtime_dir), tls
 
 
 def _away(error: Exception) -> LunaError:
@@ -195,6 +201,10 @@ def _away(error: Exception) -> LunaError:
         return error
     if isinstance(error, aiohttp.WSServerHandshakeError):
         return DaemonConnectionError(f"the daemon does not let the panel watch (HTTP {error.status})")
+    if isinstance(error, aiohttp.ClientSSLError):
+        return AuthenticationError(
+            "the daemon's certificate is not trusted", "Set LUNA_TLS_CA to its authority's PEM file"
+        )
     if isinstance(error, asyncio.TimeoutError):
         return DaemonConnectionError("the daemon is there, but does not answer")
     return DaemonConnectionError("no Luna Daemon answers", "Start it with 'luna-daemon serve'")

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import shutil
 import socket
 import ssl
 import subprocess
 import threading
 import time
+from types import SimpleNamespace
 
 import aiohttp
 import psutil
 import pytest
 import torch
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
 
 from luna_daemon.client import DaemonClient
 from luna_daemon.core import AuthenticationError, DaemonConnectionError
 from luna_daemon.wire import messages as m
+from tests.integration.conftest import ROOT
 from tests.integration.helpers import DEMO_TOML
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificates")
@@ -72,6 +77,60 @@ def test_the_page_is_behind_tls_too(daemon, certificates):
                 await session.get(f"http:{url}healthz")
 
     asyncio.run(go())
+
+
+@pytest.fixture(scope="module")
+def panel():
+    """The node pack's panel, without ComfyUI."""
+    spec = importlib.util.spec_from_file_location("luna_panel_under_test", ROOT / "nodes" / "panel.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def ask_through(panel, ask):
+    """What ``ask`` gets from a server with the panel's routes, whose users changed no setting."""
+
+    async def run():
+        settings = SimpleNamespace(get_settings=lambda request: {})
+        server = SimpleNamespace(
+            routes=web.RouteTableDef(), app=web.Application(), user_manager=SimpleNamespace(settings=settings)
+        )
+        panel.install(server)
+        server.app.add_routes(server.routes)
+        async with TestClient(TestServer(server.app)) as browser:
+            return await ask(browser)
+
+    return asyncio.run(run())
+
+
+def test_the_panel_reaches_it_behind_tls(panel, daemon, monkeypatch):
+    """ComfyUI's panel reads, watches and calls over https and wss, by the certificate that the runtime folder names."""
+    monkeypatch.setattr(panel, "get_client", daemon.client)
+    daemon.wait_for(lambda info: info["ws_port"] is not None)
+
+    async def ask(browser):
+        async with browser.ws_connect("/luna/ws") as socket:
+            told = await socket.receive_json(timeout=5)
+        info = await (await browser.get("/luna/info")).json()
+        call = await browser.post("/luna/call", json={"op": "models.unload"})
+        return told["type"], info["tls"], call.status
+
+    told, tls, status = ask_through(panel, ask)
+    assert (told, tls, status) == ("status", True, 200)
+
+
+def test_the_panel_gives_no_token_to_another_daemon(panel, daemon, certificates, monkeypatch):
+    """A certificate that is not the one expected ends it before anything is sent, and the panel says so."""
+    monkeypatch.setattr(panel, "get_client", lambda: daemon.client(tls_ca=certificates["stranger"][0]))
+
+    async def ask(browser):
+        call = await browser.post("/luna/call", json={"op": "models.unload"})
+        return call.status, await call.json()
+
+    status, answer = ask_through(panel, ask)
+    assert (status, answer["error"]) == (503, "authentication")
+    assert "certificate is not trusted" in answer["message"]
 
 
 @pytest.mark.parametrize("use_arena", [True, False])

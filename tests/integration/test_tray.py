@@ -28,6 +28,7 @@ from luna_daemon.tray_state import Action, Preferences, TrayState, View, menu
 from luna_daemon.wire import messages as m
 from tests.integration.conftest import ROOT, free_port
 from tests.integration.helpers import Background
+from tests.integration.test_tls import make_certificate
 
 TRAY = ROOT / "luna_daemon" / "tray_app.py"
 PICTURES = ROOT / "build" / "tray"
@@ -334,6 +335,16 @@ def test_a_click_opens_the_page(desk: Desk) -> None:
     wait_for(lambda: (desk.info() or {}).get("ws_port"))
     wait_for(lambda: desk.click() or time.sleep(0.5) or desk.opened.exists())
     assert set(desk.opened.read_text().splitlines()) == {f"browser http://127.0.0.1:{desk.ws_port}/"}
+
+
+@screen_needed
+def test_the_page_of_a_daemon_with_tls_is_https(desk: Desk) -> None:
+    cert, key = make_certificate(desk.folder, "desk")
+    desk.environ |= {"LUNA_TLS_CERT": str(cert), "LUNA_TLS_KEY": str(key)}
+    desk.start()
+    wait_for(lambda: (desk.info() or {}).get("ws_port"))
+    wait_for(lambda: desk.click() or time.sleep(0.5) or desk.opened.exists())
+    assert set(desk.opened.read_text().splitlines()) == {f"browser https://127.0.0.1:{desk.ws_port}/"}
 
 
 @screen_needed
