@@ -25,6 +25,8 @@ _WINDOW_S, _WINDOW_SIZE = 300.0, 512
 """Latencies are told of at most so many answers of the last minutes."""
 _THROUGHPUT_S = 10
 _TICKS, _DIGEST = 10, 200
+_WORK = {"vae.encode", "vae.decode", "clip.tokenize", "clip.encode", "lora.get", "lora.load", "echo"}
+"""What instances ask for pictures. A tray that looks once a second is no throughput."""
 _MOST_MODELS = 100
 """Models with figures of their own; the rest is counted together, since a label's values must not grow for ever."""
 _MOST_TEXT = 300
@@ -116,7 +118,8 @@ class Events:
         ended, self._ended = self._ended, []
         for now, op, model, seconds, result in ended:
             self._results[op, result] += 1
-            self._ticks[int(now * _TICKS)] += 1
+            if op in _WORK:
+                self._ticks[int(now * _TICKS)] += 1
             if result != "ok":
                 continue
             known = (op, model if model in self._models else self._known(model))
@@ -195,7 +198,7 @@ class Events:
 
     @property
     def throughput_per_s(self) -> float:
-        """Requests that ended in the last ten seconds, per second."""
+        """Requests for work that ended in the last ten seconds, per second; those who only look do not count."""
         self._digest()
         return self._ticks.total() / _THROUGHPUT_S
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -47,14 +48,15 @@ def watch(client: DaemonClient, interval: float) -> None:
     observer = _Observer(client, interval)
     console = Console(markup=False, highlight=False)
     drawn: Any = None
-    with _keys() as pressed, Live(console=console, screen=True, auto_refresh=False) as live:
-        try:
-            while pressed(_LOOK_S).lower() != "q":
-                if (observer.seen, console.size) != drawn:
-                    drawn = (observer.seen, console.size)
-                    live.update(observer.picture(console.width), refresh=True)
-        except KeyboardInterrupt:
-            pass
+    with (
+        _interrupt() as interrupted,
+        _keys() as pressed,
+        Live(console=console, screen=True, auto_refresh=False) as live,
+    ):
+        while pressed(_LOOK_S).lower() != "q" and not interrupted.is_set():
+            if (observer.seen, console.size) != drawn:
+                drawn = (observer.seen, console.size)
+                live.update(observer.picture(console.width), refresh=True)
 
 
 class _Observer:
@@ -220,6 +222,17 @@ def _events(info: dict[str, Any]) -> RenderableType | None:
         more = " ".join(str(event[name]) for name in ("model", "why") if name in event)
         table.add_row(at, event["event"].replace("_", " "), str(event["worker"]), more)
     return table
+
+
+@contextmanager
+def _interrupt() -> Iterator[threading.Event]:
+    """Set by Ctrl-C, which raises nothing meanwhile: raised while something is drawn or freed it may get lost."""
+    interrupted = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda number, frame: interrupted.set())
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
