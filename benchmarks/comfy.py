@@ -27,11 +27,12 @@ PROMPTS, ROUNDS = 3, 3
 PAIRS, SMALL_PAIRS = {"clip_sdxl": 12, "vae_sdxl": 5}, {"clip_l": 40, "vae_tiny": 40}
 ALIKE = {
     "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "10000",
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
 }
-"""What else differs between a worker and a process that has computed before, made the same for both: workers wait
-without spinning, and how long glibc keeps freed pages depends on what a process has freed so far."""
+"""What else differs between a worker and a process that has computed before, made the same for both: workers spin
+for a moment only, and how long glibc keeps freed pages depends on what a process has freed so far."""
 
 
 def main() -> None:

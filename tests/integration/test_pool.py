@@ -56,6 +56,20 @@ def test_clients_take_turns(start_daemon):
     assert left > 45, f"it came after {60 - left} of the other's requests, {waited:.2f} s"
 
 
+@pytest.mark.parametrize("chosen", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "0"}])
+def test_how_a_workers_threads_wait(start_daemon, monkeypatch, chosen):
+    """They spin for a moment, unless the user has decided about one of the two."""
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    daemon = start_daemon(**ONE)
+    daemon.client().call(m.Echo())
+    (worker,) = daemon.workers()
+    found = {name: value for name, value in worker.environ().items() if name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    assert found == (chosen or {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"})
+
+
 def test_priority(start_daemon):
     """Interactive work overtakes batch work that waits; a priority of one's own invention is not above that."""
     daemon = start_daemon(**ONE)
