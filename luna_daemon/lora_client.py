@@ -9,9 +9,10 @@ import math
 import mmap
 import os
 import weakref
+from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .core import ProtocolError
 from .files import facts_of, same_file
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["load"]
+
+_T = TypeVar("_T")
 
 
 def load(
@@ -90,8 +93,8 @@ def _open(result: dict[str, Any], arena: ArenaView | None) -> dict[str, _Map]:
     if arena is None:
         raise ValueError("shared memory is not visible here")
     spans: dict[str, tuple[int, int]] = {}
-    for segment, dtype, offset, _, shapes in result["table"]:
-        end = offset + ITEM_SIZES[dtype] * sum(math.prod(shape) for shape in shapes)
+    for segment, dtype, offset, _, shapes, which in result["table"]:
+        end = offset + ITEM_SIZES[dtype] * _starts(shapes, which)[-1]
         low, high = spans.get(segment, (offset, end))
         spans[segment] = (min(low, offset), max(high, end))
     return {segment: _Map(*arena.private(segment, low, high - low)) for segment, (low, high) in spans.items()}
@@ -109,13 +112,21 @@ def _tensors(table: list[list[Any]], maps: dict[str, _Map]) -> dict[str, torch.T
     import torch
 
     found: dict[str, torch.Tensor] = {}
-    for segment, name, offset, keys, shapes in table:
+    for segment, name, offset, keys, shapes, which in table:
         dtype: torch.dtype = getattr(torch, name)
-        item = ITEM_SIZES[name]
-        starts = list(accumulate(map(math.prod, shapes), initial=0))
-        flat = _run(maps[segment], offset, starts[-1], item, dtype)
-        found.update(zip(keys, map(flat.as_strided, shapes, map(_strides, shapes), starts)))
+        starts = _starts(shapes, which)
+        flat = _run(maps[segment], offset, starts[-1], ITEM_SIZES[name], dtype)
+        found.update(zip(keys, map(flat.as_strided, _each(shapes, which), _each(_strides(shapes), which), starts)))
     return found
+
+
+def _starts(shapes: list[list[int]], which: list[int]) -> list[int]:
+    """The element at which each tensor of a run begins, and the one after the last."""
+    return list(accumulate(_each(list(map(math.prod, shapes)), which), initial=0))
+
+
+def _each(of: list[_T], which: list[int]) -> Iterator[_T]:
+    return map(of.__getitem__, which)
 
 
 def _run(place: _Map, offset: int, count: int, item: int, dtype: torch.dtype) -> torch.Tensor:
@@ -129,14 +140,9 @@ def _run(place: _Map, offset: int, count: int, item: int, dtype: torch.dtype) ->
     return torch.frombuffer(place.memory, dtype=dtype, count=count, offset=start)
 
 
-def _strides(shape: list[int]) -> list[int]:
-    if len(shape) == 2:  # most of them
-        return [shape[1] or 1, 1]
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= size or 1
-    return strides[::-1]
+def _strides(shapes: list[list[int]]) -> list[list[int]]:
+    """In elements, for C order."""
+    return [[math.prod(size or 1 for size in shape[dim + 1 :]) for dim in range(len(shape))] for shape in shapes]
 
 
 def _keep(link: Link, answer: Any, maps: dict[str, _Map]) -> None:

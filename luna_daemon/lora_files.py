@@ -119,15 +119,21 @@ def _corrupt(name: str, why: str) -> ModelLoadError:
 def columns(places: Iterable[tuple[str, str, TensorRef]]) -> list[list[Any]]:
     """The table of a reply, from (key, segment, place) in C order: runs of tensors of one dtype without gaps.
 
-    Each run is ``[segment, dtype, offset, keys, shapes]``.
+    Each run is ``[segment, dtype, offset, keys, shapes, which]``: the run's distinct shapes, and for each key which of
+    them is its own. A LoRA has thousands of tensors, and some dozens of shapes.
     """
     runs: list[list[Any]] = []
+    shapes: dict[tuple[int, ...], int] = {}
     end = -1
     for key, segment, ref in places:
         if not runs or runs[-1][:2] != [segment, ref.dtype] or ref.offset != end:
-            runs.append([segment, ref.dtype, ref.offset, [], []])
+            shapes = {}
+            runs.append([segment, ref.dtype, ref.offset, [], [], []])
+        if ref.shape not in shapes:
+            shapes[ref.shape] = len(shapes)
+            runs[-1][4].append(ref.shape)
         runs[-1][3].append(key)
-        runs[-1][4].append(ref.shape)
+        runs[-1][5].append(shapes[ref.shape])
         end = ref.offset + ref.nbytes
     return runs
 

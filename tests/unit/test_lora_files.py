@@ -147,13 +147,14 @@ def test_any_document_as_a_header(document):
 
 
 def test_runs_join_neighbours_of_one_dtype():
-    """A new run begins with another dtype, another segment, or a gap."""
-    half = [TensorRef("float16", (2,), 4, offset) for offset in (8, 12, 20)]
-    single = TensorRef("float32", (1,), 4, 24)
-    places = [("a", "", half[0]), ("b", "", half[1]), ("c", "", half[2]), ("d", "", single), ("e", "s", single)]
+    """A new run begins with another dtype, another segment, or a gap; a shape is told once per run."""
+    shapes = [(2,), (1, 2), (2,), (2,)]
+    half = [TensorRef("float16", shape, 4, offset) for shape, offset in zip(shapes, (8, 12, 16, 24))]
+    single = TensorRef("float32", (1,), 4, 28)
+    places = [*zip("abcd", [""] * 4, half), ("e", "", single), ("f", "s", single)]
     assert columns(places) == [
-        ["", "float16", 8, ["a", "b"], [(2,), (2,)]], ["", "float16", 20, ["c"], [(2,)]],
-        ["", "float32", 24, ["d"], [(1,)]], ["s", "float32", 24, ["e"], [(1,)]],
+        ["", "float16", 8, ["a", "b", "c"], [(2,), (1, 2)], [0, 1, 0]], ["", "float16", 24, ["d"], [(2,)], [0]],
+        ["", "float32", 28, ["e"], [(1,)], [0]], ["s", "float32", 28, ["f"], [(1,)], [0]],
     ]  # fmt: skip
 
 
