@@ -62,7 +62,7 @@ class RawPeer:
         assert isinstance(answer, m.Welcome)
         return answer
 
-    def receive(self, timeout_s: float = 5.0) -> m.Message:
+    def receive(self, timeout_s: float = 20.0) -> m.Message:
         """The next message that is no progress."""
         while True:
             received = self.channel.receive(timeout_s)

@@ -166,7 +166,7 @@ def test_serve_status_models_stop(terminal: Terminal) -> None:
     stopped = terminal.ask("stop")
     assert stopped.returncode == 0
     assert stopped.stdout.startswith(f"Luna Daemon (pid {served.process.pid}) has stopped")
-    assert served.process.wait(1) == 0
+    assert served.process.wait(10) == 0
     served.assert_nothing_is_left()
 
     assert terminal.ask("status").returncode == 1

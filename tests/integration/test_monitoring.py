@@ -241,7 +241,7 @@ def test_status_every_second_and_when_asked(daemon, path):
 
     async def go() -> None:
         async with watcher(daemon, path) as websocket:
-            first = await websocket.receive_json(timeout=1)
+            first = await websocket.receive_json(timeout=10)
             assert (first["v"], first["type"], first["data"]["pid"]) == (1, "status", daemon.process.pid)
             began = time.monotonic()
             for _ in range(2):

@@ -72,7 +72,7 @@ def test_the_page_is_behind_tls_too(daemon, certificates):
                 assert (await answer.json())["tls"] is True
             own = {"Origin": f"https:{url}"[:-1]}
             async with session.ws_connect(f"wss:{url}ws", ssl=trust, headers=own) as websocket:
-                assert (await websocket.receive_json(timeout=5))["type"] == "status"
+                assert (await websocket.receive_json(timeout=20))["type"] == "status"
             with pytest.raises(aiohttp.ClientError):
                 await session.get(f"http:{url}healthz")
 
@@ -111,7 +111,7 @@ def test_the_panel_reaches_it_behind_tls(panel, daemon, monkeypatch):
 
     async def ask(browser):
         async with browser.ws_connect("/luna/ws") as socket:
-            told = await socket.receive_json(timeout=5)
+            told = await socket.receive_json(timeout=20)
         info = await (await browser.get("/luna/info")).json()
         call = await browser.post("/luna/call", json={"op": "models.unload"})
         return told["type"], info["tls"], call.status

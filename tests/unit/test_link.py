@@ -104,7 +104,7 @@ def call(link: Link, what: m.Call, tensors=(), is_cancelled=None, on_progress=No
     return link.call(what, tensors, None, 1, on_progress, is_cancelled)
 
 
-def until(holds: Callable[[], bool], timeout_s: float = 5.0) -> None:
+def until(holds: Callable[[], bool], timeout_s: float = 20.0) -> None:
     """Wait until something is so."""
     end = time.monotonic() + timeout_s
     while not holds():

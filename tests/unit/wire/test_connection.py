@@ -50,7 +50,7 @@ async def served(peer: Peer) -> AsyncIterator[tuple[asyncio.StreamReader, asynci
         await server.wait_closed()
 
 
-async def until(holds: Callable[[], bool], timeout_s: float = 5.0) -> None:
+async def until(holds: Callable[[], bool], timeout_s: float = 20.0) -> None:
     """Wait until something is so."""
     end = time.monotonic() + timeout_s
     while not holds():
