@@ -72,9 +72,8 @@ class IconLoop:
         if event.client_type != self._message_type:
             self._others(event)
             return
-        task = self._due.get()
         try:
-            task()
+            self._due.get_nowait()()
         except Exception:  # pystray ends its loop without a word otherwise
             logger.exception("the icon could not be changed")
 
