@@ -125,6 +125,7 @@ def measured(stage: Stage) -> Measured:
     info = stage.info()
     cache = info["caches"]["conditioning"]
     used = info["arena"]["used"] - cache["bytes"] - cache["entries"] * 2 * PAGE
+    time.sleep(0.5)  # the daemon has yet to see that the asker's own connection has ended
     return Measured(process.memory_info().rss, process.num_fds() - workers, max(0, used), open_files(process.pid))
 
 
