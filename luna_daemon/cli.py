@@ -446,12 +446,12 @@ def _status_page(client: DaemonClient, info: dict[str, Any], asked: int | None) 
     """Where the daemon says that its page is; a port of the command line is tried instead, for a forwarded one."""
     from .runtime import page_address
 
-    ws_port, scheme = info["ws_port"], "https" if info["tls"] else "http"
+    ws_port, tls = info["ws_port"], info["tls"]
     if asked is not None and asked != ws_port:
-        address = page_address(scheme, client.host, asked) + "/"
+        address = page_address(tls, client.host, asked) + "/"
         return address if _listens(client.host, asked) else f"{address} does not answer"
     starts = "none: its port is taken, or the daemon has just started"
-    return page_address(scheme, client.host, ws_port) + "/" if ws_port else starts
+    return page_address(tls, client.host, ws_port) + "/" if ws_port else starts
 
 
 def _kinds(client: DaemonClient, name: str, kind: str) -> list[str]:

@@ -30,7 +30,7 @@ from .core import ConfigError, DaemonConnectionError, LunaError, PortInUse, Serv
 from .gpu import gpu_memory
 from .listening import bind, facts_of, tls_of
 from .models import ModelResolver
-from .runtime import Runtime, dial_host, runtime_folder
+from .runtime import Runtime, dial_host, page_address, runtime_folder
 from .service import Service
 from .shared_memory import SharedMemory
 from .wire.arena import Arena, ArenaUnavailable, open_arena
@@ -373,7 +373,7 @@ async def _monitor(service: Service, settings: Settings, tls: ssl.SSLContext | N
     try:
         await monitor.start()
         service.ws_port = monitor.port
-        logger.info("status page on %s://%s:%d/", "https" if tls else "http", settings.host, monitor.port)
+        logger.info("status page on %s/", page_address(tls is not None, settings.host, monitor.port))
         await asyncio.Event().wait()
     except OSError as error:
         logger.warning("no status page: port %d: %s", settings.ws_port, error.strerror or error)

@@ -138,8 +138,9 @@ def dial_host(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
-def page_address(scheme: str, host: str, port: int) -> str:
+def page_address(tls: bool, host: str, port: int) -> str:
     """The status page of a daemon that is dialled at ``host``, without a slash at its end."""
+    scheme = "https" if tls else "http"
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 

@@ -223,8 +223,9 @@ class Tray:
             self._preferences.save(self._file)
 
     def _page(self) -> str:
-        settings, view = self._watch.settings, self._view
-        return page_address(view.page_scheme, dial_host(settings.host), view.page_port or settings.ws_port) + "/"
+        settings, info = self._watch.settings, self._view.info
+        tls = info is not None and info["tls"]
+        return page_address(tls, dial_host(settings.host), self._view.page_port or settings.ws_port) + "/"
 
     def _leave(self) -> None:
         self._closing = True

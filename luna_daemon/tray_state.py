@@ -89,10 +89,6 @@ class View:
         port = self.info.get("ws_port") if self.info is not None else None
         return int(port) if port else None
 
-    @property
-    def page_scheme(self) -> str:
-        return "https" if self.info is not None and self.info.get("tls") else "http"
-
 
 def judge(before: View, sight: Sight) -> View:
     """What to show after a look at the daemon, given what was shown before it."""

@@ -191,7 +191,7 @@ def _daemon() -> tuple[str, str, ssl.SSLContext | None]:
     client = get_client()
     port = read_facts(client.port, client.runtime_dir).get("ws_port") or load_settings().ws_port
     tls = tls_towards(client.port, client.runtime_dir, client.tls_ca)
-    base = page_address("http" if tls is None else "https", client.host, port)
+    base = page_address(tls is not None, client.host, port)
     return base, find_token(client.port, client.runtime_dir), tls
 
 
