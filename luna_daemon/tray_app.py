@@ -33,7 +33,7 @@ from .core import LunaError, logger
 from .daemon_server import LunaDaemon
 from .runtime import dial_host, page_address, state_folder
 from .tray_icon import draw_icon
-from .tray_state import Action, Entry, Preferences, TrayState, View, figures, menu, notice, title
+from .tray_state import Action, Entry, Preferences, View, figures, menu, notice, title
 from .tray_watch import Watch, Wish
 from .tray_x11 import IconLoop, TrayUnavailable, is_plain_x11, wait_for_a_panel
 
@@ -91,7 +91,7 @@ class Tray:
         """The icon's loop has ended."""
         # Backends without a menu (plain X11) know no transparency either.
         self._transparent = bool(pystray.Icon.HAS_MENU)
-        self._icon = pystray.Icon(_NAME, self._image(self._view.state), title(self._view), pystray.Menu(self._items))
+        self._icon = pystray.Icon(_NAME, self._image(), title(self._view), pystray.Menu(self._items))
         self._loop = IconLoop(self._icon) if is_plain_x11(pystray) else None
 
     def run(self) -> None:
@@ -116,7 +116,7 @@ class Tray:
     def _begin(self, icon: Any) -> None:
         if self._gone:
             return
-        self._at_icon(lambda: setattr(icon, "visible", True))
+        self._set("visible", True)
         logger.info("the tray icon is shown")
         self._watching.start()
         while self._watching.is_alive() and not self._gone:
@@ -127,6 +127,9 @@ class Tray:
     def _on_signal(self, number: int, frame: object) -> None:
         if not self._gone:
             self._leave()
+
+    def _set(self, name: str, value: Any) -> None:
+        self._at_icon(lambda: setattr(self._icon, name, value))
 
     def _at_icon(self, task: Callable[[], object]) -> None:
         """Change the icon; from any thread."""
@@ -144,15 +147,11 @@ class Tray:
             return
         if view.state is not before.state:
             logger.info("%s", title(view))
-        self._at_icon(lambda: self._redraw(view, anew=view.state is not before.state))
+            self._set("icon", self._image())
+        if title(view) != title(before):
+            self._set("title", title(view))
         self._update_menu()
         self._tell(notice(before, view, self._preferences.restart))
-
-    def _redraw(self, view: View, anew: bool) -> None:
-        if anew:
-            self._icon.icon = self._image(view.state)
-        if title(view) != self._icon.title:
-            self._icon.title = title(view)
 
     def _update_menu(self) -> None:
         entries, shown = self._menu(), self._entries
@@ -166,8 +165,8 @@ class Tray:
     def _menu(self) -> list[Entry]:
         return menu(self._view, self._preferences, self._watch.log.is_file())
 
-    def _image(self, state: TrayState) -> Any:
-        return draw_icon(state, self._transparent)
+    def _image(self) -> Any:
+        return draw_icon(self._view.state, self._transparent)
 
     def _tell(self, text: str) -> None:
         if not text or text == self._told:
