@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from luna_daemon.pool.process import WAITING
+
 USAGE = "make bench-comfy needs COMFYUI_PATH (ComfyUI's folder) and COMFYUI_PYTHON (the interpreter that runs it)"
 COUNTS = (1, 2, 4)
 INSTANCE_GB = 3
@@ -26,8 +28,7 @@ INSTANCE_GB = 3
 PROMPTS, ROUNDS = 3, 3
 PAIRS, SMALL_PAIRS = {"clip_sdxl": 12, "vae_sdxl": 5}, {"clip_l": 40, "vae_tiny": 40}
 ALIKE = {
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "GOMP_SPINCOUNT": "10000",
+    **WAITING,
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
 }

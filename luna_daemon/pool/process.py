@@ -18,10 +18,10 @@ from ..wire.frame import encode_call
 from .orphans import hold
 from .work import Outcome, Piece, Work
 
-__all__ = ["WorkerProcess"]
+__all__ = ["WAITING", "WorkerProcess"]
 
 _TAIL_BYTES, _TRACE_BYTES = 4096, 32 << 10
-_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
 """Threads that spin while they wait slow everybody on busy cores, themselves most; those that sleep at once are slower
 on idle ones. So they spin for half a millisecond at most. No bit depends on it. Record 4 has the figures."""
 
@@ -244,4 +244,4 @@ class WorkerProcess:
 
 def _waiting() -> dict[str, str]:
     """How the threads of a worker wait for each other, unless somebody has decided about it."""
-    return {} if _WAITING.keys() & os.environ.keys() else _WAITING
+    return {} if WAITING.keys() & os.environ.keys() else WAITING
