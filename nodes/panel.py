@@ -21,6 +21,7 @@ from luna_daemon.core import AuthenticationError, BadRequest, DaemonConnectionEr
 from luna_daemon.link import tls_towards
 from luna_daemon.runtime import find_token, is_loopback, page_address, read_facts
 from luna_daemon.wire.messages import PAGE_OPS
+from luna_daemon.wire.tls import no_handshake
 
 __all__ = ["ALLOW", "FORWARD", "Panel", "install"]
 
@@ -201,10 +202,10 @@ def _away(error: Exception) -> LunaError:
         return error
     if isinstance(error, aiohttp.WSServerHandshakeError):
         return DaemonConnectionError(f"the daemon does not let the panel watch (HTTP {error.status})")
-    if isinstance(error, aiohttp.ClientSSLError):
-        return AuthenticationError(
-            "the daemon's certificate is not trusted", "Set LUNA_TLS_CA to its authority's PEM file"
-        )
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return no_handshake(error.certificate_error)
+    if isinstance(error, aiohttp.ClientConnectorSSLError):
+        return no_handshake(error.os_error)
     if isinstance(error, asyncio.TimeoutError):
         return DaemonConnectionError("the daemon is there, but does not answer")
     return DaemonConnectionError("no Luna Daemon answers", "Start it with 'luna-daemon serve'")

@@ -11,9 +11,9 @@ import ssl
 import threading
 from pathlib import Path
 
-from ..core import AuthenticationError, ConfigError, DaemonConnectionError
+from ..core import AuthenticationError, ConfigError, DaemonConnectionError, LunaError
 
-__all__ = ["TlsSocket", "client_context", "pinned_context", "server_context"]
+__all__ = ["TlsSocket", "client_context", "no_handshake", "pinned_context", "server_context"]
 
 _READ = 256 << 10
 
@@ -79,6 +79,17 @@ def pinned_context(cert: Path) -> ssl.SSLContext:
     return context
 
 
+def no_handshake(error: Exception) -> LunaError:
+    """What to say of a handshake that failed: the certificate is not trusted, or there is no TLS at all."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return AuthenticationError(
+            f"the daemon's certificate is not trusted: {error.verify_message}",
+            "Set LUNA_TLS_CA to its authority's PEM file, and name the daemon as the certificate does",
+        )
+    why = getattr(error, "reason", None) or error
+    return DaemonConnectionError(f"no TLS handshake: {why}", "If the daemon has no TLS, leave LUNA_TLS_CA away")
+
+
 class TlsSocket:
     """A connected socket with TLS on it. One thread may send while one receives.
 
@@ -106,16 +117,8 @@ class TlsSocket:
                     self._flush()
                     self.feed()
             self._flush()
-        except ssl.SSLCertVerificationError as error:
-            raise AuthenticationError(
-                f"the daemon's certificate is not trusted: {error.verify_message}",
-                "Set LUNA_TLS_CA to its authority's PEM file, and name the daemon as the certificate does",
-            ) from error
-        except (ssl.SSLError, OSError) as error:
-            why = getattr(error, "reason", None) or error
-            raise DaemonConnectionError(
-                f"no TLS handshake: {why}", "If the daemon has no TLS, leave LUNA_TLS_CA away"
-            ) from error
+        except OSError as error:  # OpenSSL's are, too
+            raise no_handshake(error) from error
 
     def _flush(self) -> None:
         self._sock.sendall(self._out.read())

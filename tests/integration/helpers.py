@@ -1,8 +1,9 @@
-"""What the fault tests share: a peer that says what it likes, calls in the background, servers that are not ours."""
+"""What the tests share: a peer that says what it likes, calls in the background, servers that are not ours, TLS."""
 
 from __future__ import annotations
 
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -148,3 +149,14 @@ def tiny_clip(path: Path) -> Path:
     from make_text_encoder import make_tiny_clip
 
     return make_tiny_clip(path)
+
+
+def make_certificate(folder: Path, name: str, san: str = "DNS:localhost,IP:127.0.0.1") -> tuple[Path, Path]:
+    """A self-signed certificate for the names in ``san``, and its key."""
+    cert, key = folder / f"{name}.pem", folder / f"{name}.key"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+         "-subj", f"/CN={name}", "-addext", f"subjectAltName={san}", "-keyout", key, "-out", cert],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return cert, key

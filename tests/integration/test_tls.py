@@ -7,7 +7,6 @@ import importlib.util
 import shutil
 import socket
 import ssl
-import subprocess
 import threading
 import time
 from types import SimpleNamespace
@@ -23,22 +22,9 @@ from luna_daemon.client import DaemonClient
 from luna_daemon.core import AuthenticationError, DaemonConnectionError
 from luna_daemon.wire import messages as m
 from tests.integration.conftest import ROOT
-from tests.integration.helpers import DEMO_TOML
+from tests.integration.helpers import DEMO_TOML, make_certificate
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificates")
-
-SAN = "subjectAltName=DNS:localhost,IP:127.0.0.1"
-
-
-def make_certificate(folder, name, san=SAN):
-    """A self-signed certificate and its key."""
-    cert, key = folder / f"{name}.pem", folder / f"{name}.key"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-         "-subj", f"/CN={name}", "-addext", san, "-keyout", key, "-out", cert],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    return cert, key
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +119,21 @@ def test_the_panel_gives_no_token_to_another_daemon(panel, daemon, certificates,
     assert "certificate is not trusted" in answer["message"]
 
 
+def test_the_panel_says_that_a_daemon_has_no_tls(panel, start_daemon, certificates, monkeypatch):
+    """As any client says it, if an authority was named for nothing."""
+    plain = start_daemon()
+    plain.wait_for(lambda info: info["ws_port"] is not None)
+    monkeypatch.setattr(panel, "get_client", lambda: plain.client(tls_ca=certificates["daemon"][0]))
+
+    async def ask(browser):
+        answer = await browser.get("/luna/info")
+        return answer.status, await answer.json()
+
+    status, answer = ask_through(panel, ask)
+    assert (status, answer["error"]) == (503, "connection")
+    assert "no TLS handshake" in answer["message"] and "LUNA_TLS_CA" in answer["hint"]
+
+
 @pytest.mark.parametrize("use_arena", [True, False])
 def test_calls_work_behind_tls(daemon, use_arena):
     """The same user needs to set nothing; a 12 MB result arrives whole, by shared memory and through TLS."""
@@ -202,7 +203,7 @@ def test_an_impostor_gets_no_token(certificates, tmp_path, monkeypatch, start_da
 
 def test_the_name_is_checked(start_daemon, tmp_path, monkeypatch):
     """A good authority is not enough: the certificate must be for the host that was dialled."""
-    cert, key = make_certificate(tmp_path, "elsewhere", "subjectAltName=DNS:elsewhere.example")
+    cert, key = make_certificate(tmp_path, "elsewhere", "DNS:elsewhere.example")
     daemon = start_daemon(tls_cert=cert, tls_key=key)
     with (
         stranger(daemon, tmp_path, monkeypatch, tls_ca=cert) as client,

@@ -27,8 +27,7 @@ from luna_daemon.tray_icon import COLOURS
 from luna_daemon.tray_state import Action, Preferences, TrayState, View, menu
 from luna_daemon.wire import messages as m
 from tests.integration.conftest import ROOT, free_port
-from tests.integration.helpers import Background
-from tests.integration.test_tls import make_certificate
+from tests.integration.helpers import Background, make_certificate
 
 TRAY = ROOT / "luna_daemon" / "tray_app.py"
 PICTURES = ROOT / "build" / "tray"
@@ -338,6 +337,7 @@ def test_a_click_opens_the_page(desk: Desk) -> None:
 
 
 @screen_needed
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificates")
 def test_the_page_of_a_daemon_with_tls_is_https(desk: Desk) -> None:
     cert, key = make_certificate(desk.folder, "desk")
     desk.environ |= {"LUNA_TLS_CERT": str(cert), "LUNA_TLS_KEY": str(key)}
