@@ -70,7 +70,7 @@ def cpu_elsewhere(client: Any) -> float:
 
 def clips(comfy: Any, files: list[str], family: str, client: Any) -> tuple[Side, Side]:
     """Encoding a prompt, tokenizing included, as CLIPTextEncode does it: all prompts are distinct."""
-    from luna_daemon.comfy_shells import make_clip
+    from luna_daemon.shells.build import make_clip
 
     shell = make_clip(files, family, client=client)
     types = comfy.sd.CLIPType
@@ -86,7 +86,7 @@ def vaes(comfy: Any, file: str, channels: int, side: int, client: Any) -> tuple[
     """Decoding latents of a picture with that many pixels along its sides."""
     import torch
 
-    from luna_daemon.comfy_shells import make_vae
+    from luna_daemon.shells.build import make_vae
 
     shell, own = make_vae([file], client=client), comfy.sd.VAE(sd=comfy.utils.load_torch_file(file))
 

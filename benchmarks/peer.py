@@ -20,7 +20,7 @@ def own_models() -> tuple[Any, Any]:
     sys.path.insert(0, str(ROOT / "demo"))
     from stock import copy_weights
 
-    from luna_daemon.local import LocalCLIP, LocalVAE
+    from luna_daemon.backends.local import LocalCLIP, LocalVAE
 
     vae, clip = LocalVAE(VAE), LocalCLIP(CLIP_L, CLIP_G, type="sdxl")
     copy_weights()

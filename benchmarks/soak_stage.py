@@ -195,7 +195,7 @@ def write_expected(folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from luna_daemon.local import LocalCLIP, LocalVAE
+    from luna_daemon.backends.local import LocalCLIP, LocalVAE
 
     torch.set_num_threads(1)
     vae, clip = LocalVAE(DEMO_VAE), LocalCLIP(folder / "tiny.safetensors", type="sd15")

@@ -34,7 +34,7 @@ def models(arguments: argparse.Namespace) -> tuple[Any, Any]:
     if arguments.port:
         client = DaemonClient("127.0.0.1", arguments.port, runtime_dir=arguments.runtime_dir, name=arguments.photo)
         return DaemonVAE(vae_type="demo", client=client), DaemonCLIP(clip_type="demo", client=client)
-    from luna_daemon.local import LocalCLIP, LocalVAE
+    from luna_daemon.backends.local import LocalCLIP, LocalVAE
 
     own = LocalVAE(arguments.vae), LocalCLIP(arguments.clip, type="sd15")
     copy_weights()

@@ -22,9 +22,9 @@ from .core import (
     ModelMismatchError,
     Priority,
 )
-from .link import Answer, IsCancelled, Link, OnProgress
-from .runtime import dial_host
+from .system.runtime import dial_host
 from .wire import messages as m
+from .wire.link import Answer, IsCancelled, Link, OnProgress
 
 if TYPE_CHECKING:
     import torch
@@ -326,9 +326,9 @@ class DaemonClient:
         Raises:
             ModelNotFound, ModelMismatchError, ModelLoadError: no such file, not the daemon's, or corrupt.
         """
-        from . import lora_client
+        from .files import mapping
 
-        return lora_client.load(self.link(), name, on_progress, is_cancelled)
+        return mapping.load(self.link(), name, on_progress, is_cancelled)
 
     def put_lora(self, name: str, state_dict: StateDict) -> int:
         """Keep a state dict under a name of your own, for ``load_lora`` of every client; its bytes."""

@@ -5,7 +5,7 @@ if __name__ == "__main__" and not __package__:
     import sys
 
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-    from luna_daemon.script import run_as_module
+    from luna_daemon.system.script import run_as_module
 
     run_as_module("luna_daemon.daemon_server")
 
@@ -26,14 +26,15 @@ from pathlib import Path
 from typing import Any
 
 from .config import Settings, load_settings
+from .control.listening import bind, facts_of, tls_of
+from .control.service import Service
 from .core import ConfigError, DaemonConnectionError, LunaError, PortInUse, ServiceType, logger
-from .gpu import gpu_memory
-from .listening import bind, facts_of, tls_of
-from .models import ModelResolver
-from .runtime import Runtime, dial_host, page_address, runtime_folder
-from .service import Service
-from .shared_memory import SharedMemory
+from .files.resolver import ModelResolver
+from .system.gpu import gpu_memory
+from .system.runtime import Runtime, dial_host, page_address, runtime_folder
+from .system.script import run_command
 from .wire.arena import Arena, ArenaUnavailable, open_arena
+from .wire.shared_memory import SharedMemory
 from .workers import WorkerPool
 
 __all__ = ["LunaDaemon"]
@@ -261,7 +262,7 @@ class LunaDaemon:
         Raises:
             ConfigError: one is wrong; nothing has changed.
         """
-        from .reloading import take
+        from .control.reloading import take
 
         assert self._live is not None
         taken = take(self._live, load_settings(self.overrides, self.environ, self.config_file))
@@ -402,14 +403,12 @@ async def _end(task: "asyncio.Task[None]") -> None:
 
 
 def _import_web() -> None:
-    from . import web_app  # noqa: F401
+    from .status import app  # noqa: F401
 
 
 def main() -> None:
     """``python -m luna_daemon.daemon_server``: the same as ``luna-daemon serve``."""
-    from .cli import main as cli
-
-    cli(["serve", *sys.argv[1:]])
+    run_command("serve", *sys.argv[1:])
 
 
 if __name__ == "__main__":

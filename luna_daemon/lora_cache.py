@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .core import BadRequest, ModelNotFound
-from .lora_files import NamedRef
+from .files.safetensors import NamedRef
 from .pool.work import Piece
 from .wire.arena import Slot
 from .wire.messages import FileId

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from . import __version__
-from .events import base_name, without_folders
+from .pool.events import base_name, without_folders
 from .pool.launch import backend_of
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from aiohttp import web
 
+    from .control.service import Service
     from .pool.process import WorkerProcess
-    from .service import Service
 
 __all__ = ["Monitor", "collect_info", "open_info"]
 
@@ -168,8 +168,8 @@ class Monitor:
         """
         from aiohttp import web
 
-        from .watchers import Watchers
-        from .web_app import make_app
+        from .status.app import make_app
+        from .status.watchers import Watchers
 
         service, loop = self.service, asyncio.get_running_loop()
         watchers = Watchers(lambda: open_info(service), service.settings.max_watchers)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .client import Answer, DaemonClient, get_client
 from .core import BadRequest, Busy, LunaError, ModelKind, RequestCancelled, logger
-from .link import IsCancelled, OnProgress
-from .models import file_id
+from .files.identity import file_id
 from .wire import messages as m
+from .wire.link import IsCancelled, OnProgress
 
 if TYPE_CHECKING:
     import torch

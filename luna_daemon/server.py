@@ -5,7 +5,7 @@ if __name__ == "__main__" and not __package__:
     import sys
 
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-    from luna_daemon.script import run_as_module
+    from luna_daemon.system.script import run_as_module
 
     run_as_module("luna_daemon.server")
 

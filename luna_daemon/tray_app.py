@@ -9,7 +9,7 @@ if __name__ == "__main__" and not __package__:
     import sys
 
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-    from luna_daemon.script import run_as_module
+    from luna_daemon.system.script import run_as_module
 
     run_as_module("luna_daemon.tray_app")
 
@@ -31,11 +31,12 @@ from typing import Any
 
 from .core import LunaError, logger
 from .daemon_server import LunaDaemon
-from .runtime import dial_host, page_address, state_folder
-from .tray_icon import draw_icon
-from .tray_state import Action, Entry, Preferences, View, figures, menu, notice, title
-from .tray_watch import Watch, Wish
-from .tray_x11 import IconLoop, TrayUnavailable, is_plain_x11, wait_for_a_panel
+from .system.runtime import dial_host, page_address, state_folder
+from .system.script import run_command
+from .tray.icon import draw_icon
+from .tray.state import Action, Entry, Preferences, View, figures, menu, notice, title
+from .tray.watch import Watch, Wish
+from .tray.x11 import IconLoop, TrayUnavailable, is_plain_x11, wait_for_a_panel
 
 __all__ = ["Tray", "TrayRunning", "TrayUnavailable", "run_tray"]
 
@@ -341,9 +342,7 @@ def _open_file(path: Path) -> None:
 
 def main() -> None:
     """``python luna_daemon/tray_app.py``: the same as ``luna-daemon tray``."""
-    from .cli import main as cli
-
-    cli(["tray", *sys.argv[1:]])
+    run_command("tray", *sys.argv[1:])
 
 
 if __name__ == "__main__":

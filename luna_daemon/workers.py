@@ -26,13 +26,13 @@ from .core import (
     error_from_code,
     logger,
 )
-from .events import Events, model_name
-from .gpu import free_vram
-from .models import load_bytes
+from .files.identity import load_bytes
 from .pool import launch, policy
+from .pool.events import Events, model_name
 from .pool.process import WorkerProcess
 from .pool.supervisor import Backoff
 from .pool.work import Waiter, Work
+from .system.gpu import free_vram
 from .wire import messages as m
 from .wire.arena import Slot
 from .wire.connection import Connection

@@ -79,9 +79,9 @@ def vae_files(name: str) -> list[str]:
 
 def _shells() -> ModuleType:
     """Imported when the first one is made: it is a good part of the package."""
-    from luna_daemon import comfy_shells
+    from luna_daemon.shells import build
 
-    return comfy_shells
+    return build
 
 
 def load_vae(name: str, mode: str = AUTO) -> Any:

@@ -19,7 +19,7 @@ def _echo(options: Mapping[str, Any]) -> Backend:
 
 
 def _diffusers(options: Mapping[str, Any]) -> Backend:
-    from .diffusers import DiffusersBackend
+    from .diffusers.backend import DiffusersBackend
 
     return DiffusersBackend()
 

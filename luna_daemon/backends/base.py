@@ -13,8 +13,6 @@ from ..wire.messages import LoadSpec, Tiling, Tokens
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Backend", "Model", "Step", "TextModel", "VaeModel"]
-
 Step = Callable[[int, int], None]
 """``step(done, total)``: called before each tile; raises ``RequestCancelled`` when the caller has left."""
 

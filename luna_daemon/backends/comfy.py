@@ -14,17 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..comfy_attributes import attributes_set
-from ..comfy_meta import joined
-from ..comfy_patches import decode_set
+from ..comfyui.attributes import attributes_set
+from ..comfyui.meta import joined
+from ..comfyui.patches import decode_set
 from ..core import BadRequest, ConfigError, ModelKind, ModelLoadError, OutOfMemory
 from ..wire.messages import ClipEncode, LoadSpec, PatchUse, Tiling
 from .base import Step
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = ["ComfyBackend", "ComfyText", "ComfyVae"]
 
 PatchOf = Callable[[str], "tuple[Any, list[ComfyText]]"]
 """The patches of a set, by its name, and the models whose weights it names."""

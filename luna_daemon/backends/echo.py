@@ -8,8 +8,6 @@ from typing import Any
 from ..wire.messages import LoadSpec
 from .base import Step
 
-__all__ = ["EchoBackend", "EchoModel"]
-
 _SLICE_S = 0.02
 
 

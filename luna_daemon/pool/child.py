@@ -9,7 +9,7 @@ if __name__ == "__main__" and not __package__:
     import sys
 
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
-    from luna_daemon.script import run_as_module
+    from luna_daemon.system.script import run_as_module
 
     run_as_module("luna_daemon.pool.child")
 
@@ -49,8 +49,6 @@ from ..wire.channel import Channel
 from ..wire.frame import decode_call, encode_call
 from . import compute
 from .devices import inner_device
-
-__all__ = ["Worker", "WorkerConfig", "main"]
 
 _STATUS_S = 1.0
 _INLINE_BYTES = 32 << 10

@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..backends.base import Step
 from ..core import BadRequest
-from ..generators import Drawn, drawing
 from ..wire import messages as m
 from ..wire.codec import describe, tensor_bytes, tensor_from
 from ..wire.packing import pack, unpack
+from ..wire.rng import Drawn, drawing
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = ["Result", "free_memory", "release_device_cache", "run"]
 
 Input = tuple[m.TensorRef, memoryview]
 

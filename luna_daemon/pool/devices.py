@@ -9,8 +9,6 @@ from collections.abc import Mapping
 
 from ..core import ConfigError
 
-__all__ = ["device_mask", "inner_device"]
-
 _MASKS = {
     "cuda": ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"),
     "xpu": ("ZE_AFFINITY_MASK",),

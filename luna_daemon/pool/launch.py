@@ -8,14 +8,12 @@ from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..comfy_flags import without_bits
+from ..comfyui.flags import without_bits
 from ..config import Settings
 from ..core import ComfyRefused, ConfigError, ModelKind
 from ..wire.messages import ComfyId, LoadSpec
 from .devices import device_mask
 from .process import WorkerProcess
-
-__all__ = ["CORES", "backend_of", "fits", "new_worker", "same_place", "threads_of", "unlike", "worker_key"]
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 """Those that we may use: fewer than the machine has in a container."""

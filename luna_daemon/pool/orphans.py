@@ -13,8 +13,6 @@ from typing import Any
 
 from ..core import logger
 
-__all__ = ["hold"]
-
 _KILL_ON_CLOSE = 0x2000
 _EXTENDED_LIMITS = 9
 

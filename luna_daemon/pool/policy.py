@@ -9,10 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = [
-    "Facts", "Limits", "Pending", "choose_evictions", "displaced", "fair_order", "has_room", "idle_action", "route",
-]  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Pending:

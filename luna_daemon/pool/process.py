@@ -18,8 +18,6 @@ from ..wire.frame import encode_call
 from .orphans import hold
 from .work import Outcome, Piece, Work
 
-__all__ = ["WAITING", "WorkerProcess"]
-
 _TAIL_BYTES, _TRACE_BYTES = 4096, 32 << 10
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
 """Threads that spin while they wait slow everybody on busy cores, themselves most; those that sleep at once are slower

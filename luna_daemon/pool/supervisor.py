@@ -7,8 +7,6 @@ from collections.abc import Callable
 
 from ..core import WorkerCrashed
 
-__all__ = ["Backoff"]
-
 
 class Backoff:
     """Doubling delays between starts that fail, from ``first_s`` up to ``most_s``; one success resets it."""

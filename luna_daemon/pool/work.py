@@ -13,8 +13,6 @@ from ..core import LunaError
 from ..wire.arena import Slot
 from ..wire.messages import LoadSpec, TensorRef
 
-__all__ = ["Outcome", "PatchSet", "Piece", "Waiter", "Work", "release"]
-
 
 @dataclass(frozen=True)
 class Piece:

@@ -21,8 +21,6 @@ from pathlib import Path
 from ..core import BadRequest, LimitExceeded, logger
 from .messages import TensorRef
 
-__all__ = ["Arena", "ArenaUnavailable", "ArenaView", "Leases", "Slot", "default_folder", "open_arena", "process_space"]
-
 WINDOWS = sys.platform == "win32"
 _ALIGN = 4096
 _SEGMENT = 64 << 20

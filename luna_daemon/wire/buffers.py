@@ -10,8 +10,6 @@ from collections import deque
 
 import numpy as np
 
-__all__ = ["Buffers"]
-
 _SMALL = 64 << 10
 """Below this the allocator keeps memory by itself."""
 

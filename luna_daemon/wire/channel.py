@@ -14,8 +14,6 @@ from .frame import MAX_HEADER, PREFIX_SIZE, decode_message, encode_frame, parse_
 from .messages import Message
 from .tls import TlsSocket
 
-__all__ = ["Channel"]
-
 _CHUNK = 1 << 20
 _READ = 256 << 10
 _SEND_STALL_S = 60.0

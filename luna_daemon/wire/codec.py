@@ -11,8 +11,6 @@ from .messages import TensorRef
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ITEM_SIZES", "check_ref", "describe", "tensor_bytes", "tensor_from"]
-
 ITEM_SIZES = {
     "float32": 4, "float16": 2, "bfloat16": 2, "float64": 8, "float8_e4m3fn": 1, "float8_e5m2": 1,
     "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,

@@ -13,12 +13,10 @@ from collections.abc import Callable
 from typing import Protocol
 
 from ..core import InternalError, LunaError, ProtocolError, logger
-from ..runtime import is_loopback
+from ..system.runtime import is_loopback
 from .arena import Slot
 from .frame import PREFIX_SIZE, decode_message, encode_frame, parse_prefix
 from .messages import Failure, Message
-
-__all__ = ["Connection", "Peer"]
 
 _READ = 64 << 10
 _CHUNK = 512 << 10

@@ -15,8 +15,6 @@ import msgspec
 from ..core import LimitExceeded, ProtocolError, VersionMismatch
 from .messages import Call, Message
 
-__all__ = ["MAX_HEADER", "PREFIX_SIZE", "decode_call", "decode_message", "encode_call", "encode_frame", "parse_prefix"]
-
 MAGIC = b"LDP1"
 _PREFIX = struct.Struct("<4sIQ")
 PREFIX_SIZE = _PREFIX.size

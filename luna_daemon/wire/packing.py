@@ -14,8 +14,6 @@ from ..core import BadRequest
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["pack", "unpack"]
-
 _TENSOR, _TUPLE = "$tensor", "$tuple"
 _PLAIN = (int, float, str, bytes, bool, type(None))
 

@@ -13,8 +13,6 @@ from pathlib import Path
 
 from ..core import AuthenticationError, ConfigError, DaemonConnectionError, LunaError
 
-__all__ = ["TlsSocket", "client_context", "no_handshake", "pinned_context", "server_context"]
-
 _READ = 256 << 10
 
 

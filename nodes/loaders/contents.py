@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from luna_daemon.comfy_meta import Header, read_header, read_tensor
+from luna_daemon.comfyui.meta import Header, read_header, read_tensor
 from luna_daemon.core import LunaError
 
 from .. import host, models

@@ -25,7 +25,7 @@ def main(root: str, port: str, runtime_dir: str, vae_file: str, clip_file: str, 
     from comfyui_version import __version__
 
     from luna_daemon.client import DaemonClient
-    from luna_daemon.comfy_shells import make_clip, make_vae
+    from luna_daemon.shells.build import make_clip, make_vae
 
     torch.set_num_threads(1)
     latent = torch.rand(1, 16, 12, 9, generator=torch.Generator().manual_seed(0)) * 4 - 2

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from luna_daemon.client import Answer
-from luna_daemon.comfy_attributes import attributes_set
-from luna_daemon.comfy_patches import decode_set
+from luna_daemon.comfyui.attributes import attributes_set
+from luna_daemon.comfyui.patches import decode_set
 from luna_daemon.core import PatchMissing
 from luna_daemon.wire import messages as m
 from luna_daemon.wire.packing import pack, unpack

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from luna_daemon.comfy_shells import make_clip, make_vae
+from luna_daemon.shells.build import make_clip, make_vae
 from tests.comfy.shell_helpers import DEMO_VAE
 from tests.comfy.test_nodes import make_taesd
 from tests.comfy.test_shells_clip import ENCODERS

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from luna_daemon.comfy_shells import make_clip
 from luna_daemon.core import BadRequest, ModelMismatchError, ModelNotFound
-from luna_daemon.models import file_id
+from luna_daemon.files.identity import file_id
+from luna_daemon.shells.build import make_clip
 from luna_daemon.wire import messages as m
 from luna_daemon.wire.packing import pack
 from tests.integration.conftest import daemons_below

@@ -113,7 +113,7 @@ def test_flags_make_another_worker(start, clip_l, flag, differs):
 def test_who_runs_other_versions_is_told_to_restart(start):
     """torch was updated under an instance: a new worker finds out, the next calls are answered without another."""
     from luna_daemon.core import ComfyRefused
-    from luna_daemon.models import file_id
+    from luna_daemon.files.identity import file_id
     from luna_daemon.wire.messages import ComfyId, ModelRef
 
     daemon = start()

@@ -8,8 +8,8 @@ import time
 import psutil
 import pytest
 
-from luna_daemon.comfy_shells import make_clip
 from luna_daemon.core import DaemonConnectionError, LimitExceeded, ModelNotFound
+from luna_daemon.shells.build import make_clip
 from luna_daemon.wire import messages as m
 from tests.comfy.shell_helpers import InProcess, empty_file
 

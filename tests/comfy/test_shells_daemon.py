@@ -11,8 +11,8 @@ import sys
 
 import pytest
 
-from luna_daemon.comfy_shells import make_clip, make_from_checkpoint, make_vae
 from luna_daemon.core import RequestCancelled
+from luna_daemon.shells.build import make_clip, make_from_checkpoint, make_vae
 from tests.comfy.shell_helpers import DEMO_VAE, ROOT
 from tests.integration.conftest import daemons_below
 

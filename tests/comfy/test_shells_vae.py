@@ -9,7 +9,6 @@ import time
 import psutil
 import pytest
 
-from luna_daemon.comfy_shells import make_vae
 from luna_daemon.core import (
     Busy,
     DaemonConnectionError,
@@ -20,6 +19,7 @@ from luna_daemon.core import (
     PoisonRequest,
     RequestCancelled,
 )
+from luna_daemon.shells.build import make_vae
 from luna_daemon.wire import messages as m
 from tests.comfy.shell_helpers import DEMO_VAE, InProcess, empty_file
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from luna_daemon.comfy_shells import make_clip, make_vae
+from luna_daemon.shells.build import make_clip, make_vae
 from tests.comfy.shell_helpers import DEMO_VAE
 from tests.comfy.test_nodes import make_tiny_sd3
 from tests.integration.conftest import ROOT, daemons_below

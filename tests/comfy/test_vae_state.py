@@ -12,8 +12,8 @@ import sys
 
 import pytest
 
-from luna_daemon.comfy_shells import make_from_checkpoint, make_vae
 from luna_daemon.core import BadRequest
+from luna_daemon.shells.build import make_from_checkpoint, make_vae
 from luna_daemon.wire import messages as m
 from tests.comfy.shell_helpers import DEMO_VAE, ROOT
 from tests.integration.conftest import daemons_below

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from luna_daemon.config import load_settings
+from luna_daemon.control.service import Service
 from luna_daemon.core import PROTOCOL_VERSION
-from luna_daemon.models import ModelResolver
-from luna_daemon.service import Service
-from luna_daemon.shared_memory import SharedMemory
+from luna_daemon.files.resolver import ModelResolver
 from luna_daemon.wire import messages as m
 from luna_daemon.wire.arena import open_arena
 from luna_daemon.wire.frame import encode_frame
+from luna_daemon.wire.shared_memory import SharedMemory
 from luna_daemon.workers import WorkerPool
 
 __all__ = ["Target", "framed"]

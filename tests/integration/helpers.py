@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from luna_daemon.core import PROTOCOL_VERSION
-from luna_daemon.runtime import find_token
+from luna_daemon.system.runtime import find_token
 from luna_daemon.wire import messages as m
 from luna_daemon.wire.arena import process_space
 from luna_daemon.wire.channel import Channel

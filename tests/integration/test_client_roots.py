@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from luna_daemon.core import BadRequest, ComfyRefused, LunaError, WorkerCrashed
-from luna_daemon.models import file_id
+from luna_daemon.files.identity import file_id
 from luna_daemon.wire import messages as m
 from tests.integration.conftest import DEMO_VAE
 from tests.integration.helpers import RawPeer

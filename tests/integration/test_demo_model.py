@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from luna_daemon.local import LocalVAE
+from luna_daemon.backends.local import LocalVAE
 from tests.integration.conftest import DEMO_VAE, ROOT
 
 

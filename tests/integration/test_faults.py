@@ -13,8 +13,8 @@ import psutil
 import pytest
 import torch
 
+from luna_daemon.backends.local import LocalVAE
 from luna_daemon.core import DaemonConnectionError, ModelLoadError, PoisonRequest, ShuttingDown, WorkerCrashed
-from luna_daemon.local import LocalVAE
 from luna_daemon.proxy import DaemonVAE
 from luna_daemon.wire import messages as m
 from tests.integration.helpers import DEMO_TOML, DEMO_VAE, Background, busy_pid, is_busy

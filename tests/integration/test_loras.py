@@ -193,10 +193,10 @@ def test_by_the_socket(client, daemon, folder):
 
 def test_a_file_that_the_client_cannot_open_comes_as_bytes(client, folder, monkeypatch):
     """Another container's file: seen to differ, asked for again, and mapped from shared memory."""
-    from luna_daemon import lora_client
+    from luna_daemon.files import mapping
 
     state = make(folder / "elsewhere.safetensors")
-    monkeypatch.setattr(lora_client, "same_file", lambda *facts: False)
+    monkeypatch.setattr(mapping, "same_file", lambda *facts: False)
     assert equal(client.load_lora("elsewhere.safetensors"), state)
     assert lora(client, "elsewhere.safetensors")["kind"] == "arena"
 
@@ -301,14 +301,14 @@ def test_a_file_that_was_replaced_is_loaded_anew(client, folder):
 
 def test_another_file_of_that_path_is_never_taken_for_it(client, folder, monkeypatch):
     """A client's own file that differs from the daemon's: refused, not answered with other weights."""
-    from luna_daemon import lora_client
+    from luna_daemon.files import mapping
     from luna_daemon.wire.messages import FileId
 
     path = folder / "twin.safetensors"
     make(path)
     facts = path.stat()
     for theirs in (FileId(str(path), facts.st_size + 1), FileId(str(path), 0, 5), FileId(str(path), 0, 0, 1)):
-        monkeypatch.setattr(lora_client, "_own_file", lambda name, theirs=theirs: theirs)
+        monkeypatch.setattr(mapping, "_own_file", lambda name, theirs=theirs: theirs)
         with pytest.raises(ModelMismatchError, match=r"twin\.safetensors"):
             client.load_lora(str(path))
 

@@ -9,8 +9,8 @@ import psutil
 import pytest
 import torch
 
+from luna_daemon.backends.local import LocalCLIP, LocalVAE
 from luna_daemon.core import ModelNotFound
-from luna_daemon.local import LocalCLIP, LocalVAE
 from luna_daemon.proxy import DaemonCLIP, DaemonVAE
 from luna_daemon.wire import messages as m
 from tests.integration.conftest import DEMO_VAE

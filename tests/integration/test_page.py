@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from luna_daemon.runtime import find_token
+from luna_daemon.system.runtime import find_token
 from luna_daemon.wire import messages as m
 from tests.browser import Browser, browsing
 from tests.integration.helpers import DEMO_TOML

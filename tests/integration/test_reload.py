@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from luna_daemon.cli import main
 from luna_daemon.client import DaemonClient
+from luna_daemon.commands.cli import main
 from luna_daemon.core import AuthenticationError, DaemonConnectionError, ModelNotFound
 from luna_daemon.wire import messages as m
 from luna_daemon.wire.frame import encode_call
@@ -100,7 +100,7 @@ def test_a_folder_is_added_while_it_runs(start_daemon, tmp_path):
     copy = elsewhere / "vae.safetensors"
     copy.write_bytes(DEMO_VAE.read_bytes())
     daemon = start_daemon(model_dirs="")
-    from luna_daemon.models import file_id
+    from luna_daemon.files.identity import file_id
 
     ref = m.ModelRef("vae", files=(file_id(copy),), type="sd3")
     client = daemon.client()

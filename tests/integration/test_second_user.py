@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 BECOME = """
 import os, sys, encodings.idna
-import luna_daemon.client, luna_daemon.link, luna_daemon.wire.arena
+import luna_daemon.client, luna_daemon.wire.link, luna_daemon.wire.arena
 os.setgroups([])
 os.setgid(65534)
 os.setuid(65534)

@@ -10,7 +10,7 @@ import pytest
 
 from luna_daemon.client import DaemonClient
 from luna_daemon.core import AuthenticationError, BadRequest, Busy, ModelMismatchError, ModelNotFound
-from luna_daemon.models import file_id
+from luna_daemon.files.identity import file_id
 from luna_daemon.wire import messages as m
 from tests.integration.helpers import DEMO_VAE, RawPeer
 

@@ -10,18 +10,18 @@ from contextlib import asynccontextmanager
 import msgspec
 import pytest
 
-from luna_daemon import service as service_module
-from luna_daemon.computing import cache_key
 from luna_daemon.config import load_settings
+from luna_daemon.control import service as service_module
+from luna_daemon.control.computing import cache_key
+from luna_daemon.control.service import Service
 from luna_daemon.core import PROTOCOL_VERSION
-from luna_daemon.models import ModelResolver
+from luna_daemon.files.resolver import ModelResolver
 from luna_daemon.pool.work import Piece
-from luna_daemon.service import Service
-from luna_daemon.shared_memory import SharedMemory
 from luna_daemon.wire import messages as m
 from luna_daemon.wire.arena import Slot, open_arena, process_space
 from luna_daemon.wire.channel import Channel
 from luna_daemon.wire.frame import encode_call
+from luna_daemon.wire.shared_memory import SharedMemory
 from luna_daemon.workers import WorkerPool
 
 

@@ -22,9 +22,9 @@ import pytest
 
 from luna_daemon.client import DaemonClient
 from luna_daemon.core import LunaError
-from luna_daemon.runtime import has_ended, read_facts
-from luna_daemon.tray_icon import COLOURS
-from luna_daemon.tray_state import Action, Preferences, TrayState, View, menu
+from luna_daemon.system.runtime import has_ended, read_facts
+from luna_daemon.tray.icon import COLOURS
+from luna_daemon.tray.state import Action, Preferences, TrayState, View, menu
 from luna_daemon.wire import messages as m
 from tests.integration.conftest import ROOT, free_port
 from tests.integration.helpers import Background, make_certificate

@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 
 from safetensors.torch import save_file  # noqa: E402
 
-from luna_daemon.backends.diffusers import DiffusersBackend  # noqa: E402
+from luna_daemon.backends.diffusers.backend import DiffusersBackend  # noqa: E402
 from luna_daemon.wire.messages import LoadSpec  # noqa: E402
 
 Load = Callable[..., Any]

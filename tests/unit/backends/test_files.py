@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from demo.make_text_encoder import to_ldm
-from luna_daemon.backends.layouts import find_parts
-from luna_daemon.backends.weightfiles import open_weights
+from luna_daemon.backends.diffusers.layouts import find_parts
+from luna_daemon.backends.diffusers.weightfiles import open_weights
 from luna_daemon.core import ConfigError, ModelLoadError
 
 from .conftest import Load, clip_model, kl_weights, save

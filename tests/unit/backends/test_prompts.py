@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from luna_daemon.backends.prompts import ChunkRules, chunk_tokens, empty_chunk, parse_weights, tokenize
+from luna_daemon.backends.diffusers.prompts import ChunkRules, chunk_tokens, empty_chunk, parse_weights, tokenize
 from luna_daemon.core import BadRequest
 
 CLIP = ChunkRules(start=100, end=101, pad=0, length=77)

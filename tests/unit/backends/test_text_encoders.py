@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from luna_daemon.backends.segmenters import find_segmenter
+from luna_daemon.backends.diffusers.segmenters import find_segmenter
 from luna_daemon.core import BadRequest, ModelLoadError, OutOfMemory
 
 from .conftest import Load, clip_model, save, t5_model
@@ -40,7 +40,7 @@ def t5_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     def found(family: str, folder: Path | None) -> Any:
         return find_segmenter(family, folder) if family == "clip" else lambda text: [ord(c) % 200 for c in text]
 
-    monkeypatch.setattr("luna_daemon.backends.selection.find_segmenter", found)
+    monkeypatch.setattr("luna_daemon.backends.diffusers.selection.find_segmenter", found)
 
 
 def ids(chunks: list[list[tuple[int, float]]]) -> torch.Tensor:
@@ -295,7 +295,7 @@ def test_no_tokenizer_says_what_to_give(files: dict[str, Path], load: Load) -> N
 
 
 def test_importing_the_backend_imports_no_torch() -> None:
-    code = "import sys, luna_daemon.backends.diffusers; sys.exit('torch' in sys.modules)"
+    code = "import sys, luna_daemon.backends.diffusers.backend; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

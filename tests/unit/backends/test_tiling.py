@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from luna_daemon.backends.tiling import DECODE_TILES, ENCODE_TILES, TileShape, run_tiled, tile_starts  # noqa: E402
+from luna_daemon.backends.diffusers.tiling import DECODE_TILES, ENCODE_TILES, TileShape, run_tiled, tile_starts  # noqa: E402
 from luna_daemon.core import BadRequest, RequestCancelled  # noqa: E402
 from luna_daemon.wire.messages import Tiling  # noqa: E402
 

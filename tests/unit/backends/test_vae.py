@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from demo.make_text_encoder import to_ldm
-from luna_daemon.backends import autoencoders
+from luna_daemon.backends.diffusers import autoencoders
 from luna_daemon.core import BadRequest, ConfigError, ModelLoadError, OutOfMemory, RequestCancelled
 from luna_daemon.wire.messages import Tiling
 

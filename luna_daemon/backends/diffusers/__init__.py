@@ -1,0 +1,1 @@
+"""The backend for machines without ComfyUI, on diffusers' and transformers' modules."""

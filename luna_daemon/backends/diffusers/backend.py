@@ -1,0 +1,62 @@
+"""The backend for machines without ComfyUI: diffusers' and transformers' modules, ComfyUI's conventions and results.
+
+Knows the VAEs and text encoders of SD1.5, SDXL, SD3 and Flux, and TAESD.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from importlib.util import find_spec
+
+from ...core import ModelKind, ModelLoadError
+from ...wire.messages import LoadSpec
+from ..base import TextModel, VaeModel
+
+_LIBRARIES = ("torch", "diffusers", "transformers", "safetensors")
+
+
+class DiffusersBackend:
+    """Loads models with diffusers and transformers; nothing is ever downloaded."""
+
+    name = "diffusers"
+
+    def versions(self) -> dict[str, str]:
+        """Versions of everything that decides bits; a library that is not installed is left out."""
+        return {name: metadata.version(name) for name in _LIBRARIES if find_spec(name) is not None}
+
+    def devices(self) -> list[str]:
+        """Devices it can use, best first."""
+        _require_libraries()
+        from .loading import usable_devices
+
+        return usable_devices()
+
+    def load(self, spec: LoadSpec) -> VaeModel | TextModel:
+        """Load a VAE or a family's text encoders.
+
+        Raises:
+            ConfigError: no such device, precision or family.
+            ModelLoadError: the files are not a model of this kind, truncated, or of an unknown layout.
+            OutOfMemory: no room on the device.
+        """
+        _require_libraries()
+        from .loading import memory_errors
+        from .selection import load_text, load_vae
+
+        if not spec.files:
+            raise ModelLoadError(f"{spec.key} has no files")
+        with memory_errors(f"loading {spec.key} on {spec.device}"):
+            if spec.kind == ModelKind.VAE:
+                return load_vae(spec)
+            if spec.kind == ModelKind.CLIP:
+                return load_text(spec)
+        raise ModelLoadError(f"{spec.key} is of kind {spec.kind!r}, which the diffusers backend does not load")
+
+
+def _require_libraries() -> None:
+    missing = [name for name in _LIBRARIES if find_spec(name) is None]
+    if missing:
+        raise ModelLoadError(
+            f"the diffusers backend needs {', '.join(missing)}",
+            "Install with: pip install luna-daemon[standalone]",
+        )

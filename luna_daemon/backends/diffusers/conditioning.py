@@ -1,0 +1,154 @@
+"""How families combine their text encoders: which layer, which pooled vector, what is joined to what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ...core import BadRequest
+from ...wire.messages import Tokens
+from .loading import memory_errors
+from .prompts import tokenize
+from .textencoders import TextEncoder
+
+Encoded = dict[str, tuple[torch.Tensor, torch.Tensor]]
+"""Per encoder: states ``[1,T,D]`` and pooled ``[1,P]``."""
+
+_SD3_WIDTH = 4096
+_SD3_POOLED = {"l": 768, "g": 1280}
+
+
+@dataclass(frozen=True)
+class Use:
+    """How a family reads one encoder."""
+
+    layer: int | None
+    """``None`` is the last."""
+    normed: bool
+    """Apply the final layer norm to a layer that is not the last."""
+    projected: bool
+    min_length: int = 0
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family's text side."""
+
+    uses: dict[str, Use]
+    required: tuple[frozenset[str], ...]
+    """Sets of encoders that are enough, any one of them; an empty set means any that are there."""
+    join: Callable[[Encoded], tuple[torch.Tensor, torch.Tensor]]
+
+
+def _first(encoded: Encoded) -> tuple[torch.Tensor, torch.Tensor]:
+    return next(iter(encoded.values()))
+
+
+def _sdxl(encoded: Encoded) -> tuple[torch.Tensor, torch.Tensor]:
+    if "l" not in encoded:  # the refiner has CLIP-G alone
+        return encoded["g"]
+    return _side_by_side(encoded["l"][0], encoded["g"][0]), encoded["g"][1]
+
+
+def _side_by_side(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    length = min(left.shape[1], right.shape[1])
+    return torch.cat([left[:, :length], right[:, :length]], dim=-1)
+
+
+def _sd3(encoded: Encoded) -> tuple[torch.Tensor, torch.Tensor]:
+    """CLIP side by side, padded to T5's width, then T5; a missing CLIP counts as zeros."""
+    t5 = encoded["t5xxl"][0] if "t5xxl" in encoded else None
+    width = _SD3_WIDTH if t5 is None else t5.shape[-1]
+    pooled = torch.cat(
+        [encoded[name][1] if name in encoded else torch.zeros(1, size) for name, size in _SD3_POOLED.items()],
+        dim=-1,
+    )
+    clip: torch.Tensor | None = None
+    if "l" in encoded and "g" in encoded:
+        clip = _side_by_side(encoded["l"][0], encoded["g"][0])
+    elif "l" in encoded:
+        clip = encoded["l"][0]
+    elif "g" in encoded:
+        clip = F.pad(encoded["g"][0], (_SD3_POOLED["l"], 0))
+    states = [] if clip is None else [F.pad(clip, (0, width - clip.shape[-1]))]
+    states += [] if t5 is None else [t5]
+    return torch.cat(states, dim=-2) if states else torch.zeros(1, 77, width), pooled
+
+
+def _flux(encoded: Encoded) -> tuple[torch.Tensor, torch.Tensor]:
+    return encoded["t5xxl"][0], encoded["l"][1]
+
+
+FAMILIES = {
+    "sd15": Family({"l": Use(None, True, False)}, (frozenset("l"),), _first),
+    "sdxl": Family({"g": Use(-2, False, True), "l": Use(-2, False, False)}, (frozenset("lg"), frozenset("g")), _sdxl),
+    "sd3": Family(
+        {"g": Use(-2, False, True), "l": Use(-2, False, False), "t5xxl": Use(None, True, False, 77)},
+        (frozenset(),),
+        _sd3,
+    ),
+    "flux": Family(
+        {"l": Use(None, True, False), "t5xxl": Use(None, True, False, 256)},
+        (frozenset(["l", "t5xxl"]),),
+        _flux,
+    ),
+}
+
+
+class TextEncoders:
+    """A family's encoders as one text model."""
+
+    def __init__(self, name: str, encoders: dict[str, TextEncoder]) -> None:
+        self._name = name
+        self._family = FAMILIES[name]
+        self._encoders = {key: encoders[key] for key in self._family.uses if key in encoders}
+        self.nbytes = sum(encoder.nbytes for encoder in self._encoders.values())
+
+    def properties(self) -> dict[str, Any]:
+        """Plain facts, as ``TextModel`` asks; sizes come from zeros through the family's own joining."""
+        blank = {
+            name: (torch.zeros(1, 1, encoder.width), torch.zeros(1, encoder.pooled_width))
+            for name, encoder in self._encoders.items()
+        }
+        cond, pooled = self._family.join(blank)
+        any_encoder = next(iter(self._encoders.values()))
+        return {
+            "encoders": list(self._encoders),
+            "cond_dim": cond.shape[-1],
+            "pooled_dim": pooled.shape[-1],
+            "dtype": ",".join(
+                dict.fromkeys(str(encoder.dtype).removeprefix("torch.") for encoder in self._encoders.values())
+            ),
+            "device": str(any_encoder.device),
+            "class": f"TextEncoders({self._name})",
+        }
+
+    def tokenize(self, text: str) -> Tokens:
+        """Parse weights and split into padded chunks, for each encoder that is loaded."""
+        return {name: tokenize(text, encoder.ids, encoder.rules) for name, encoder in self._encoders.items()}
+
+    @torch.inference_mode()
+    def encode(self, tokens: Tokens, layer: int | None, unprojected: bool) -> dict[str, torch.Tensor]:
+        """Encode to ``{"cond": [1,T,D], "pooled_output": [1,P]}``; tokens of encoders not loaded are ignored.
+
+        Raises:
+            BadRequest: an encoder got no tokens, or tokens or a layer that it does not have.
+            OutOfMemory: no room on the device.
+        """
+        encoded: Encoded = {}
+        no_clip = self._name == "sd3" and not tokens.get("l") and not tokens.get("g")
+        for name, encoder in self._encoders.items():
+            if no_clip and name != "t5xxl":
+                continue
+            if name not in tokens:
+                raise BadRequest(f"tokens are for {', '.join(tokens) or 'nothing'}, and {name} needs some")
+            use = self._family.uses[name]
+            wanted = use.layer if layer is None else layer
+            with memory_errors(f"encoding {len(tokens[name])} chunks with {name} on {encoder.device}"):
+                encoded[name] = encoder.encode(tokens[name], wanted, use.normed, use.projected and not unprojected)
+        cond, pooled = self._family.join(encoded)
+        return {"cond": cond.contiguous(), "pooled_output": pooled.contiguous()}

@@ -1,0 +1,122 @@
+"""What a file holds, told from its keys and shapes.
+
+Names of files and metadata are never trusted: ComfyUI users rename files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from ...core import ModelLoadError
+from .weightfiles import WeightFiles
+
+
+@dataclass(frozen=True)
+class Part:
+    """One model inside a file."""
+
+    name: str
+    """``kl``, ``tiny``, ``tiny_encoder``, ``tiny_decoder``; ``l``, ``g``, ``h``, ``t5xxl``."""
+    layout: str
+    """Whose key names: ``ldm``, ``diffusers``, ``comfy``, ``raw``, ``hf``, ``open_clip``."""
+    prefix: str
+    weights: WeightFiles
+
+    def has(self, key: str) -> bool:
+        """Whether the part has that key, prefix left out."""
+        return self.prefix + key in self.weights
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a tensor of this part.
+
+        Raises:
+            ModelLoadError: it is missing.
+        """
+        if not self.has(key):
+            raise ModelLoadError(f"{self.weights.source} lacks {self.prefix}{key}")
+        return self.weights.shape(self.prefix + key)
+
+    def count(self, pattern: str) -> int:
+        """How many distinct numbers stand where ``pattern`` has its group."""
+        matcher = re.compile(re.escape(self.prefix) + pattern)
+        return len({m.group(1) for key in self.weights.entries if (m := matcher.match(key))})
+
+
+_TEXT_PREFIXES = (
+    "",
+    "text_model.",
+    "cond_stage_model.transformer.text_model.",
+    "cond_stage_model.transformer.",
+    "conditioner.embedders.0.transformer.text_model.",
+    "text_encoders.clip_l.transformer.text_model.",
+    "text_encoders.clip_g.transformer.text_model.",
+)
+_OPEN_CLIP_PREFIXES = (
+    "",
+    "conditioner.embedders.1.model.",
+    "conditioner.embedders.0.model.",
+    "cond_stage_model.model.",
+)
+_VAE_PREFIXES = ("", "first_stage_model.", "vae.")
+
+# Part, layout, key that tells it, prefixes it may have.
+_PROBES: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
+    ("kl", "ldm", "decoder.mid.block_1.norm1.weight", _VAE_PREFIXES),
+    ("kl", "diffusers", "decoder.mid_block.resnets.0.norm1.weight", _VAE_PREFIXES),
+    ("tiny", "comfy", "taesd_decoder.1.weight", _VAE_PREFIXES),
+    ("tiny", "diffusers", "decoder.layers.0.weight", _VAE_PREFIXES),
+    ("clip", "hf", "embeddings.token_embedding.weight", _TEXT_PREFIXES),
+    ("clip", "open_clip", "token_embedding.weight", _OPEN_CLIP_PREFIXES),
+    (
+        "t5xxl",
+        "hf",
+        "encoder.block.0.layer.1.DenseReluDense.wi_0.weight",
+        ("", "text_encoders.t5xxl.transformer."),
+    ),
+)
+
+
+def find_parts(weights: WeightFiles) -> list[Part]:
+    """Every VAE and text encoder inside the file; a whole checkpoint has several."""
+    parts = [
+        Part(name, layout, prefix, weights)
+        for name, layout, probe, prefixes in _PROBES
+        for prefix in prefixes
+        if prefix + probe in weights
+    ]
+    # A half of TAESD is a bare list of convolutions; the decoder's first module, a clamp, has no weights.
+    if "1.weight" in weights and "0.weight" not in weights and len(weights.shape("1.weight")) == 4:
+        parts.append(Part("tiny_decoder", "raw", "", weights))
+    if "0.weight" in weights and weights.shape("0.weight")[1:] == (3, 3, 3):
+        parts.append(Part("tiny_encoder", "raw", "", weights))
+    return [_named(part) if part.name == "clip" else part for part in parts]
+
+
+def _named(part: Part) -> Part:
+    """Tell CLIP-L, H and G apart by depth, as ComfyUI does."""
+    pattern = r"transformer\.resblocks\.(\d+)\." if part.layout == "open_clip" else r"encoder\.layers\.(\d+)\."
+    depth = part.count(pattern)
+    name = "g" if depth > 30 else "h" if depth > 22 else "l"
+    return Part(name, part.layout, part.prefix, part.weights)
+
+
+def describe(weights: WeightFiles) -> str:
+    """What a file holds, for an error message."""
+    titles = {
+        "kl": "a VAE", "tiny": "a TAESD VAE", "tiny_encoder": "a TAESD encoder", "tiny_decoder": "a TAESD decoder",
+        "l": "a CLIP-L text encoder", "h": "a CLIP-H text encoder", "g": "a CLIP-G text encoder",
+        "t5xxl": "a T5 text encoder",
+    }  # fmt: skip
+    found = [titles[part.name] for part in find_parts(weights)]
+    if found:
+        return " and ".join(found)
+    if any("lora_" in key or ".lora" in key for key in weights.entries):
+        return "a LoRA"
+    if weights.below("model.diffusion_model."):
+        return "a diffusion model without text encoder or VAE"
+    heads = Counter(key.split(".")[0] for key in weights.entries)
+    return (
+        f"{len(weights.entries)} tensors of an unknown layout ({', '.join(name for name, _ in heads.most_common(5))})"
+    )

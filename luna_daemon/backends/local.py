@@ -1,0 +1,100 @@
+"""The same models without a daemon: what a proxy falls back to outside ComfyUI, and what benchmarks compare with.
+
+Imports torch and the diffusers backend into this process when a model is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core import ModelKind
+from ..wire.messages import LoadSpec, Tiling
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _load(kind: ModelKind, files: Sequence[Path | str], type: str, device: str, precision: str) -> Any:
+    from . import make_backend
+
+    spec = LoadSpec("local", kind.value, type, tuple(str(file) for file in files), device, precision)
+    return make_backend("diffusers").load(spec)
+
+
+def _no_step(done: int, total: int) -> None:
+    """Local calls show no progress."""
+
+
+class LocalVAE:
+    """A VAE in this process, with ``DaemonVAE``'s methods.
+
+    Args:
+        files: its file, or the two of a split TAESD.
+        device, precision: as in the settings.
+
+    Raises:
+        ModelLoadError: not a VAE.
+    """
+
+    def __init__(self, *files: Path | str, device: str = "auto", precision: str = "auto") -> None:
+        self.model = _load(ModelKind.VAE, files, "", device, precision)
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self._run(self.model.encode, pixels, None)
+
+    def decode(self, samples: torch.Tensor) -> torch.Tensor:
+        return self._run(self.model.decode, samples, None)
+
+    def encode_tiled(self, pixels: torch.Tensor, **tiling: int) -> torch.Tensor:
+        return self._run(self.model.encode, pixels, Tiling(**tiling))
+
+    def decode_tiled(self, samples: torch.Tensor, **tiling: int) -> torch.Tensor:
+        return self._run(self.model.decode, samples, Tiling(**tiling))
+
+    @staticmethod
+    def _run(work: Any, tensor: torch.Tensor, tiling: Tiling | None) -> torch.Tensor:
+        import torch
+
+        with torch.inference_mode():
+            out: torch.Tensor = work(tensor, tiling, _no_step)[0]
+        return out
+
+
+class LocalCLIP:
+    """Text encoders in this process, with ``DaemonCLIP``'s methods.
+
+    Args:
+        files: the encoders' files.
+        type: family (``sd15``, ``sdxl``, ``sd3``, ``flux``).
+    """
+
+    def __init__(self, *files: Path | str, type: str = "sdxl", device: str = "auto", precision: str = "auto") -> None:
+        self.model = _load(ModelKind.CLIP, files, type, device, precision)
+        self.layer_idx: int | None = None
+
+    def clone(self) -> LocalCLIP:
+        other = LocalCLIP.__new__(LocalCLIP)
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def clip_layer(self, layer_idx: int) -> None:
+        self.layer_idx = layer_idx
+
+    def tokenize(self, text: str) -> dict[str, Any]:
+        return dict(self.model.tokenize(text))
+
+    def encode_from_tokens(
+        self, tokens: dict[str, Any], return_pooled: bool | str = False, return_dict: bool = False
+    ) -> Any:
+        import torch
+
+        with torch.inference_mode():
+            found = self.model.encode(tokens, self.layer_idx, return_pooled == "unprojected")
+        if return_dict:
+            return found
+        return (found["cond"], found["pooled_output"]) if return_pooled else found["cond"]
+
+    def encode(self, text: str) -> Any:
+        return self.encode_from_tokens(self.tokenize(text))

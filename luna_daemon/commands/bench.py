@@ -1,0 +1,104 @@
+"""Quick figures on the user's machine: small calls, and 12.6 MB by shared memory and by TCP beside a memory copy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from .terminal import Bar, tables
+
+if TYPE_CHECKING:
+    from ..client import DaemonClient
+
+_PICTURE_BYTES = 1024 * 1024 * 3 * 4
+_WARM_UP = 3
+_WAYS = {
+    "memory_copy": "copy of 12.6 MB",
+    "shared_memory": "12.6 MB by shared memory",
+    "tcp": "12.6 MB by TCP",
+}
+
+
+def own_daemon(stack: ExitStack, config: Path | None) -> DaemonClient:
+    from tempfile import TemporaryDirectory
+
+    from ..daemon_server import LunaDaemon
+
+    folder = Path(stack.enter_context(TemporaryDirectory(prefix="luna-daemon-bench-")))
+    port, ws_port = _free_ports(2)
+    stack.enter_context(LunaDaemon("127.0.0.1", port, ws_port, runtime_dir=folder, config_file=config))
+    from ..client import DaemonClient
+
+    return DaemonClient("127.0.0.1", port, runtime_dir=folder, name="luna-daemon")
+
+
+def _free_ports(count: int) -> list[int]:
+    import socket
+
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def measure(client: DaemonClient, rounds: int) -> dict[str, Any]:
+    """Medians in milliseconds; the ways take turns, so that whatever slows the machine slows all of them."""
+    import numpy as np
+
+    from ..client import DaemonClient
+    from ..wire.messages import Echo
+
+    info, call = client.get_daemon_info(), Echo(_PICTURE_BYTES)
+    source = np.ones(_PICTURE_BYTES, np.uint8)
+    target = np.ones_like(source)
+    ways: dict[str, Callable[[], object]] = {"memory_copy": lambda: np.copyto(target, source)}
+    if info["transport"] == "shared memory":
+        ways["shared_memory"] = lambda: client.call(call)
+    with DaemonClient(client.host, client.port, runtime_dir=client.runtime_dir, use_arena=False) as other:
+        ways["tcp"] = lambda: other.call(call)
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        with Bar("timing") as bar:
+            for turn in range(rounds + _WARM_UP):
+                bar.show(turn, rounds + _WARM_UP)
+                for name, way in ways.items():
+                    times[name].append(_ms(way))
+    pings = sorted(_ms(client.ping) for _ in range(300))
+    return _numbers({name: all_of[_WARM_UP:] for name, all_of in times.items()}, pings, info)
+
+
+def _numbers(times: dict[str, list[float]], pings: list[float], info: dict[str, Any]) -> dict[str, Any]:
+    from statistics import median
+
+    numbers: dict[str, Any] = {"ping_p50_ms": median(pings), "ping_p99_ms": pings[len(pings) * 99 // 100]}
+    copy_ms = median(times["memory_copy"])
+    for name in _WAYS:
+        ms = median(times[name]) if name in times else None
+        numbers[f"{name}_ms"] = ms
+        if name != "memory_copy":
+            numbers[f"{name}_over_copy"] = None if ms is None else ms / copy_ms
+    facts = {name: info[name] for name in ("version", "transport", "transport_why")}
+    return {"bytes": _PICTURE_BYTES, **numbers, **facts}
+
+
+def _ms(way: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    way()
+    return (time.perf_counter() - start) * 1000
+
+
+def show_numbers(numbers: dict[str, Any]) -> None:
+    rows = [
+        ("small call", f"{numbers['ping_p50_ms']:.3f} ms", ""),
+        ("small call, 99th of 100", f"{numbers['ping_p99_ms']:.3f} ms", ""),
+    ]
+    for key, title in _WAYS.items():
+        ms, ratio = numbers[f"{key}_ms"], numbers.get(f"{key}_over_copy")
+        rows.append((title, "-" if ms is None else f"{ms:.2f} ms", "" if ratio is None else f"{ratio:.2f}"))
+    tables(("Medians", "call >time >in_copies", rows))
+    typer.echo(f"\nTensors go by {numbers['transport']} ({numbers['transport_why']}).")

@@ -1,0 +1,143 @@
+"""``luna-daemon lora``: what the LoRA cache holds, and to fill it, keep something in it, empty it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..core import LunaError
+from ..system.units import count, size, span
+from .cli import AsJson, Config, Host, Port, Runtime, _dial, app
+from .terminal import Bar, print_json, tables
+
+_NAMES = typer.Argument(metavar="NAME", help="LoRAs as ComfyUI lists them, files, or folders of files.")
+_NAME = typer.Argument(help="A LoRA's name, or its file.")
+_ALL = typer.Option("--all", help="Every LoRA that is not pinned.")
+
+lora_app = typer.Typer(
+    help="List, warm, pin and evict the LoRAs kept in RAM.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(lora_app, name="lora")
+
+
+@lora_app.command("ls")
+def list_(
+    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """List the LoRAs in the cache, the last used first."""
+    with _dial(host, port, config, runtime_dir) as client:
+        stats = client.lora_stats()
+    if as_json:
+        print_json(stats)
+        return
+    rows = sorted(stats["loras"].items(), key=lambda pair: -pair[1]["last_used"])
+    tables(("LoRAs", "name kind >memory >hits >clients pinned >used", [_row(*row) for row in rows]))
+    typer.echo(
+        f"\n{count(stats['entries'], 'LoRA')}, {size(stats['bytes'])} of {size(stats['max_bytes'])}; "
+        f"hits {stats['hits']}, misses {stats['misses']}"
+    )
+
+
+def _row(name: str, lora: dict[str, Any]) -> tuple[str, ...]:
+    pinned = "yes" if lora["pinned"] else ""
+    return (name, lora["kind"], size(lora["bytes"]), str(lora["hits"]), str(lora["clients"]), pinned,
+            f"{span(time.time() - lora['last_used'])} ago")  # fmt: skip
+
+
+@lora_app.command("warm")
+def warm(
+    names: Annotated[list[str], _NAMES],
+    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Load LoRAs into the cache before somebody needs them."""
+    wanted = [one for name in names for one in _files(name)]
+    warmed: list[dict[str, Any]] = []
+    refused: list[str] = []
+    with _dial(host, port, config, runtime_dir) as client, Bar("LoRAs") as bar:
+        for number, name in enumerate(wanted):
+            bar.show(number, len(wanted), Path(name).name)
+            try:
+                warmed.append(client.warm_lora(name))
+            except LunaError as error:
+                if len(wanted) == 1:
+                    raise
+                refused.append(str(error))
+    nbytes = sum(lora["bytes"] for lora in warmed)
+    without_room = [lora["name"] for lora in warmed if not lora["kept"]]
+    if as_json:
+        print_json({"warmed": warmed, "refused": refused})
+    else:
+        typer.echo(f"warmed {count(len(warmed) - len(without_room), 'LoRA')} ({size(nbytes)})")
+    for name in without_room:
+        typer.echo(f"luna-daemon: the cache has no room for {name}", err=True)
+    for line in refused:
+        typer.echo(f"luna-daemon: {line}", err=True)
+    if refused or without_room:
+        raise typer.Exit(1)
+
+
+def _files(name: str) -> list[str]:
+    """What a name on the command line stands for: itself, or the LoRA files in a folder and below it."""
+    from ..lora.folders import ENDINGS
+
+    path = Path(name)
+    if path.is_dir():
+        found = [str(file.absolute()) for file in path.rglob("*") if file.suffix.lower() in ENDINGS]
+        if not found:
+            raise typer.BadParameter(f"there is no LoRA file in {name}", param_hint="NAME")
+        return sorted(found)
+    return [str(path.absolute()) if path.is_file() else name]
+
+
+@lora_app.command("pin")
+def pin(
+    name: Annotated[str, _NAME],
+    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Load a LoRA and keep it until it is unpinned or evicted."""
+    with _dial(host, port, config, runtime_dir) as client:
+        _say_pin(client.pin_lora(_files(name)[0]), True, as_json)
+
+
+@lora_app.command("unpin")
+def unpin(
+    name: Annotated[str, _NAME],
+    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Let a pinned LoRA go when room is needed."""
+    with _dial(host, port, config, runtime_dir) as client:
+        _say_pin(client.pin_lora(name, False), False, as_json)
+
+
+def _say_pin(name: str, pinned: bool, as_json: bool) -> None:
+    if as_json:
+        print_json({"name": name, "pinned": pinned})
+    else:
+        typer.echo(f"{name} is {'' if pinned else 'no longer '}pinned")
+
+
+@lora_app.command("evict")
+def evict(
+    name: Annotated[str | None, typer.Argument(help="A LoRA's name, or its file.", show_default=False)] = None,
+    everything: Annotated[bool, _ALL] = False,
+    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Forget a LoRA, or with --all every one that is not pinned."""
+    if everything == (name is not None):
+        raise typer.BadParameter("name one LoRA, or give --all", param_hint="NAME")
+    with _dial(host, port, config, runtime_dir) as client:
+        gone = client.evict_lora(name)
+    if as_json:
+        print_json({"evicted": gone})
+    else:
+        typer.echo(f"evicted {count(len(gone), 'LoRA')}")

@@ -1,0 +1,156 @@
+"""What the command's answers look like: tables, sizes and bars for people, JSON for scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ..system.units import count, size, span
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..wire.messages import Progress
+    from .doctor import Check
+
+LOADED = "model >memory pinned"
+
+
+def print_json(document: Any) -> None:
+    typer.echo(json.dumps(document, indent=2))
+
+
+def _console(stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(markup=False, highlight=False, stderr=stderr)
+
+
+def tables(*tables: tuple[str, str, Sequence[tuple[str, ...]]]) -> None:
+    """Print tables of (title, column names, rows); ``>`` before a name sets a column to the right."""
+    from rich import box
+    from rich.table import Table
+
+    console = _console()
+    for title, columns, rows in tables:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, show_header=bool(title))
+        for column in columns.split():
+            side: Any = "right" if column[0] == ">" else "left"
+            table.add_column(column.lstrip(">").replace("_", " "), justify=side, overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        if title:
+            console.print(f"\n{title}" if rows else f"\n{title}: none")
+        if rows:
+            console.print(table)
+
+
+def loaded_rows(listing: dict[str, Any]) -> list[tuple[str, ...]]:
+    pinned = listing["pinned"]
+    return [(key, size(nbytes), "yes" if key in pinned else "") for key, nbytes in listing["loaded"].items()]
+
+
+def show_status(info: dict[str, Any], address: str, page: str) -> None:
+    typer.echo(
+        f"Luna Daemon {info['version']} is {info['status']} on {address} "
+        f"(pid {info['pid']}, {size(info['rss'])}) for {span(info['uptime_s'])}"
+    )
+    tables(("", "what value", _status_rows(info, page)))
+    workers = [
+        (str(w["number"]), str(w["pid"]), w["state"], w["device"], "\n".join(w["models"]), size(w["rss"]),
+         str(w["requests"])) for w in info["workers"]
+    ]  # fmt: skip
+    loaded = {key: nbytes for worker in info["workers"] for key, nbytes in worker["models"].items()}
+    clients = [
+        (c["name"], str(c["pid"]), "shared memory" if c["shared_memory"] else "tcp", size(c["leased_bytes"]),
+         str(c["in_flight"])) for c in info["clients"] if c["pid"] != os.getpid()
+    ]  # fmt: skip
+    gpus = [(str(g["index"]), g["name"], size(g["used"]), size(g["total"])) for g in info["gpus"]]
+    comfyuis = _comfyui_rows(info["workers"])
+    tables(
+        ("Workers", "># >pid state device models >memory >requests", workers),
+        *([("ComfyUIs", ">worker version torch folder flags", comfyuis)] if comfyuis else []),
+        ("Loaded models", LOADED, loaded_rows({"loaded": loaded, "pinned": info["models"]["pinned"]})),
+        ("Clients", "name >pid transport >holds >in_flight", clients),
+        ("GPUs", "># name >used >total", gpus),
+    )
+
+
+def _comfyui_rows(workers: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Per worker that runs a ComfyUI which one, by its folder and the flags that decide bits."""
+    return [
+        (str(w["number"]), w["versions"].get("comfyui", ""), w["versions"].get("torch", ""), w["comfyui"]["root"],
+         " ".join(w["comfyui"]["flags"])) for w in workers if w["comfyui"]
+    ]  # fmt: skip
+
+
+def _status_rows(info: dict[str, Any], page: str) -> list[tuple[str, str]]:
+    queue, arena = info["queue"], info["arena"]
+    kinds = ", ".join(f"{op} {count}" for op, count in sorted(info["requests"].items())) or "none"
+    errors = ", ".join(f"{code} {count}" for code, count in sorted(info["errors"].items())) or "none"
+    caches = [
+        (f"{name} cache", f"{c['entries']} entries, {size(c['bytes'])} of {size(c['max_bytes'])}; "
+         f"hits {c['hits']}, misses {c['misses']}") for name, c in info["caches"].items()
+    ]  # fmt: skip
+    shared = f"{size(arena['used'])} used, at most {size(arena['max_bytes'])}, in {arena['folder']}"
+    return [
+        ("serves", f"{info['service_type']}, backend {info['backend']}"),
+        ("models", ", ".join(info["models"]["named"])),
+        ("transport", f"{info['transport']}: {info['transport_why']}"),
+        ("shared memory", shared if arena["folder"] else f"none: {arena['why']}"),
+        ("requests", f"{kinds}; in flight {info['in_flight']}"),
+        ("errors", f"{errors}; worker crashes {info['crashes']}"),
+        ("fallbacks", f"{info['fallbacks']}; weights loaded by clients {info['materialised']}"),
+        ("queue", f"{queue['waiting']} of {queue['limit']}, average wait {queue['average_wait_s']:.3f} s"),
+        *caches,
+        ("status page", page),
+    ]  # fmt: skip
+
+
+def show_checks(checks: list[Check]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    styles = {"ok": "green", "warning": "yellow", "problem": "bold red"}
+    table = Table.grid(padding=(0, 2))
+    for check in checks:
+        text = Text(check.found)
+        if check.advice:
+            text.append(f"\n{check.advice}.", style="bold")
+        table.add_row(Text(check.level, style=styles[check.level]), check.name, text)
+    levels = [check.level for check in checks]
+    sums = [count(levels.count(level), level) for level in ("problem", "warning")]
+    _console().print(table, f"\n{', '.join(sums)}")
+
+
+class Bar:
+    """A bar on stderr while something takes long; it leaves no trace."""
+
+    def __init__(self, title: str) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        console = _console(stderr=True)
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._title, self._task = title, self._progress.add_task(title, total=None)
+
+    def show(self, step: int, total: int, stage: str = "") -> None:
+        """Say how far it is; a ``total`` of 0 is unknown."""
+        text = f"{self._title}: {stage}" if stage else self._title
+        self._progress.update(self._task, description=text, completed=step, total=total or None)
+
+    def progress(self, message: Progress) -> None:
+        """What the daemon says while a call runs."""
+        if message.stage != "running":  # a mere sign of life: what was said before still holds
+            self.show(message.step, message.total, message.stage)
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._progress.stop()

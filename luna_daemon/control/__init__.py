@@ -1,0 +1,1 @@
+"""The control process: connections, requests, and the state that answers them."""

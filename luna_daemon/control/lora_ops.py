@@ -1,0 +1,166 @@
+"""Ops of the LoRA cache. What reads a disk runs beside the event loop, and shows a sign of life meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ..core import BadRequest, InternalError, LimitExceeded, LunaError, logger
+from ..files.safetensors import columns
+from ..lora_cache import LoRAEntry
+from ..pool.work import Outcome, release
+from ..wire import messages as m
+from .session import ClientRequest
+
+if TYPE_CHECKING:
+    from .service import Service
+
+_SIGN_S = 2.0
+_ENCODER = msgspec.msgpack.Encoder()
+
+Later = Callable[["Service", ClientRequest, Any], Coroutine[Any, Any, None]]
+
+
+def _later(work: Later) -> Callable[[Service, ClientRequest, Any], None]:
+    """A handler that answers when its work is done."""
+
+    def handle(service: Service, request: ClientRequest, call: Any) -> None:
+        service.spawn(_watched(work(service, request, call), request))
+
+    return handle
+
+
+async def _watched(work: Coroutine[Any, Any, None], request: ClientRequest) -> None:
+    task = asyncio.ensure_future(work)
+    try:
+        while not (await asyncio.wait({task}, timeout=_SIGN_S))[0]:
+            request.progress("loading", 0, 0)
+        task.result()
+    except LunaError as error:
+        request.fail(error)
+    except Exception as error:
+        logger.exception("request %s failed", request.op)
+        request.fail(InternalError.of(error))
+    finally:
+        task.cancel()
+
+
+async def _load(service: Service, request: ClientRequest, call: m.LoraLoad) -> None:
+    session = request.session
+    entry, use = await service.lora_loader.use(call.name, session.number, call.file, call.copy)
+    if not service.is_connected(session):
+        use.release()
+    elif entry.kind == "file" or (entry.mappable and session.sees_arena):
+        request.answer(_description(entry), [session.leases.lend(use)])
+    else:
+        try:
+            _send_bytes(service, request, entry, {"kind": "bytes", "name": entry.name})
+        finally:
+            use.release()
+
+
+def _description(entry: LoRAEntry) -> dict[str, Any]:
+    """Where the tensors lie, for a client that maps them; the table is packed once."""
+    if entry.table is None:
+        entry.table = msgspec.Raw(_ENCODER.encode(columns(entry.places())))
+    file = msgspec.structs.asdict(entry.source) if entry.kind == "file" and entry.source else None
+    return {"kind": entry.kind, "name": entry.name, "file": file, "table": entry.table}
+
+
+def _send_bytes(service: Service, request: ClientRequest, entry: LoRAEntry, result: dict[str, Any]) -> None:
+    if entry.nbytes > service.limits.tensor_bytes:
+        raise LimitExceeded(
+            f"LoRA {entry.name!r} has {entry.nbytes} bytes; the limit is {service.limits.tensor_bytes}",
+            "Raise max_tensor_mb",
+        )
+    outcome = Outcome({**result, "keys": [key for key, _ in entry.refs]}, entry.pieces(), [])
+    request.finish(outcome, shared=True)
+    outcome.release()
+
+
+def _put(service: Service, request: ClientRequest, call: m.LoraPut) -> None:
+    if len(call.keys) != len(request.message.tensors):
+        raise BadRequest(f"{len(call.keys)} keys for {len(request.message.tensors)} tensors")
+    pieces = service.pieces(request)
+    nbytes = sum(piece.slot.nbytes for piece in pieces)
+    refs = [(key, piece.ref) for key, piece in zip(call.keys, pieces)]
+    if not service.loras.keep(LoRAEntry(call.name, "put", refs, nbytes, [piece.slot for piece in pieces])):
+        release(pieces)
+        raise LimitExceeded(
+            f"LoRA {call.name!r} has {nbytes} bytes and finds no room: the cache holds "
+            f"{service.loras.max_bytes} bytes in {service.loras.max_entries} entries, and what is used or pinned stays",
+            "Raise lora_cache_gb or lora_cache_entries",
+        )
+    request.answer({"success": True, "bytes": nbytes})
+
+
+async def _get(service: Service, request: ClientRequest, call: m.LoraGet) -> None:
+    entry = service.loras.look(call.name)
+    if entry is None:
+        service.loras.count(call.name, hit=False)
+        request.answer({"keys": None})
+        return
+    name = entry.source.path if entry.source is not None else call.name
+    entry, use = await service.lora_loader.use(name, copy=True)
+    try:
+        _send_bytes(service, request, entry, {})
+    finally:
+        use.release()
+
+
+def _check(service: Service, request: ClientRequest, call: m.LoraCheck) -> None:
+    request.answer({"exists": call.name in service.loras})
+
+
+def _stats(service: Service, request: ClientRequest, call: m.LoraStats) -> None:
+    request.answer(service.loras.stats())
+
+
+async def _warm(service: Service, request: ClientRequest, call: m.LoraWarm) -> None:
+    misses = service.loras.misses
+    entry, use = await service.lora_loader.use(call.name)
+    use.release()
+    request.answer({
+        "name": entry.name, "kind": entry.kind, "bytes": entry.nbytes, "load_s": entry.load_s,
+        "kept": entry.name in service.loras, "was_kept": service.loras.misses == misses,
+    })  # fmt: skip
+
+
+async def _pin(service: Service, request: ClientRequest, call: m.LoraPin) -> None:
+    cache = service.loras
+    if not call.pinned:
+        name = call.name if call.name in cache.pinned else cache.named(call.name).name
+        cache.pinned.discard(name)
+        request.answer({"name": name, "pinned": False})
+        return
+    entry, use = await service.lora_loader.use(call.name)
+    kept = cache.look(entry.name) is entry
+    use.release()
+    if not kept:
+        raise LimitExceeded(
+            f"LoRA {entry.name!r} cannot be pinned: the cache has no room for its {entry.nbytes} bytes",
+            "Raise lora_cache_gb or lora_cache_entries, or unpin others",
+        )
+    cache.pinned.add(entry.name)
+    request.answer({"name": entry.name, "pinned": True})
+
+
+def _evict(service: Service, request: ClientRequest, call: m.LoraEvict) -> None:
+    cache = service.loras
+    if call.name is None:
+        gone = cache.evict_all()
+    else:
+        gone = [cache.named(call.name)]
+        cache.evict(gone[0].name)
+        cache.pinned.discard(gone[0].name)
+    request.answer({"evicted": [entry.name for entry in gone], "bytes": sum(entry.nbytes for entry in gone)})
+
+
+LORA_HANDLERS: dict[type, Callable[..., None]] = {
+    m.LoraLoad: _later(_load), m.LoraPut: _put, m.LoraGet: _later(_get), m.LoraCheck: _check, m.LoraStats: _stats,
+    m.LoraWarm: _later(_warm), m.LoraPin: _later(_pin), m.LoraEvict: _evict,
+}  # fmt: skip
+"""By the type of the call."""

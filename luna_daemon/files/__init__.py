@@ -1,0 +1,1 @@
+"""Model files on disk: identity, lookup by name, safetensors headers, mapped tensors."""

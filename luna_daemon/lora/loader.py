@@ -1,0 +1,251 @@
+"""From a LoRA's name to an entry with its bytes in RAM: found, checked, read or converted, once for all who wait."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..config import Settings
+from ..core import InternalError, LimitExceeded, LunaError, ModelLoadError, logger
+from ..files.identity import same_file
+from ..files.safetensors import NamedRef, is_on_network, read_header, read_through
+from ..lora_cache import LoRACache, LoRAEntry
+from ..wire.arena import Slot
+from ..wire.shared_memory import SharedMemory
+from .folders import FoundLoRA, LoRAFolders
+
+T = TypeVar("T")
+_THREADS = 4
+"""For files that are read at once, and as many for names that are looked up."""
+_CONVERT_S = 120.0
+_REWARM_S = 60.0
+_SCRIPT = Path(__file__).resolve().with_name("convert.py")
+
+
+class LoRALoader:
+    """Loads LoRAs into the cache.
+
+    Args:
+        memory: where copies lie; what finds no room there lies on the heap, and travels by the socket.
+        max_copy: most bytes of a copy.
+    """
+
+    def __init__(self, settings: Settings, cache: LoRACache, memory: SharedMemory, max_copy: int) -> None:
+        self.settings = settings
+        self.cache = cache
+        self.memory = memory
+        self.max_copy = max_copy
+        self.folders = LoRAFolders(settings)
+        self.coalesced = 0
+        # Of their own: a slow disk must not hold up what else runs in threads.
+        self._threads = ThreadPoolExecutor(_THREADS, "lora")
+        self._names = ThreadPoolExecutor(_THREADS, "lora-name")
+        self._pending: dict[tuple[FoundLoRA, bool], list[tuple[asyncio.Future[tuple[LoRAEntry, Slot]], int]]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._converting = asyncio.Lock()
+        self._rewarmed = time.monotonic()
+
+    def take(self, settings: Settings) -> None:
+        """Other folders and limits from now on; what is kept and too much goes when room is next made."""
+        self.settings = settings
+        self.folders = LoRAFolders(settings)
+        self.cache.max_bytes = int(settings.lora_cache_gb * (1 << 30))
+        self.cache.max_entries = settings.lora_cache_entries
+
+    async def use(self, name: str, client: int = 0, file: Any = None, copy: bool = False) -> tuple[LoRAEntry, Slot]:
+        """An entry, and one use of it for that client, which ends with the slot's release.
+
+        Args:
+            file: the client's own file's identity, if it has the file.
+            copy: its file cannot be mapped there: the bytes must lie in our memory.
+
+        Raises:
+            ModelNotFound, ModelMismatchError, ModelLoadError, LimitExceeded: see ``LoRAFolders`` and ``lora_files``.
+        """
+        put = self.cache.look(name)
+        if put is not None and put.kind == "put":
+            self.cache.get(name)
+            return put, put.hold(client)
+        found = await asyncio.get_running_loop().run_in_executor(self._names, self.folders.find, name, file)
+        entry = self.cache.look(found.name, found.source)
+        if entry is not None and not (copy and entry.kind == "file"):
+            self.cache.get(found.name)
+            return entry, entry.hold(client)
+        return await self._join(found, copy, client)
+
+    async def _join(self, found: FoundLoRA, copy: bool, client: int) -> tuple[LoRAEntry, Slot]:
+        """Wait for a load of this file: one that runs, or a new one."""
+        waiter: tuple[asyncio.Future[tuple[LoRAEntry, Slot]], int]
+        waiter = (asyncio.get_running_loop().create_future(), client)
+        waiting = self._pending.get((found, copy))
+        self.cache.count(found.name, hit=waiting is not None)
+        if waiting is not None:
+            self.coalesced += 1
+            waiting.append(waiter)
+        else:
+            self._pending[found, copy] = [waiter]
+            task = asyncio.get_running_loop().create_task(self._load(found, copy))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        try:
+            return await waiter[0]
+        except asyncio.CancelledError:
+            if waiter[0].done() and not waiter[0].cancelled() and waiter[0].exception() is None:
+                waiter[0].result()[1].release()
+            raise
+
+    async def _load(self, found: FoundLoRA, copy: bool) -> None:
+        """Read it, keep it if there is room, and hand it to everybody who waits."""
+        entry, error = None, None
+        try:
+            entry = await self._read(found, copy)
+        except LunaError as refusal:
+            error = refusal
+        except OSError as refusal:
+            error = ModelLoadError(f"LoRA {found.name!r}: {refusal.strerror or refusal}", "Check the disk")
+        except Exception as bug:
+            logger.exception("LoRA %s could not be loaded", found.name)
+            error = InternalError.of(bug)
+        waiting = self._pending.pop((found, copy))
+        kept = entry is not None and self.cache.keep(entry)
+        for future, client in waiting:
+            if future.done():
+                continue
+            if entry is not None:
+                future.set_result((entry, entry.hold(client)))
+            elif error is not None:
+                future.set_exception(error)
+        if entry is not None and not kept:
+            self.cache.uncached += 1
+            entry.drop()
+
+    async def _read(self, found: FoundLoRA, copy: bool) -> LoRAEntry:
+        began = time.monotonic()
+        if found.is_safetensors and not await self._in_thread(self._must_copy, found, copy):
+            fits = found.source.size <= self.cache.max_bytes
+            refs = await self._in_thread(_check_and_warm, found, fits)
+            return LoRAEntry(
+                found.name, "file", refs, found.source.size, source=found.source, load_s=time.monotonic() - began
+            )
+        if found.is_safetensors:
+            refs, slot = await self._image(found, found.path)
+        else:
+            refs, slot = await self._converted(found)
+        return LoRAEntry(found.name, "arena", refs, slot.nbytes, [slot], found.source, time.monotonic() - began)
+
+    def _must_copy(self, found: FoundLoRA, asked: bool) -> bool:
+        wanted = self.settings.lora_copy
+        return asked or wanted == "always" or (wanted == "auto" and is_on_network(found.path))
+
+    async def _image(self, found: FoundLoRA, path: Path) -> tuple[list[NamedRef], Slot]:
+        """The file's tensors in memory of ours."""
+        with path.open("rb") as file:
+            if path == found.path:
+                _check_unchanged(found, os.fstat(file.fileno()))
+            size = os.fstat(file.fileno()).st_size
+            refs = await self._in_thread(read_header, file, size, found.name)
+            start = file.tell()
+            self._check_copy(found, size - start)
+            slot = await self.memory.allocate(size - start) or Slot.on_heap(size - start)
+            try:
+                await self._in_thread(read_through, file, slot.view, size - start, start)
+            except BaseException:
+                slot.release()
+                raise
+        return [(key, ref.placed(ref.offset - start)) for key, ref in refs], slot
+
+    def _check_copy(self, found: FoundLoRA, nbytes: int) -> None:
+        if nbytes > self.max_copy:
+            raise LimitExceeded(
+                f"LoRA {found.name!r} has {nbytes} bytes; at most {self.max_copy} are copied", "Raise max_tensor_mb"
+            )
+
+    # --- torch's own formats ---
+
+    async def _converted(self, found: FoundLoRA) -> tuple[list[NamedRef], Slot]:
+        """The tensors of a pickled file, read by a process of its own: weights only, and not for ever."""
+        self._check_copy(found, found.source.size)
+        folder = self.memory.arena.folder if self.memory.arena is not None else None
+        async with self._converting:
+            with tempfile.TemporaryDirectory(prefix="lora-", dir=folder) as place:
+                target = Path(place) / "converted.safetensors"
+                await self._run_converter(found, target)
+                return await self._image(found, target)
+
+    async def _run_converter(self, found: FoundLoRA, target: Path) -> None:
+        python = str(self.settings.comfyui_python or sys.executable)
+        process = await asyncio.create_subprocess_exec(
+            python, str(_SCRIPT), str(found.path), str(target), str(self.max_copy),
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+        )  # fmt: skip
+        try:
+            _, said = await asyncio.wait_for(process.communicate(), _CONVERT_S)
+        except (asyncio.TimeoutError, TimeoutError) as error:
+            raise ModelLoadError(
+                f"LoRA {found.name!r} was not converted within {_CONVERT_S:.0f} s", "Save it as .safetensors"
+            ) from error
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        if process.returncode:
+            lines = said.decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"]
+            raise ModelLoadError(f"LoRA {found.name!r} is not converted: {lines[-1]}", "Save it as .safetensors")
+
+    # --- threads ---
+
+    async def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+
+    def tidy(self) -> None:
+        """Ask the system from time to time to have the kept files in its page cache again, where it can be asked."""
+        if hasattr(os, "posix_fadvise") and time.monotonic() - self._rewarmed > _REWARM_S:
+            self._rewarmed = time.monotonic()
+            paths = [entry.source.path for entry in self.cache.entries() if entry.kind == "file" and entry.source]
+            self._threads.submit(_rewarm, paths)
+
+    def close(self) -> None:
+        """Stop what is being loaded, and forget all."""
+        for task in self._tasks:
+            task.cancel()
+        for threads in (self._threads, self._names):
+            threads.shutdown(wait=False, cancel_futures=True)
+        self.cache.clear()
+
+
+def _check_and_warm(found: FoundLoRA, warm: bool) -> list[NamedRef]:
+    """Check the header; then read the file once from end to end, which shows a bad disk here and not in a client."""
+    with found.path.open("rb") as file:
+        _check_unchanged(found, os.fstat(file.fileno()))
+        refs = read_header(file, found.source.size, found.name)
+        if warm:
+            read_through(file, None, found.source.size)
+    return refs
+
+
+def _check_unchanged(found: FoundLoRA, facts: os.stat_result) -> None:
+    if not same_file(facts, found.source.size, found.source.mtime_ns, found.source.inode):
+        raise ModelLoadError(f"LoRA {found.name!r} is being changed just now", "Try again when it is written")
+
+
+def _rewarm(paths: list[str]) -> None:
+    for path in paths:
+        try:
+            file = os.open(path, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
+        except OSError:
+            continue
+        finally:
+            os.close(file)

@@ -1,0 +1,1 @@
+"""DaemonVAE and DaemonCLIP inside ComfyUI: real ComfyUI objects without weights."""

@@ -1,0 +1,231 @@
+"""The daemon's figures for Prometheus, read from the service's state when they are asked for.
+
+Names follow Prometheus' rules: base units, ``_total`` for what only grows. docs/monitoring.md lists them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import psutil
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+
+from .. import __version__
+from ..core import WorkerState
+from ..pool.events import Histogram, base_name, model_name
+
+if TYPE_CHECKING:
+    from ..control.service import Service
+    from .watchers import Watchers
+
+Values = Mapping[tuple[str, ...], float]
+"""By the values of the labels."""
+
+
+async def render(service: Service, watchers: Watchers, accept: str) -> tuple[bytes, str]:
+    """The exposition in the format that ``accept`` asks for, and its content type."""
+    # The state is read here, in one go; turning it into text takes longer and happens beside the event loop.
+    registry = CollectorRegistry()
+    registry.register(_Collected(list(Collector(service, watchers).collect())))
+    encode, kind = choose_encoder(accept)
+    return await asyncio.get_running_loop().run_in_executor(None, encode, registry), kind
+
+
+class _Collected:
+    """Families that have been made already."""
+
+    def __init__(self, families: list[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> list[Metric]:
+        return self._families
+
+
+class Collector:
+    """Makes every family from the service's state: one pass, no state of its own."""
+
+    def __init__(self, service: Service, watchers: Watchers) -> None:
+        self._service = service
+        self._watchers = watchers
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._process()
+        yield from self._requests()
+        yield from self._queue()
+        yield from self._workers()
+        yield from self._models()
+        yield from self._caches()
+        yield from self._loras()
+        yield from self._memory()
+        yield from self._clients()
+
+    def _process(self) -> Iterator[Metric]:
+        service, process = self._service, psutil.Process()
+        with process.oneshot():
+            rss, times, threads = process.memory_info().rss, process.cpu_times(), process.num_threads()
+        yield _gauge("luna_build_info", "The daemon's version; always 1.", {"version": __version__}, 1)
+        yield _gauge("luna_start_time_seconds", "When the daemon started, since 1970.", {}, service.born)
+        yield _gauge("luna_ready", "Whether it takes requests.", {}, int(service.pool.accepting))
+        yield _gauge("luna_process_resident_memory_bytes", "Memory of the control process.", {}, rss)
+        yield _counter("luna_process_cpu_seconds", "CPU time of the control process.", {}, times.user + times.system)
+        yield _gauge("luna_process_threads", "Threads of the control process.", {}, threads)
+
+    def _requests(self) -> Iterator[Metric]:
+        events = self._service.events
+        requests = CounterMetricFamily(
+            "luna_requests", "Requests that have ended, by op and result: ok, cancelled or an error's code.",
+            labels=["op", "result"],
+        )  # fmt: skip
+        for (op, result), count in events.results.items():
+            requests.add_metric([op, result], count)
+        yield requests
+        latency = HistogramMetricFamily(
+            "luna_request_duration_seconds", "From receipt to answer, of requests that went well.",
+            labels=["op", "model"],
+        )  # fmt: skip
+        for (op, model), histogram in events.latencies.items():
+            _add(latency, [op, model], histogram)
+        yield latency
+        yield _gauge("luna_requests_in_flight", "Requests that wait or are computed.", {}, self._service.pool.in_flight)
+        yield _counter("luna_requests_coalesced", "Requests that joined an identical one.", {}, self._service.coalesced)
+
+    def _queue(self) -> Iterator[Metric]:
+        service = self._service
+        yield _gauge("luna_queue_depth", "Requests that wait for a worker.", {}, len(service.pool.queue))
+        yield _gauge("luna_queue_limit", "Most that may wait.", {}, service.settings.queue_limit)
+        waits = HistogramMetricFamily("luna_queue_wait_seconds", "Time in the queue.", labels=[])
+        _add(waits, [], service.events.waits)
+        yield waits
+
+    def _workers(self) -> Iterator[Metric]:
+        pool, events = self._service.pool, self._service.events
+        states = Counter(worker.state for worker in pool.workers)
+        yield _gauges(
+            "luna_workers", "Worker processes by state.", ["state"],
+            {(state.value,): states[state] for state in WorkerState if state is not WorkerState.DEAD},
+        )  # fmt: skip
+        yield _gauges(
+            "luna_worker_resident_memory_bytes", "Memory of a worker process.", ["worker", "device"],
+            {(str(worker.number), worker.device): worker.rss for worker in pool.workers},
+        )  # fmt: skip
+        yield _counters("luna_worker_crashes", "Workers that died.", ["key"], _by_key(events.crashes))
+        yield _counters(
+            "luna_worker_restarts", "Workers started in place of one that died.", ["key"], _by_key(events.restarts)
+        )
+        yield _counter("luna_request_retries", "Requests tried again after their worker died.", {}, pool.retries)
+        yield _counters(
+            "luna_scale_events", "Workers and models that came or went, by event.", ["event"],
+            _by_key(events.scalings),
+        )  # fmt: skip
+
+    def _models(self) -> Iterator[Metric]:
+        held: Counter[tuple[str, ...]] = Counter()
+        for worker in self._service.pool.workers:
+            for key, nbytes in worker.models.items():
+                held[str(worker.number), key.partition(":")[0], model_name(key)] += nbytes
+        yield _gauges("luna_model_bytes", "Weights of a model in a worker.", ["worker", "kind", "model"], held)
+        yield _gauge("luna_models_pinned", "Models that stay loaded.", {}, len(self._service.pool.pinned))
+
+    def _caches(self) -> Iterator[Metric]:
+        stats = {"conditioning": self._service.cache.stats(), "lora": self._service.loras.stats()}
+
+        def of(name: str) -> Values:
+            return {(cache,): figures[name] for cache, figures in stats.items() if name in figures}
+
+        yield _counters("luna_cache_hits", "Answers from a cache.", ["cache"], of("hits"))
+        yield _counters("luna_cache_misses", "What a cache did not hold.", ["cache"], of("misses"))
+        yield _counters("luna_cache_evictions", "What had to make room in a cache.", ["cache"], of("evictions"))
+        yield _gauges("luna_cache_entries", "Entries of a cache.", ["cache"], of("entries"))
+        yield _gauges("luna_cache_bytes", "Memory of a cache.", ["cache"], of("bytes"))
+        yield _gauges("luna_cache_limit_bytes", "Most memory of a cache.", ["cache"], of("max_bytes"))
+
+    def _loras(self) -> Iterator[Metric]:
+        loras = self._service.loras.stats()["loras"]
+        figures: tuple[tuple[str, Any, str, str], ...] = (
+            ("hits", _counters, "luna_lora_hits", "How often a LoRA was served from the cache."),
+            ("misses", _counters, "luna_lora_misses", "How often it had to be loaded."),
+            ("bytes", _gauges, "luna_lora_bytes", "Memory of a LoRA."),
+            ("load_s", _gauges, "luna_lora_load_seconds", "How long loading it took."),
+            ("last_used", _gauges, "luna_lora_last_used_timestamp_seconds", "When it was last asked for, since 1970."),
+            ("clients", _gauges, "luna_lora_clients", "Clients that map it."),
+            ("pinned", _gauges, "luna_lora_pinned", "Whether it stays."),
+        )
+        for figure, family, name, text in figures:
+            values = {(base_name(lora),): facts[figure] for lora, facts in loras.items() if figure in facts}
+            yield family(name, text, ["lora"], values)
+
+    def _memory(self) -> Iterator[Metric]:
+        arena = self._service.memory.arena
+        figures = (0, 0, 0) if arena is None else (arena.bytes_used, arena.bytes_reserved, arena.max_bytes)
+        for figure, name, text in zip(
+            figures,
+            ("used", "reserved", "limit"),
+            ("Shared memory in use.", "Shared memory taken from the system.", "Most shared memory."),
+        ):
+            yield _gauge(f"luna_arena_{name}_bytes", text, {}, figure)
+        gpus = self._service.gpus
+        for figure_name, name, text in (
+            ("used", "luna_gpu_memory_used_bytes", "VRAM in use, by every process."),
+            ("free", "luna_gpu_memory_free_bytes", "VRAM that is free."),
+            ("total", "luna_gpu_memory_total_bytes", "VRAM of the GPU."),
+        ):
+            values: Values = {(str(gpu["index"]), gpu["name"], gpu["uuid"]): gpu[figure_name] for gpu in gpus}
+            yield _gauges(name, text, ["gpu", "name", "uuid"], values)
+
+    def _clients(self) -> Iterator[Metric]:
+        service = self._service
+        sessions = list(service.sessions.values())
+        yield _gauges(
+            "luna_clients", "Connected clients by how tensors travel.", ["transport"],
+            {("shared_memory",): sum(s.sees_arena for s in sessions),
+             ("tcp",): sum(not s.sees_arena for s in sessions)},
+        )  # fmt: skip
+        yield _gauge(
+            "luna_clients_leased_bytes", "Shared memory that clients hold.", {}, sum(s.leases.nbytes for s in sessions)
+        )
+        yield _gauge("luna_watchers", "Open WebSockets.", {}, len(self._watchers))
+        yield _counter(
+            "luna_watchers_dropped", "WebSockets cut off for reading too slowly.", {}, self._watchers.dropped
+        )
+        yield _counter("luna_client_fallbacks", "Calls that clients computed themselves.", {}, service.fallbacks)
+        yield _counter(
+            "luna_client_materialised", "Weights that clients had to load themselves.", {}, service.materialised
+        )
+
+
+def _by_key(counts: Counter[str]) -> Values:
+    return {(key,): count for key, count in counts.items()}
+
+
+def _add(family: HistogramMetricFamily, labels: list[str], histogram: Histogram) -> None:
+    buckets: list[Any] = histogram.buckets()
+    family.add_metric(labels, buckets=buckets, sum_value=histogram.total)
+
+
+def _gauge(name: str, text: str, labels: dict[str, str], value: float) -> Metric:
+    return _gauges(name, text, list(labels), {tuple(labels.values()): value})
+
+
+def _counter(name: str, text: str, labels: dict[str, str], value: float) -> Metric:
+    return _counters(name, text, list(labels), {tuple(labels.values()): value})
+
+
+def _gauges(name: str, text: str, labels: list[str], values: Values) -> Metric:
+    return _filled(GaugeMetricFamily(name, text, labels=labels), values)
+
+
+def _counters(name: str, text: str, labels: list[str], values: Values) -> Metric:
+    """``_total`` is put behind the name."""
+    return _filled(CounterMetricFamily(name, text, labels=labels), values)
+
+
+def _filled(family: Any, values: Values) -> Metric:
+    for labels, value in values.items():
+        family.add_metric(list(labels), value)
+    result: Metric = family
+    return result

@@ -1,0 +1,1 @@
+"""The machine: the runtime folder, GPU memory, logs, running a module's file directly."""
