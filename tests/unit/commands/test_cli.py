@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from luna_daemon import __version__
-from luna_daemon.commands import cli, doctor, terminal
+from luna_daemon.commands import cli, doctor, models, terminal
 from luna_daemon.system import runtime
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -166,7 +166,7 @@ def test_kinds_of_a_name(name, kind, kinds):
         def models(self) -> dict:
             return {"named": {"sdxl": {"vae": ["v"], "clip": ["c"]}, "tiny": {"vae": ["v"], "clip": []}}}
 
-    assert cli._kinds(Client(), name, kind) == kinds
+    assert models._kinds(Client(), name, kind) == kinds
 
 
 def test_a_taken_number_is_not_mistaken_for_the_daemon(tmp_path):
