@@ -18,6 +18,7 @@ import typer
 from .. import __version__
 from ..core import AuthenticationError, ConfigError, DaemonConnectionError, LunaError, PortInUse, logger
 from ..system import logs
+from ..system.ports import answers
 from . import models
 from .lora import lora_app
 from .options import (
@@ -317,17 +318,7 @@ def _end_of(client: DaemonClient, pid: int) -> Callable[[], bool]:
     if read_facts(client.port, client.runtime_dir).get("pid") == pid:
         return lambda: has_ended(pid, runtime_folder(client.port, client.runtime_dir))
 
-    return lambda: not _listens(client.host, client.port)
-
-
-def _listens(host: str, port: int) -> bool:
-    import socket
-
-    try:
-        socket.create_connection((host, port), timeout=0.5).close()
-    except OSError:
-        return False
-    return True
+    return lambda: not answers(client.host, client.port)
 
 
 def _status_page(client: DaemonClient, info: dict[str, Any], asked: int | None) -> str:
@@ -337,7 +328,7 @@ def _status_page(client: DaemonClient, info: dict[str, Any], asked: int | None) 
     ws_port, tls = info["ws_port"], info["tls"]
     if asked is not None and asked != ws_port:
         address = page_address(tls, client.host, asked) + "/"
-        return address if _listens(client.host, asked) else f"{address} does not answer"
+        return address if answers(client.host, asked) else f"{address} does not answer"
     starts = "none: its port is taken, or the daemon has just started"
     return page_address(tls, client.host, ws_port) + "/" if ws_port else starts
 
