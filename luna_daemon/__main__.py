@@ -1,4 +1,4 @@
-"""``python -m luna_daemon``, and ``python luna_daemon`` from any folder, is the ``luna-daemon`` command."""
+"""Runs the ``luna-daemon`` command: ``python -m luna_daemon``, or ``python luna_daemon`` from any folder."""
 
 if __name__ == "__main__" and not __package__:
     import pathlib

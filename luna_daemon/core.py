@@ -1,29 +1,29 @@
-"""The vocabulary every other module shares: enums, errors, the logger. Standard library only.
+"""The vocabulary that all other modules share: enums, errors, the logger. Standard library only.
 
 The error tree. Each class has a stable wire ``code``; the client raises the class whose code the daemon answered::
 
     LunaError
-    ├── ConfigError             a setting is wrong: names it, its value and what is allowed
-    ├── PortInUse               somebody else listens on our port
-    ├── DaemonConnectionError   no daemon answers, or it went away                  (local model may step in)
-    │   └── ShuttingDown        the daemon is draining                              (local model may step in)
+    ├── ConfigError             a setting is wrong: names the setting, its value and what is allowed
+    ├── PortInUse               another process listens on the port
+    ├── DaemonConnectionError   no daemon answers, or the connection broke         (local model may step in)
+    │   └── ShuttingDown        the daemon is draining                             (local model may step in)
     ├── ProtocolError           bytes that are not LDP/1
-    │   ├── VersionMismatch     the other side speaks another protocol version   (local model may step in)
-    │   └── AuthenticationError no token, or a wrong one                            (local model may step in)
-    ├── BadRequest              an argument is wrong: names it and its value
+    │   ├── VersionMismatch     the peer speaks another protocol version           (local model may step in)
+    │   └── AuthenticationError no token, or a wrong one                           (local model may step in)
+    ├── BadRequest              an argument is wrong: names the argument and its value
     │   └── LimitExceeded       larger than a limit that ``welcome`` announced
     ├── ModelError
-    │   ├── PatchMissing        a patch set is not kept (any more): put it again
-    │   ├── ModelNotFound       no such name or file                                (local model may step in)
-    │   ├── ModelMismatchError  the client's file is not the daemon's               (local model may step in)
-    │   └── ModelLoadError      the file is there and cannot be loaded              (local model may step in)
-    ├── ComfyRefused            no worker may, or can, run the client's own ComfyUI    (local model may step in)
+    │   ├── PatchMissing        a patch set is not kept (any more): send it again
+    │   ├── ModelNotFound       no such name or file                               (local model may step in)
+    │   ├── ModelMismatchError  the client's file is not the daemon's              (local model may step in)
+    │   └── ModelLoadError      the file is there and cannot be loaded             (local model may step in)
+    ├── ComfyRefused            no worker may, or can, run the client's own ComfyUI (local model may step in)
     ├── Busy                    the queue is full; ``retry_after_s`` says when to ask again
     ├── DeadlineExceeded        the request's deadline passed before it was started
-    ├── RequestCancelled        the caller cancelled it
+    ├── RequestCancelled        the caller cancelled the request
     ├── OutOfMemory             the device had no room, tiled or not
-    ├── WorkerCrashed           no worker process can be started                    (local model may step in)
-    │   └── PoisonRequest       two died on the same request: never tried again, and never locally
+    ├── WorkerCrashed           no worker process can be started                   (local model may step in)
+    │   └── PoisonRequest       a request crashed two workers: never repeated, and never computed locally
     └── InternalError           a bug in the daemon; its log has the traceback
 """
 
@@ -67,18 +67,18 @@ __all__ = [
 ]
 
 PROTOCOL_VERSION = 1
-"""The ``1`` of LDP/1. Both sides must speak the same."""
+"""The ``1`` of LDP/1. Client and daemon must speak the same version."""
 
 logger = logging.getLogger("luna_daemon")
 
 
 class ModelKind(str, Enum):
-    """What a model does; also the two kinds of work that scale on their own."""
+    """What a model does; workers of each kind scale on their own."""
 
     VAE = "vae"
     CLIP = "clip"
     ECHO = "echo"
-    """No model at all: the diagnostic backend that ``luna-daemon bench`` times the wire with."""
+    """No model: the diagnostic backend with which ``luna-daemon bench`` times the wire."""
 
 
 class ServiceType(str, Enum):
@@ -101,7 +101,7 @@ class WorkerState(str, Enum):
 
 
 class Priority(int, Enum):
-    """Who goes first when a queue forms; lower is sooner."""
+    """Order in the queue; lower is sooner."""
 
     INTERACTIVE = 0
     NORMAL = 1
@@ -155,7 +155,7 @@ class ShuttingDown(DaemonConnectionError):
 
 
 class ProtocolError(LunaError):
-    """The bytes are not the protocol's."""
+    """Bytes that do not follow the protocol."""
 
     code = "protocol"
 
@@ -181,13 +181,13 @@ class BadRequest(LunaError, ValueError):
 
 
 class LimitExceeded(BadRequest):
-    """Larger than an announced limit."""
+    """A size is larger than an announced limit."""
 
     code = "limit"
 
 
 class ModelError(LunaError):
-    """Something about a model."""
+    """A model cannot be used."""
 
     code = "model"
 
@@ -214,13 +214,13 @@ class ModelLoadError(ModelError):
 
 
 class PatchMissing(ModelError):
-    """A request names a patch set that is not kept (any more): put it, then ask again."""
+    """A request names a patch set that the daemon does not keep (any more): send the set, then ask again."""
 
     code = "patch_missing"
 
 
 class ComfyRefused(LunaError):
-    """No worker may run the client's own ComfyUI, or none that runs could be it: other bits are no answer."""
+    """No worker may, or can, run the client's own ComfyUI; another ComfyUI could give other results."""
 
     code = "comfyui_refused"
     local_ok = True
@@ -243,7 +243,7 @@ class DeadlineExceeded(LunaError, TimeoutError):
 
 
 class RequestCancelled(LunaError):
-    """The caller cancelled."""
+    """The caller cancelled the request."""
 
     code = "cancelled"
 
@@ -269,26 +269,26 @@ class PoisonRequest(WorkerCrashed):
 
 
 class InternalError(LunaError):
-    """A bug; the daemon's log has the traceback."""
+    """A bug in the daemon, whose log has the traceback."""
 
     code = "internal"
 
     @classmethod
     def of(cls, bug: BaseException) -> InternalError:
-        """What callers are told of an exception that nobody expected; whoever caught it logs it."""
+        """Make the error that callers get for an unexpected exception, which the daemon logs."""
         return cls(f"{type(bug).__name__}: {bug}", "The daemon's log has the traceback")
 
 
 def _tree(root: type[LunaError]) -> dict[str, type[LunaError]]:
-    """Classes by their own code; a subclass without one is the client's own affair."""
-    found = {root.code: root} if "code" in vars(root) else {}
+    """Map codes to classes; a subclass without a code of its own never travels."""
+    classes = {root.code: root} if "code" in vars(root) else {}
     for child in root.__subclasses__():
-        found.update(_tree(child))
-    return found
+        classes.update(_tree(child))
+    return classes
 
 
 def error_from_code(code: str, message: str, hint: str = "", retry_after_s: float = 0.0) -> LunaError:
-    """Build the exception that belongs to a wire code; an unknown code becomes a plain ``LunaError``."""
+    """Make the exception of a wire code; an unknown code gives a plain ``LunaError``."""
     kind = _tree(LunaError).get(code, LunaError)
     if issubclass(kind, Busy):
         return kind(message, hint, retry_after_s)

@@ -1,4 +1,4 @@
-"""Old imports: ``from luna_daemon.server import LunaDaemon``."""
+"""The predecessor's import ``from luna_daemon.server import LunaDaemon``, and its file as a command."""
 
 if __name__ == "__main__" and not __package__:
     import pathlib

@@ -1,1 +1,1 @@
-"""The machine: the runtime folder, GPU memory, logs, running a module's file directly."""
+"""The machine: runtime folder, ports, GPU memory, logs, units in words, and running a module's file directly."""

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def gpu_memory() -> list[dict[str, Any]]:
-    """Per GPU its index, name, UUID and bytes ``total``, ``used``, ``free``; empty without a GPU or the library."""
+    """List each GPU's index, name, UUID and bytes ``total``, ``used``, ``free``; empty without a GPU or the library."""
     try:
         import pynvml
     except ImportError:
@@ -16,14 +16,14 @@ def gpu_memory() -> list[dict[str, Any]]:
     except pynvml.NVMLError:
         return []
     try:
-        return [_facts(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return [_attributes(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount())]
     except pynvml.NVMLError:
         return []
     finally:
         pynvml.nvmlShutdown()
 
 
-def _facts(nvml: Any, index: int) -> dict[str, Any]:
+def _attributes(nvml: Any, index: int) -> dict[str, Any]:
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
     return {
@@ -37,7 +37,7 @@ def _facts(nvml: Any, index: int) -> dict[str, Any]:
 
 
 def free_vram(device: str) -> int | None:
-    """Free bytes of ``cuda:N`` or a GPU's UUID; ``None`` for other devices or where nothing can be known."""
+    """Look up the free bytes of ``cuda:N`` or a GPU's UUID; ``None`` for other devices and unknown GPUs."""
     if not device.startswith(("cuda", "GPU-")):
         return None
     wanted: str | int = device if device.startswith("GPU-") else int(device.partition(":")[2] or 0)

@@ -1,4 +1,4 @@
-"""The daemon's log: one line per event for people, or JSON lines; on stderr, and in a file that is rotated."""
+"""The daemon's log: plain or JSON lines, on stderr and in a rotated file."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ _FOR_PEOPLE = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%
 
 
 class JsonLines(logging.Formatter):
-    """One object per line: ``time`` (UTC), ``level``, ``message``, ``logger``, and ``error`` with a traceback."""
+    """Formats a record as a JSON object: ``time`` (UTC), ``level``, ``message``, ``logger``, ``error`` (traceback)."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Format a record as one line."""
         line = {
             "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
             "level": record.levelname,
@@ -29,7 +30,7 @@ class JsonLines(logging.Formatter):
 
 
 def set_up(as_json: bool = False, file: Path | None = None) -> None:
-    """Send every logger's lines to stderr, and to ``file`` if there is one; replaces what was set up before.
+    """Send the lines of all loggers to stderr and to ``file``, if any; replaces an earlier setup.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -43,12 +44,11 @@ def set_up(as_json: bool = False, file: Path | None = None) -> None:
 
 
 def _rotated(file: Path) -> logging.Handler:
-    from logging.handlers import RotatingFileHandler  # with what it imports it takes longer than all of this module
+    from logging.handlers import RotatingFileHandler  # takes longer to import than the rest of this module
 
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         return RotatingFileHandler(file, maxBytes=_FILE_BYTES, backupCount=_OLD_FILES, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(
-            f"setting 'log_file' is {str(file)!r}: {error.strerror or error}", "Name a file that can be written"
-        ) from error
+        message = f"setting 'log_file' is {str(file)!r}: {error.strerror or error}"
+        raise ConfigError(message, "Name a file that can be written") from error

@@ -1,8 +1,7 @@
-"""The runtime folder: where a daemon leaves its token and its pid, and where its user's clients find them.
+"""The runtime folder: a daemon writes its token and pid there, and the clients of the same user read both.
 
-One folder per user and port, by one rule that does not look at the environment: below the home folder that the
-system has on record, else below the system's folder for temporary files. A lock in it tells a live daemon from
-what a dead one left.
+There is one folder per user and port. Its place does not depend on environment variables: below the home folder in the
+user database, else below ``/tmp``. A lock beside the folder tells a running daemon from the remains of a dead one.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _FACTS = "daemon.json"
 
 
 def runtime_folder(port: int, override: Path | None = None) -> Path:
-    """The runtime folder of this user's daemon on ``port``."""
+    """Give the runtime folder of this user's daemon on ``port``, whether it exists or not."""
     if override is not None:
         return override / str(port)
     if sys.platform == "win32":
@@ -45,10 +44,10 @@ def runtime_folder(port: int, override: Path | None = None) -> Path:
 
 
 def state_folder(port: int, override: Path | None = None) -> Path:
-    """The folder that holds the runtime folders of all ports, made if it is missing: for what outlives a daemon.
+    """Give, and make, the parent of the runtime folders of all ports: for files that outlive a daemon.
 
     Raises:
-        AuthenticationError: it is a link or somebody else's.
+        AuthenticationError: the folder is a link or another user's.
     """
     folder = runtime_folder(port, override).parent
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -76,9 +75,13 @@ def check_folder(folder: Path) -> None:
 
 
 def find_token(port: int, folder: Path | None = None, environ: Mapping[str, str] | None = None) -> str:
-    """The token to present: ``LUNA_TOKEN``, ``LUNA_TOKEN_FILE``, or the one in this user's runtime folder.
+    """Find the token to present: ``LUNA_TOKEN``, ``LUNA_TOKEN_FILE``, or the file in this user's runtime folder.
 
-    Returns an empty string where there is none: the daemon's refusal then says what to do.
+    Returns:
+        The token; empty without one, in which case the daemon's refusal says what to do.
+
+    Raises:
+        AuthenticationError: ``LUNA_TOKEN_FILE`` cannot be read, or the runtime folder is another user's.
     """
     environ = os.environ if environ is None else environ
     if environ.get("LUNA_TOKEN"):
@@ -99,7 +102,7 @@ def find_token(port: int, folder: Path | None = None, environ: Mapping[str, str]
 
 
 def read_facts(port: int, folder: Path | None = None) -> dict[str, Any]:
-    """What the running daemon wrote about itself (``pid``, ``port``, ``ws_port``); empty if there is none."""
+    """Read what the running daemon wrote of itself (``pid``, ``port``, ``ws_port``); empty without a daemon."""
     try:
         facts: dict[str, Any] = json.loads((runtime_folder(port, folder) / _FACTS).read_text())
     except (OSError, ValueError):
@@ -108,7 +111,7 @@ def read_facts(port: int, folder: Path | None = None) -> dict[str, Any]:
 
 
 def has_ended(pid: int, folder: Path) -> bool:
-    """Whether the daemon of this runtime folder is gone; its number may be another process' by now."""
+    """Return whether the daemon of a runtime folder has ended; its pid may belong to another process by now."""
     import psutil
 
     try:
@@ -122,33 +125,27 @@ def has_ended(pid: int, folder: Path) -> bool:
 
 
 def dial_host(host: str) -> str:
-    """Where a process of this machine finds a daemon that listens on ``host``, every address included."""
+    """Give the address at which a process of this machine reaches a daemon that listens on ``host``."""
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
 def page_address(tls: bool, host: str, port: int) -> str:
-    """The status page of a daemon that is dialled at ``host``, without a slash at its end."""
+    """Give the URL of the status page at ``host``, without a slash at the end."""
     scheme = "https" if tls else "http"
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an IP address is of this host alone; anything else is not."""
+    """Return whether a text is an IP address that only this host can reach."""
     try:
-        found = ipaddress.ip_address(address)
+        ip = ipaddress.ip_address(address)
     except ValueError:
         return False
-    mapped = getattr(found, "ipv4_mapped", None)
-    return bool((mapped or found).is_loopback)
+    return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
 
 
 class Runtime:
-    """The daemon's side: takes the folder, writes a fresh token, removes both on ``close``.
-
-    Raises:
-        PortInUse: a live daemon of this user holds the folder.
-        AuthenticationError: the folder is a link or somebody else's.
-    """
+    """The daemon's side of the runtime folder: ``open`` takes it and writes a new token, ``close`` removes it."""
 
     def __init__(self, port: int, override: Path | None = None) -> None:
         self.folder = runtime_folder(port, override)
@@ -157,13 +154,18 @@ class Runtime:
         self.token = secrets.token_urlsafe(32)
 
     def open(self, facts: dict[str, Any]) -> None:
-        """Take the folder; sweep what a dead daemon left in it."""
+        """Take the folder, remove what a dead daemon left there, and write token and ``facts``.
+
+        Raises:
+            PortInUse: a running daemon of this user holds the folder.
+            AuthenticationError: the folder is a link or another user's.
+        """
         from filelock import FileLock, Timeout
 
-        with suppress(FileExistsError):  # a file or a link in its place: said below
+        with suppress(FileExistsError):  # a file or a link is in its place: the check below says so
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         check_folder(self.folder)
-        if self._by_rule:  # below /tmp somebody else may have made the parent, and could swap what is in it
+        if self._by_rule:  # below /tmp another user may have made the parent, and could replace what is in it
             check_folder(self.folder.parent)
         self.folder.chmod(0o700)
         self._lock = FileLock(str(self.folder.with_suffix(".lock")), thread_local=False)
@@ -171,7 +173,7 @@ class Runtime:
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise PortInUse(
-                f"another daemon of yours already uses port {self.port}",
+                f"another daemon of this user already uses port {self.port}",
                 "See 'luna-daemon status', or choose another --port",
             ) from error
         for stale in self.folder.iterdir():
@@ -180,10 +182,9 @@ class Runtime:
         self._write(_FACTS, json.dumps(facts))
 
     def renew(self) -> str:
-        """Another token in place of the old one."""
+        """Replace the token by a new one, and return the new token."""
         self.token = secrets.token_urlsafe(32)
-        fresh = self._write(_TOKEN + ".new", self.token)
-        fresh.replace(self.folder / _TOKEN)
+        self._write(_TOKEN + ".new", self.token).replace(self.folder / _TOKEN)
         return self.token
 
     def _write(self, name: str, text: str) -> Path:
@@ -193,7 +194,7 @@ class Runtime:
         return path
 
     def close(self) -> None:
-        """Remove the folder and give the lock back."""
+        """Remove the folder and release the lock."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.release()
         Path(self._lock.lock_file).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Direct execution of a module's file, ``python luna_daemon/daemon_server.py``, handled in one place.
+"""Direct execution of a module's file: ``python luna_daemon/daemon_server.py``.
 
 An entry module begins with::
 
@@ -18,13 +18,13 @@ from pathlib import Path
 
 
 def run_as_module(name: str) -> None:
-    """Run the module properly, as part of its package, and exit.
+    """Run a module as part of its package, and exit.
 
-    The paths that only direct execution put on ``sys.path`` go first: a script's folder would shadow the standard
-    library, and the repository has a ``nodes`` folder, as ComfyUI has a ``nodes`` module. They are the first entry,
-    which the header inserted, and the script's own folder behind it unless ``-P`` or ``-I`` left it out. The same
-    folder further back stays: site-packages, where the package was installed. The package itself is imported by now
-    and finds its own submodules.
+    Before that, the paths that direct execution put on ``sys.path`` are removed: a script's folder would shadow the
+    standard library, and the repository's ``nodes`` folder ComfyUI's ``nodes`` module. These paths are the first entry,
+    which the header inserted, and then the script's folder, unless ``-P`` or ``-I`` left it out. The same folder
+    further back stays: it is site-packages, where the package was installed. The package is imported already and finds
+    its submodules.
     """
     package = Path(__file__).resolve().parents[1]
     for ours in ([package.parent], [package, package / "pool"]):
@@ -35,8 +35,8 @@ def run_as_module(name: str) -> None:
 
 
 def run_command(*words: str) -> None:
-    """Run the ``luna-daemon`` command with these words, as a shell would.
+    """Run the ``luna-daemon`` command with these arguments.
 
-    Found by its name: what is below the command starts it, and need not import it.
+    The command is imported by its name, since callers are in layers below the command.
     """
     importlib.import_module("luna_daemon.commands.cli").main(list(words))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 
 def count(number: int, noun: str) -> str:
-    """Number and noun: ``1 worker``, ``2 workers``."""
+    """Write a number with its noun: ``1 worker``, ``2 workers``."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def size(nbytes: float) -> str:
-    """Bytes in the largest fitting unit (1024 of the next smaller): ``12 MB``, ``1.5 GB``."""
+    """Write bytes in the largest unit that fits, in steps of 1024: ``12 MB``, ``1.5 GB``."""
     for unit in ("B", "KB", "MB"):
         if nbytes < 1000:
             return f"{nbytes:.0f} {unit}"
@@ -18,7 +18,7 @@ def size(nbytes: float) -> str:
 
 
 def span(seconds: float) -> str:
-    """Seconds as ``42 s``, ``3 min``, ``2 h 5 min`` or ``3 days``."""
+    """Write seconds as ``42 s``, ``3 min``, ``2 h 5 min`` or ``3 days``."""
     minutes, hours = int(seconds) // 60, int(seconds) // 3600
     if hours >= 48:
         return f"{hours // 24} days"
