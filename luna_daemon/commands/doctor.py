@@ -74,7 +74,7 @@ def _tokenizer(settings: Settings) -> Iterator[Check]:
     if folder is not None and _is_tokenizer(folder):
         yield Check(title, "ok", str(folder))
     elif importlib.util.find_spec("instant_clip_tokenizer") is not None:
-        yield Check(title, "ok", "of the package instant-clip-tokenizer")
+        yield Check(title, "ok", "package instant-clip-tokenizer")
     else:
         # A folder of the diffusers layout brings its own tokenizer.
         level = "problem" if _has_single_file_encoder(settings) else "warning"

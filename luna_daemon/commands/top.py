@@ -175,10 +175,10 @@ def _latency(info: dict[str, Any]) -> RenderableType | None:
 
 
 def _caches(info: dict[str, Any]) -> RenderableType:
-    table = _table("Memory", "", ">entries", ">used", ">limit", ">hits", ">misses")
+    table = _table("Caches and shared memory", "", ">entries", ">used", ">limit", ">hits", ">misses")
     for name, cache in info["caches"].items():
         table.add_row(
-            f"{name} cache", str(cache["entries"]), size(cache["bytes"]), size(cache["max_bytes"]),
+            name, str(cache["entries"]), size(cache["bytes"]), size(cache["max_bytes"]),
             str(cache["hits"]), str(cache["misses"]),
         )  # fmt: skip
     arena = info["arena"]
