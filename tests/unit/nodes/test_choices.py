@@ -218,6 +218,6 @@ def test_an_output_that_is_not_served_says_so(part):
     """Whatever a node does with it; ComfyUI may look it over."""
     nothing = part("not_served").NotServed("llm", "use another")
     for use in (lambda: nothing.generate("x"), lambda: nothing(1), lambda: nothing["cond"]):
-        with pytest.raises((AttributeError, TypeError), match="output 'llm' holds nothing: use another"):
+        with pytest.raises((AttributeError, TypeError), match="output 'llm' is empty: use another"):
             use()
     assert not hasattr(nothing, "get_ram_usage") and "llm" in repr(nothing)
