@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ...core import ModelLoadError
-
-_MAX_HEADER = 100_000_000
+from ...core import ModelLoadError, ModelNotFound
+from ...files.safetensors import open_header
 
 
 @dataclass(frozen=True)
@@ -70,10 +68,10 @@ def open_weights(path: Path) -> WeightFiles:
         ModelLoadError: missing, empty, truncated, another format, or a folder without weights.
     """
     if not path.is_dir():
-        return WeightFiles(path, _read_header(path))
+        return WeightFiles(path, _entries(path))
     entries: dict[str, _Entry] = {}
     for shard in _shards(path):
-        entries.update(_read_header(shard))
+        entries.update(_entries(shard))
     return WeightFiles(path, entries, _read_config(path / "config.json"))
 
 
@@ -105,38 +103,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _read_header(path: Path) -> dict[str, _Entry]:
+def _entries(path: Path) -> dict[str, _Entry]:
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(8)
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-            text = file.read(length) if length <= _MAX_HEADER else b""
-    except OSError as error:
-        raise ModelLoadError(f"{path} cannot be read: {error.strerror}") from error
-    if size == 0:
-        raise ModelLoadError(f"{path} is empty")
-    try:
-        if len(text) != length or not text:
-            raise ValueError
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        entries = {name: _Entry(path, tuple(map(int, entry["shape"]))) for name, entry in header.items()}
-        end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ModelLoadError(f"{path} is {_guess(path, head)}", "Give a .safetensors file") from None
-    if size < 8 + length + end:
-        raise ModelLoadError(
-            f"{path} is truncated: {size} bytes of {8 + length + end}", "Copy or download the file again"
-        )
-    return entries
-
-
-def _guess(path: Path, head: bytes) -> str:
-    if head.startswith((b"PK", b"\x80")):
-        return "a PyTorch pickle, which is not loaded because it can run code"
-    if head.startswith(b"GGUF"):
-        return "a GGUF file, which this backend does not read"
-    if head.isascii() and all(byte >= 32 or byte in b"\t\r\n" for byte in head):
-        return f"a text file (starts with {head.decode('ascii')!r}), not a model"
-    return f"not a .safetensors file or cut short ({path.stat().st_size} bytes)"
+        tensors = open_header(path).tensors
+    except ModelNotFound as error:
+        raise ModelLoadError(error.message, error.hint) from error
+    return {name: _Entry(path, ref.shape) for name, ref in tensors.items()}

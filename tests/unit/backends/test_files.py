@@ -32,10 +32,10 @@ def fails(load: Load, kind: str, path: Path, named: str, type: str = "sdxl") -> 
         (b"\x80\x02}q\x00.", "a PyTorch pickle"),
         (b"PK\x03\x04" + bytes(30), "a PyTorch pickle"),
         (b"GGUF\x03\x00\x00\x00" + bytes(30), "a GGUF file"),
-        (b"\xff" * 40, "not a .safetensors file"),
-        (b"\x05\x00\x00\x00\x00\x00\x00\x00{}", "not a .safetensors file or cut short"),
-        (b"\x02\x00\x00\x00\x00\x00\x00\x00[]", "not a .safetensors file"),
-        (b'\x08\x00\x00\x00\x00\x00\x00\x00{"a": 1}', "not a .safetensors file"),
+        (b"\xff" * 40, "not a valid safetensors file: its header would have .* of another format"),
+        (b"\x05\x00\x00\x00\x00\x00\x00\x00{}", "the file has 10: it is cut short"),
+        (b"\x02\x00\x00\x00\x00\x00\x00\x00[]", "its header is not a JSON object"),
+        (b'\x08\x00\x00\x00\x00\x00\x00\x00{"a": 1}', "tensor 'a' is described by 1"),
     ],
 )
 def test_not_a_model(kind: str, content: bytes, named: str, tmp_path: Path, load: Load) -> None:
