@@ -153,10 +153,11 @@ def load_kl(part: Part, dtype: torch.dtype, device: torch.device) -> Autoencoder
     """
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    config = kl_config(part)
+    _check_family(part)
+    tensors = part_tensors(part)
     with torch.device("meta"):
-        model: Any = AutoencoderKL(**config)
-    assign_weights(part, model, part_tensors(part), dtype, device)
+        model: Any = AutoencoderKL(**kl_config(part, tensors))
+    assign_weights(part, model, tensors, dtype, device)
 
     def encode(images: torch.Tensor) -> torch.Tensor:
         latents: torch.Tensor = model.encode(images).latent_dist.mode()
@@ -167,7 +168,16 @@ def load_kl(part: Part, dtype: torch.dtype, device: torch.device) -> Autoencoder
         return images
 
     levels = len(model.config.block_out_channels)
-    return Autoencoder(model, encode, decode, part.shape("decoder.conv_in.weight")[1], 2 ** (levels - 1))
+    return Autoencoder(model, encode, decode, model.config.latent_channels, 2 ** (levels - 1))
+
+
+def _check_family(part: Part) -> None:
+    shape = part.shape("decoder.conv_in.weight")
+    if len(shape) != 4 or shape[1] > 16 or part.has("decoder.mid.block_1.mix_factor"):
+        raise ModelLoadError(
+            f"{part.weights.source} is a VAE of another family (input convolution {list(shape)})",
+            "This backend knows the VAEs of SD1.5, SDXL, SD3 and Flux, and TAESD",
+        )
 
 
 def load_tiny(parts: list[Part], family: str, dtype: torch.dtype, device: torch.device) -> Autoencoder:

@@ -150,7 +150,7 @@ def load_text_encoder(
         model, norm = _new_t5(part, tensors)
         rules = ChunkRules(None, 1, 0, 99_999_999, min_length)
     else:
-        model, norm, positions = _new_clip(part)
+        model, norm, positions = _new_clip(part, tensors)
         rules = ChunkRules(49406, 49407, 0 if part.name == "g" else 49407, positions)
         if part.name == "g":
             projection = text_projection(part).to(device, dtype)
@@ -167,10 +167,10 @@ def _kept_dtype(part: Part, tensors: Tensors) -> torch.dtype:
     return torch.float16 if norm is None or norm.element_size() > 2 else norm.dtype
 
 
-def _new_clip(part: Part) -> tuple[nn.Module, nn.Module, int]:
+def _new_clip(part: Part, tensors: Tensors) -> tuple[nn.Module, nn.Module, int]:
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    config = CLIPTextConfig(**clip_config(part), bos_token_id=49406, eos_token_id=49407)
+    config = CLIPTextConfig(**clip_config(part, tensors), bos_token_id=49406, eos_token_id=49407)
     with torch.device("meta"):
         model: Any = CLIPTextModel(config)
     # transformers 4 has one more level than 5.
@@ -185,9 +185,5 @@ def _new_t5(part: Part, tensors: Tensors) -> tuple[nn.Module, nn.Module]:
     from transformers import T5Config, T5EncoderModel
 
     with torch.device("meta"):
-        model: Any = T5EncoderModel(T5Config(**t5_config(part)))
-    embedding = "encoder.embed_tokens.weight"
-    shared = tensors.get("shared.weight", tensors.get(embedding))
-    if shared is not None:
-        tensors["shared.weight"] = tensors[embedding] = shared
+        model: Any = T5EncoderModel(T5Config(**t5_config(part, tensors)))
     return model, model.encoder.final_layer_norm

@@ -13,12 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from ...core import ModelLoadError, ModelNotFound
 from ...files.safetensors import open_header
-
-
-@dataclass(frozen=True)
-class _Entry:
-    file: Path
-    shape: tuple[int, ...]
+from ...wire.messages import TensorRef
 
 
 @dataclass(frozen=True)
@@ -27,7 +22,8 @@ class WeightFiles:
 
     source: Path
     """What the user gave: a file, or a folder of the diffusers layout."""
-    entries: dict[str, _Entry]
+    entries: dict[str, tuple[Path, TensorRef]]
+    """By key: the file that holds the tensor, and the tensor's header."""
     config: dict[str, Any] = field(default_factory=dict)
     """The folder's ``config.json``; empty for a single file."""
 
@@ -36,7 +32,7 @@ class WeightFiles:
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of a tensor that exists; no data is read."""
-        return self.entries[key].shape
+        return self.entries[key][1].shape
 
     def below(self, prefix: str) -> list[str]:
         """Keys that start with ``prefix``."""
@@ -50,7 +46,7 @@ class WeightFiles:
         """
         wanted: dict[Path, list[str]] = {}
         for key in keys:
-            wanted.setdefault(self.entries[key].file, []).append(key)
+            wanted.setdefault(self.entries[key][0], []).append(key)
         tensors: dict[str, torch.Tensor] = {}
         for path, names in wanted.items():
             try:
@@ -69,7 +65,7 @@ def open_weights(path: Path) -> WeightFiles:
     """
     if not path.is_dir():
         return WeightFiles(path, _entries(path))
-    entries: dict[str, _Entry] = {}
+    entries: dict[str, tuple[Path, TensorRef]] = {}
     for shard in _shards(path):
         entries.update(_entries(shard))
     return WeightFiles(path, entries, _read_config(path / "config.json"))
@@ -103,9 +99,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _entries(path: Path) -> dict[str, _Entry]:
+def _entries(path: Path) -> dict[str, tuple[Path, TensorRef]]:
     try:
         tensors = open_header(path).tensors
     except ModelNotFound as error:
         raise ModelLoadError(error.message, error.hint) from error
-    return {name: _Entry(path, ref.shape) for name, ref in tensors.items()}
+    return {name: (path, ref) for name, ref in tensors.items()}
