@@ -18,10 +18,10 @@ from ...wire.messages import TensorRef
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """One model's tensors, in one file or several shards, known by their headers only."""
+    """One model's tensors, in one file or several shards, known by the headers only."""
 
     source: Path
-    """What the user gave: a file, or a folder of the diffusers layout."""
+    """The file, or the folder of the diffusers layout."""
     entries: dict[str, tuple[Path, TensorRef]]
     """By key: the file that holds the tensor, and the tensor's header."""
     config: dict[str, Any] = field(default_factory=dict)
@@ -31,7 +31,11 @@ class WeightFiles:
         return key in self.entries
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a tensor that exists; no data is read."""
+        """Shape of a tensor, from the header.
+
+        Raises:
+            KeyError: no such tensor.
+        """
         return self.entries[key][1].shape
 
     def below(self, prefix: str) -> list[str]:
@@ -39,7 +43,7 @@ class WeightFiles:
         return [key for key in self.entries if key.startswith(prefix)]
 
     def load(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Tensors as views of the memory-mapped file: copy before writing.
+        """Tensors by key, as views of the memory-mapped file: copy before writing.
 
         Raises:
             ModelLoadError: the file changed since its header was read.
@@ -58,7 +62,7 @@ class WeightFiles:
 
 
 def open_weights(path: Path) -> WeightFiles:
-    """Read the headers of a ``.safetensors`` file, or of a folder that holds one model's.
+    """Read the headers of a ``.safetensors`` file, or of a folder of one model's shards.
 
     Raises:
         ModelLoadError: missing, empty, truncated, another format, or a folder without weights.
@@ -71,21 +75,20 @@ def open_weights(path: Path) -> WeightFiles:
     return WeightFiles(path, entries, _read_config(path / "config.json"))
 
 
-def component_folders(folder: Path, stem: str) -> list[Path]:
-    """A pipeline's components (``text_encoder``, ``text_encoder_2`` ...), or the folder itself if it has none."""
-    found = [folder / f"{stem}{suffix}" for suffix in ("", "_2", "_3")]
-    return [path for path in found if path.is_dir()] or [folder]
+def component_folders(path: Path, stem: str) -> list[Path]:
+    """A pipeline's components (``text_encoder``, ``text_encoder_2`` ...); without any the path itself."""
+    components = [path / f"{stem}{suffix}" for suffix in ("", "_2", "_3")]
+    return [folder for folder in components if folder.is_dir()] or [path]
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The weight files of one variant: the plain one if there is one, not its ``fp16`` twin."""
+    """The weight files of one variant: the plain one rather than ``fp16`` and the like."""
     variants: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         variants.setdefault(path.stem.split("-0")[0], []).append(path)
     if not variants:
         names = sorted(path.name for path in folder.iterdir())
-        found = ", ".join(names[:6]) if names else "nothing"
-        raise ModelLoadError(f"{folder} has no .safetensors file; found {found}")
+        raise ModelLoadError(f"{folder} has no .safetensors file; found {', '.join(names[:6]) or 'nothing'}")
     return variants[min(variants, key=len)]
 
 
