@@ -8,8 +8,6 @@ import pytest
 import torch
 
 from demo.make_text_encoder import to_ldm
-from luna_daemon.backends.diffusers.layouts import find_parts
-from luna_daemon.backends.diffusers.weightfiles import open_weights
 from luna_daemon.core import ConfigError, ModelLoadError
 
 from .conftest import Load, clip_model, kl_weights, save
@@ -136,8 +134,3 @@ def test_unknown_family_and_kind(tmp_path: Path, load: Load) -> None:
         load("clip", path, type="hunyuan")
     with pytest.raises(ModelLoadError, match="kind 'echo'"):
         load("echo", path)
-
-
-def test_names_of_files_do_not_matter(tmp_path: Path) -> None:
-    path = save(tmp_path / "sdxl_vae.safetensors", clip_model("g").state_dict())
-    assert [(part.name, part.prefix) for part in find_parts(open_weights(path))] == [("g", "text_model.")]
