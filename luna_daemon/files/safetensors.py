@@ -113,16 +113,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _parse_entry(key: str, entry: Any, start: int, title: str) -> TensorRef:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _invalid(title, f"tensor {key!r} is described by {_short(entry)}")
+        raise _invalid(title, f"tensor {key!r} is described by {entry!r:.80}")
     dtype, bits = _DTYPES.get(str(entry["dtype"]), ("", 0))
     shape, span = entry["shape"], entry["data_offsets"]
     if not dtype:
-        raise _invalid(title, f"tensor {key!r} has dtype {_short(entry['dtype'])}, which is unknown")
+        raise _invalid(title, f"tensor {key!r} has dtype {entry['dtype']!r:.80}, which is unknown")
     if not _counts(shape) or len(shape) > _MAX_DIMENSIONS or math.prod(n or 1 for n in shape) > _MAX_ELEMENTS:
-        raise _invalid(title, f"tensor {key!r} has shape {_short(shape)}")
+        raise _invalid(title, f"tensor {key!r} has shape {shape!r:.80}")
     nbytes, rest = divmod(math.prod(shape) * bits, 8)
     if rest or not _counts(span) or len(span) != 2 or span[1] - span[0] != nbytes:
-        raise _invalid(title, f"tensor {key!r} of {nbytes} bytes lies at {_short(span)}")
+        raise _invalid(title, f"tensor {key!r} of {nbytes} bytes lies at {span!r:.80}")
     return TensorRef(dtype, tuple(shape), nbytes, start + span[0])
 
 
@@ -140,11 +140,6 @@ def _check_places(refs: list[NamedRef], start: int, size: int, title: str) -> No
 
 def _counts(value: Any) -> bool:
     return isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _guess(head: bytes, length: int, size: int) -> str:

@@ -153,7 +153,6 @@ def load_kl(part: Part, dtype: torch.dtype, device: torch.device) -> Autoencoder
     """
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    _check_family(part)
     tensors = part_tensors(part)
     with torch.device("meta"):
         model: Any = AutoencoderKL(**kl_config(part, tensors))
@@ -166,15 +165,6 @@ def load_kl(part: Part, dtype: torch.dtype, device: torch.device) -> Autoencoder
         model.config.latent_channels,
         2 ** (len(model.config.block_out_channels) - 1),
     )
-
-
-def _check_family(part: Part) -> None:
-    shape = part.shape("decoder.conv_in.weight")
-    if len(shape) != 4 or shape[1] > 16 or part.has("decoder.mid.block_1.mix_factor"):
-        raise ModelLoadError(
-            f"{part.weights.source} is a VAE of another family (input convolution {list(shape)})",
-            "This backend knows the VAEs of SD1.5, SDXL, SD3 and Flux, and TAESD",
-        )
 
 
 def load_tiny(parts: list[Part], family: str, dtype: torch.dtype, device: torch.device) -> Autoencoder:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ...core import ModelLoadError
-from .layouts import Part
+from .layouts import Part, count_numbers
 
 Tensors = dict[str, torch.Tensor]
 """A part's tensors by the library's keys."""
@@ -37,11 +37,6 @@ def _shape(part: Part, tensors: Tensors, key: str) -> torch.Size:
     return tensors[key].shape
 
 
-def _count(tensors: Tensors, pattern: str) -> int:
-    """How many distinct numbers stand where ``pattern`` has its group."""
-    return len({match.group(1) for key in tensors if (match := re.match(pattern, key))})
-
-
 # --- VAE ---------------------------------------------------------------------------------------------------------
 
 
@@ -49,9 +44,15 @@ def kl_config(part: Part, tensors: Tensors) -> dict[str, Any]:
     """Arguments of diffusers' ``AutoencoderKL``.
 
     Raises:
-        ModelLoadError: half a VAE.
+        ModelLoadError: a VAE of another family, or half a VAE.
     """
-    levels = _count(tensors, r"encoder\.down_blocks\.(\d+)\.resnets\.")
+    conv = _shape(part, tensors, "decoder.conv_in.weight")
+    if len(conv) != 4 or conv[1] > 16 or any(key.endswith(".mix_factor") for key in tensors):
+        raise ModelLoadError(
+            f"{part.weights.source} is a VAE of another family (input convolution {list(conv)})",
+            "This backend knows the VAEs of SD1.5, SDXL, SD3 and Flux, and TAESD",
+        )
+    levels = count_numbers(tensors, r"encoder\.down_blocks\.(\d+)\.resnets\.")
     if not levels:
         raise ModelLoadError(f"{part.weights.source} is a VAE without its encoder")
     first_layer = "encoder.down_blocks.{}.resnets.0.conv1.weight"
@@ -59,8 +60,8 @@ def kl_config(part: Part, tensors: Tensors) -> dict[str, Any]:
         "down_block_types": ("DownEncoderBlock2D",) * levels,
         "up_block_types": ("UpDecoderBlock2D",) * levels,
         "block_out_channels": [_shape(part, tensors, first_layer.format(level))[0] for level in range(levels)],
-        "layers_per_block": _count(tensors, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
-        "latent_channels": _shape(part, tensors, "decoder.conv_in.weight")[1],
+        "layers_per_block": count_numbers(tensors, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+        "latent_channels": conv[1],
         "norm_num_groups": part.weights.config.get("norm_num_groups", 32),
         "use_quant_conv": "quant_conv.weight" in tensors,
         "use_post_quant_conv": "post_quant_conv.weight" in tensors,
@@ -72,7 +73,7 @@ def _from_ldm(tensors: Tensors) -> Tensors:
     from diffusers.loaders import single_file_utils
 
     library: Any = single_file_utils
-    blocks = range(_count(tensors, r"decoder\.up\.(\d+)\."))
+    blocks = range(count_numbers(tensors, r"decoder\.up\.(\d+)\."))
     config = {"down_block_types": blocks, "up_block_types": blocks}
     renamed: Tensors = library.convert_ldm_vae_checkpoint(tensors, config)
     return renamed
@@ -129,7 +130,7 @@ def clip_config(part: Part, tensors: Tensors) -> dict[str, Any]:
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": _shape(part, tensors, "encoder.layers.0.mlp.fc1.weight")[0],
-        "num_hidden_layers": _count(tensors, r"encoder\.layers\.(\d+)\."),
+        "num_hidden_layers": count_numbers(tensors, r"encoder\.layers\.(\d+)\."),
         # Every CLIP text encoder in use has heads of 64.
         "num_attention_heads": given.get("num_attention_heads", max(1, width // 64)),
         "max_position_embeddings": _shape(part, tensors, "embeddings.position_embedding.weight")[0],
@@ -155,7 +156,7 @@ def t5_config(part: Part, tensors: Tensors) -> dict[str, Any]:
         "d_model": width,
         "d_kv": _shape(part, tensors, attention + "q.weight")[0] // heads,
         "d_ff": _shape(part, tensors, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight")[0],
-        "num_layers": _count(tensors, r"encoder\.block\.(\d+)\."),
+        "num_layers": count_numbers(tensors, r"encoder\.block\.(\d+)\."),
         "num_heads": heads,
         "relative_attention_num_buckets": buckets,
         "feed_forward_proj": "gated-gelu",

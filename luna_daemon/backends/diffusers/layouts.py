@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ...core import ModelLoadError
 from .weightfiles import WeightFiles
 
 
@@ -25,24 +25,14 @@ class Part:
     """What the file puts before the layout's keys."""
     weights: WeightFiles
 
-    def has(self, key: str) -> bool:
-        """Whether the part has a tensor of this key, without prefix."""
-        return self.prefix + key in self.weights
+    def keys(self) -> list[str]:
+        """Keys without the prefix."""
+        return [key[len(self.prefix) :] for key in self.weights.below(self.prefix)]
 
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of the tensor of this key, without prefix.
 
-        Raises:
-            ModelLoadError: no such tensor.
-        """
-        if not self.has(key):
-            raise ModelLoadError(f"{self.weights.source} lacks {self.prefix}{key}")
-        return self.weights.shape(self.prefix + key)
-
-    def count(self, pattern: str) -> int:
-        """How many distinct numbers keys have where ``pattern`` has its group."""
-        matcher = re.compile(re.escape(self.prefix) + pattern)
-        return len({m.group(1) for key in self.weights.entries if (m := matcher.match(key))})
+def count_numbers(keys: Iterable[str], pattern: str) -> int:
+    """Count the distinct numbers that keys have where ``pattern`` has its group."""
+    return len({match.group(1) for key in keys if (match := re.match(pattern, key))})
 
 
 _TEXT_PREFIXES = (
@@ -87,7 +77,7 @@ def find_parts(weights: WeightFiles) -> list[Part]:
 def _named(part: Part) -> Part:
     """Tell CLIP-L, H and G apart by depth, as ComfyUI does."""
     pattern = r"transformer\.resblocks\.(\d+)\." if part.layout == "open_clip" else r"encoder\.layers\.(\d+)\."
-    depth = part.count(pattern)
+    depth = count_numbers(part.keys(), pattern)
     name = "g" if depth > 30 else "h" if depth > 22 else "l"
     return Part(name, part.layout, part.prefix, part.weights)
 
