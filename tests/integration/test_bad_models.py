@@ -81,9 +81,9 @@ BROKEN = {
     "header only": "cut short",
     "text": "a text file",
     "pickle": "pickle.*can run code",
-    "zeros": "not a .safetensors file",
-    "huge header": "not a .safetensors file",
-    "no dictionary": "not a .safetensors file",
+    "zeros": "not a valid safetensors file",
+    "huge header": "not a valid safetensors file",
+    "no dictionary": "not a valid safetensors file",
     "folder": "has no .safetensors file",
 }
 

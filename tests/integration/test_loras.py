@@ -316,6 +316,13 @@ def test_another_file_of_that_path_is_never_taken_for_it(client, folder, monkeyp
 # --- bad files ---------------------------------------------------------------------------------------------------
 
 
+def test_a_dtype_that_cannot_be_sent(client, folder):
+    """A valid file whose tensors cannot reach a client is refused as such, and not as broken."""
+    save_file({"a": torch.zeros(2, dtype=torch.uint16)}, folder / "wide.safetensors")
+    with pytest.raises(ModelLoadError, match=r"'wide.safetensors': tensor 'a' has dtype uint16"):
+        client.load_lora("wide.safetensors")
+
+
 def test_a_corrupt_file(client, daemon, folder):
     """Cut, empty, lying: a typed error that names it; the daemon serves on, and nothing is kept."""
     whole = folder / "whole.safetensors"
@@ -324,7 +331,7 @@ def test_a_corrupt_file(client, daemon, folder):
     for number, broken in enumerate((b"", data[:7], data[:1000], data[:-1], data + b"x", b"\xff" * 100)):
         (folder / f"broken{number}.safetensors").write_bytes(broken)
         for _ in range(2):
-            with pytest.raises(ModelLoadError, match=f"'broken{number}.safetensors' is no sound safetensors file"):
+            with pytest.raises(ModelLoadError, match=f"'broken{number}.safetensors' is not a valid safetensors file"):
                 client.load_lora(f"broken{number}.safetensors")
     with daemon.client(use_arena=False) as remote, pytest.raises(ModelLoadError, match="broken2"):
         remote.load_lora("broken2.safetensors")
