@@ -394,7 +394,7 @@ def test_a_conversion_is_not_waited_for_for_ever(start_daemon, tmp_path):
 
     thread = threading.Thread(target=load)
     thread.start()
-    daemon.wait_for(lambda info: signs == ["loading"], 10)
+    daemon.wait_for(lambda info: signs == ["loading"])
     (hanging,) = daemon.workers()
     daemon.stop()
     thread.join(10)
