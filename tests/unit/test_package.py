@@ -76,7 +76,10 @@ def test_the_package_has_few_rooms_and_many_tenants():
 
 
 def test_the_control_process_needs_no_torch():
-    """With torch, ComfyUI, diffusers and transformers impossible to import, everything outside the backends imports."""
+    """With torch, ComfyUI, diffusers and transformers impossible to import, everything outside the backends imports.
+
+    So do the stand-ins of the unit tests.
+    """
     script = f"""
 import sys
 class Blocked:
@@ -85,7 +88,7 @@ class Blocked:
             raise ImportError(name + " is blocked")
 sys.meta_path.insert(0, Blocked())
 import importlib
-for name in {CONTROL!r}:
+for name in {[*CONTROL, "tests.unit.fakes"]!r}:
     importlib.import_module(name)
 assert "torch" not in sys.modules
 try:
