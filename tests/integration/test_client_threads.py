@@ -68,7 +68,7 @@ def test_sixteen_threads(daemon, use_arena):
     assert all(call.value(60) for call in calls)
     # A waiting thread looks up by itself once per second; a busy machine makes every turn slower.
     usual = statistics.median(times)
-    assert max(times) < max(0.9, 10 * usual), "somebody slept through the hand-over of the reader's part"
+    assert max(times) < max(0.9, 5 * usual), "somebody slept through the hand-over of the reader's part"
 
 
 def test_the_reader_leaves(daemon):
@@ -85,7 +85,7 @@ def seconds_after_its_reader_left(daemon, client):
     leave = threading.Event()
     reader = Background(lambda: client.call(m.Echo(0, 30.0), is_cancelled=leave.is_set))
     daemon.wait_for(is_busy)
-    other = Background(lambda: client.call(m.Echo(0, 0.8)))
+    other = Background(lambda: client.call(m.Echo(0, 0.3)))
     daemon.wait_for(lambda info: info["in_flight"] == 2)
     leave.set()
     assert isinstance(reader.wait(5).error, RequestCancelled)
