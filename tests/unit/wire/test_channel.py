@@ -251,9 +251,9 @@ def test_closing_wakes_the_reader(pair):
 
     reader = threading.Thread(target=read)
     reader.start()
-    time.sleep(0.05)
+    time.sleep(0.05)  # nothing says that it waits; if it does not yet, it must fail all the same
     channel.close()
-    reader.join(5)
+    reader.join(20)
     assert len(errors) == 1
 
 

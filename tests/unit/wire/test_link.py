@@ -396,7 +396,7 @@ def test_results_survive_the_end_of_the_client(start, arena):
     link, daemon = start(lambda daemon, request, asked: lend(daemon, request, 5), arena)
     (tensor,) = call(link, m.Echo(BIG)).tensors
     link.close()
-    time.sleep(0.05)
+    time.sleep(0.05)  # that nothing is said is told by time alone
     assert not any(isinstance(message, m.Bye) for message in daemon.came), "the daemon would lend the memory to others"
     assert int(tensor.sum()) == BIG
     del tensor
