@@ -137,7 +137,10 @@ def test_a_write_is_seen_by_nobody_else(start_daemon, tmp_path, kind):
 def ten_peers():
     """Ten processes that have imported what they need; each test tells them of its daemon."""
     with ExitStack() as stack:
-        yield [stack.enter_context(Peer()) for _ in range(10)]
+        peers = [stack.enter_context(Peer()) for _ in range(10)]
+        yield peers
+        for peer in peers:  # all end at the same time, not one after the other
+            peer.process.stdin.close()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PSS is Linux' own")
