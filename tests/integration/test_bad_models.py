@@ -66,7 +66,7 @@ def the_worker_works_on(daemon):
     yield
     with daemon.client() as client:
         assert client.vae_decode(torch.zeros(1, 16, 4, 4), "demo").shape == (1, 32, 32, 3)
-    info = daemon.wait_for(lambda info: info["arena"]["used"] == 0 and info["in_flight"] == 0, 5)
+    info = daemon.wait_for(lambda info: info["arena"]["used"] == 0 and info["in_flight"] == 0)
     assert [worker["pid"] for worker in info["workers"]] == pids and info["crashes"] == 0
 
 
