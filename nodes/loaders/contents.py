@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
-from luna_daemon.comfyui.meta import Header, read_header, read_tensor
+from luna_daemon.comfyui.meta import read_tensor
 from luna_daemon.core import LunaError
+from luna_daemon.files.safetensors import Header, open_header
+from luna_daemon.wire.messages import TensorRef
 
 from .. import host, models
 from .origins import Origin
 
 __all__ = ["differs", "find_by_contents", "is_whole"]
 
-Place = tuple[Header, str]
-"""A file's header, and the name of a tensor in it."""
+Place = tuple[str, TensorRef]
+"""A file, and where a tensor lies in it."""
 
 _SAMPLE = 12
 _MOST_SAMPLED = 1 << 20
@@ -29,7 +31,7 @@ _MAY_LACK = ("position_ids", "logit_scale", "text_projection.weight", "vae_scale
 def differs(patcher: Any, files: Iterable[str]) -> bool:
     """Whether a sample of the network's weights is in the files with other values; what is not found is not judged."""
     places = _places(patcher, files)
-    sizes = {key: found[0][0].tensors[found[0][1]].count for key, found in places.items() if found}
+    sizes = {key: math.prod(found[0][1].shape) for key, found in places.items() if found}
     small = [key for key, size in sizes.items() if 1 < size <= _MOST_SAMPLED]
     return any(not _is_equal(patcher, key, places[key]) for key in small[:: max(1, len(small) // _SAMPLE)])
 
@@ -55,12 +57,12 @@ def find_by_contents(patcher: Any, folders: Iterable[str]) -> Iterator[Origin]:
                 yield Origin((path,), checkpoint=folder == "checkpoints")
 
 
-def _headers(files: Iterable[str]) -> list[Header]:
-    """Headers of those files that have one that can be read."""
+def _headers(files: Iterable[str]) -> list[tuple[str, Header]]:
+    """Those files whose header can be read, with it."""
     found = []
     for file in files:
         try:
-            found.append(read_header(Path(file)))
+            found.append((file, open_header(file)))
         except LunaError:
             continue
     return found
@@ -72,13 +74,13 @@ def _places(patcher: Any, files: Iterable[str]) -> dict[str, list[Place]]:
     return {key: _find(key, tuple(value.shape), headers) for key, value in patcher.model.state_dict().items()}
 
 
-def _find(key: str, shape: tuple[int, ...], headers: list[Header]) -> list[Place]:
+def _find(key: str, shape: tuple[int, ...], headers: list[tuple[str, Header]]) -> list[Place]:
     """Under its name, with a checkpoint's prefix, or without the network's: two encoders' files have equal names."""
     found, rest = [], key
     while rest:
-        for header in headers:
-            names = (prefix + rest for prefix in _PREFIXES if prefix + rest in header.tensors)
-            found += [(header, name) for name in names if header.tensors[name].shape == shape]
+        for file, header in headers:
+            refs = (header.tensors[prefix + rest] for prefix in _PREFIXES if prefix + rest in header.tensors)
+            found += [(file, ref) for ref in refs if ref.shape == shape]
         rest = rest.partition(".")[2] if rest.count(".") > 1 else ""
     return found
 
