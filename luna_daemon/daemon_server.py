@@ -130,7 +130,7 @@ class LunaDaemon:
             if self._process.poll() is not None:
                 lines = log.read_text(errors="replace").strip().splitlines() or ["the daemon ended without a word"]
                 last = lines[-1].removeprefix("luna-daemon: ")
-                raise PortInUse(last) if _taken(last) else ConfigError(last)
+                raise PortInUse(last) if self._process.returncode == PortInUse.exit_code else ConfigError(last)
             with suppress(LunaError), self._client(DaemonClient) as client:
                 # Another daemon may answer on this port: ours ends by itself then, and says so.
                 if client.get_daemon_info()["start_id"] == start_id:
@@ -328,10 +328,6 @@ def _as_text(name: str, value: Any) -> str:
     if isinstance(value, dict):
         return json.dumps({name: getattr(m, "model_dump", lambda m=m: m)() for name, m in value.items()})
     return str(getattr(value, "value", value))
-
-
-def _taken(text: str) -> bool:
-    return "is in use by" in text or "already uses port" in text
 
 
 async def _drain(pool: WorkerPool) -> None:
