@@ -10,10 +10,8 @@ if __name__ == "__main__" and not __package__:
     run_as_module("luna_daemon.daemon_server")
 
 import asyncio
-import json
 import os
 import secrets
-import shlex
 import signal
 import ssl
 import subprocess
@@ -24,6 +22,8 @@ from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import to_json
 
 from .config import Settings, load_settings
 from .control.listening import bind, facts_of, tls_of
@@ -179,9 +179,8 @@ class LunaDaemon:
         return kind(self.settings.host, self.port, runtime_dir=self.settings.runtime_dir, name="LunaDaemon")
 
     def _environment(self, start_id: str) -> dict[str, str]:
-        """The overrides as ``LUNA_*`` variables for the child."""
-        variables = {"LUNA_START_ID": start_id}
-        variables |= {f"LUNA_{name.upper()}": _as_text(name, value) for name, value in self.overrides.items()}
+        """Variables that hand the overrides on to the child: not on its command line, which everybody may read."""
+        variables = {"LUNA_START_ID": start_id, "LUNA_OVERRIDES": to_json(self.overrides).decode()}
         if self.config_file is not None:
             variables["LUNA_CONFIG"] = str(self.config_file.resolve())
         return variables
@@ -316,18 +315,6 @@ def _service_type(value: Any) -> ServiceType | str | None:
         return value
     text = str(getattr(value, "value", value)).lower()
     return _LEGACY_SERVICE.get(text, text)
-
-
-def _as_text(name: str, value: Any) -> str:
-    if name == "comfyui_args":
-        return shlex.join(value)
-    if name == "allowed_origins":
-        return " ".join(value)
-    if isinstance(value, (list, tuple)):
-        return os.pathsep.join(str(part) for part in value)
-    if isinstance(value, dict):
-        return json.dumps({name: getattr(m, "model_dump", lambda m=m: m)() for name, m in value.items()})
-    return str(getattr(value, "value", value))
 
 
 async def _drain(pool: WorkerPool) -> None:
