@@ -1,7 +1,7 @@
 """What the daemon tells about itself: the ``info`` answer, and over HTTP the page, the WebSocket, metrics and health.
 
 The HTTP application starts after the socket listens: importing aiohttp takes longer than everything before it, so what
-needs it (``web_app.py``) is imported when ``Monitor`` starts.
+needs it (``status``) is imported when ``Monitor`` starts.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from . import __version__
+from .control.state import State
 from .pool.events import base_name, without_folders
 from .pool.launch import backend_of
+from .pool.process import WorkerProcess
 
 if TYPE_CHECKING:
     import ssl
 
     from aiohttp import web
 
-    from .control.service import Service
-    from .pool.process import WorkerProcess
 
 __all__ = ["Monitor", "collect_info", "open_info"]
 
@@ -37,59 +37,59 @@ _CONNECTIONS = 512
 """Most HTTP connections, watchers included: each costs a file descriptor, which the socket's clients need too."""
 
 
-def collect_info(service: Service) -> dict[str, Any]:
+def collect_info(state: State) -> dict[str, Any]:
     """Everything, as plain data. Sizes are bytes, times seconds."""
-    pool, settings = service.pool, service.settings
+    pool, settings = state.pool, state.settings
     now = time.monotonic()
     return {
         "status": "running" if pool.accepting else "draining",
         "version": __version__,
         "pid": os.getpid(),
-        "uptime_s": round(time.time() - service.born, 3),
-        "ws_port": service.ws_port,
+        "uptime_s": round(time.time() - state.born, 3),
+        "ws_port": state.ws_port,
         "tls": settings.tls_cert is not None,
         "start_id": os.environ.get("LUNA_START_ID", ""),
         "rss": psutil.Process().memory_info().rss,
         "service_type": settings.service_type.value,
         "backend": backend_of(settings),
         "idle_timeout_s": settings.idle_timeout_sec,
-        "requests": dict(service.requests),
-        "errors": dict(service.errors),
+        "requests": dict(state.requests),
+        "errors": dict(state.errors),
         "in_flight": pool.in_flight,
-        "fallbacks": service.fallbacks,
-        "materialised": service.materialised,
-        "coalesced": service.coalesced,
+        "fallbacks": state.fallbacks,
+        "materialised": state.materialised,
+        "coalesced": state.coalesced,
         "queue": {
             "waiting": len(pool.queue),
             "oldest_s": round(max((now - work.born for work in pool.queue), default=0.0), 3),
             "average_wait_s": round(pool.average_wait_s, 4),
             "limit": settings.queue_limit,
         },
-        "workers": [_worker(service, worker, now) for worker in pool.workers],
+        "workers": [_worker(state, worker, now) for worker in pool.workers],
         "crashes": pool.crashes,
         "retries": pool.retries,
         "models": {
-            "named": sorted(service.resolver.named),
+            "named": sorted(state.resolver.named),
             "loaded": sorted({key for worker in pool.workers for key in worker.models}),
             "pinned": sorted(pool.pinned),
         },
-        "caches": {"conditioning": service.cache.stats(), "lora": service.loras.stats()},
-        "arena": _arena(service),
+        "caches": {"conditioning": state.conditionings.stats(), "lora": state.loras.stats()},
+        "arena": _arena(state),
         "clients": [
             {"session": s.number, "name": s.name, "pid": s.pid, "shared_memory": s.sees_arena,
              "leased_bytes": s.leases.nbytes, "since": s.since, "in_flight": len(s.requests)}
-            for s in service.sessions.values()
+            for s in state.sessions.values()
         ],
-        "gpus": service.gpus,
-        "latency": service.events.latency(),
-        "throughput_per_s": service.events.throughput_per_s,
-        "scaling": list(service.events.recent),
-        "limits": {name: getattr(service.limits, name) for name in service.limits.__struct_fields__},
+        "gpus": state.gpus,
+        "latency": state.events.latency(),
+        "throughput_per_s": state.events.throughput_per_s,
+        "scaling": list(state.events.recent),
+        "limits": {name: getattr(state.limits, name) for name in state.limits.__struct_fields__},
     }  # fmt: skip
 
 
-def _worker(service: Service, worker: WorkerProcess, now: float) -> dict[str, Any]:
-    events = service.events
+def _worker(state: State, worker: WorkerProcess, now: float) -> dict[str, Any]:
+    events = state.events
     error, at = events.last_errors.get(worker.key, ("", None))
     return {
         "number": worker.number,
@@ -116,19 +116,19 @@ def _comfyui(worker: WorkerProcess) -> dict[str, Any] | None:
     return None if comfy is None else {"root": comfy.root, "python": comfy.python, "flags": list(comfy.flags)}
 
 
-def _arena(service: Service) -> dict[str, Any]:
-    arena = service.memory.arena
+def _arena(state: State) -> dict[str, Any]:
+    arena = state.memory.arena
     if arena is None:
-        return {"folder": None, "why": service.memory.why, "reserved": 0, "used": 0, "max_bytes": 0}
+        return {"folder": None, "why": state.memory.why, "reserved": 0, "used": 0, "max_bytes": 0}
     return {
         "folder": str(arena.folder), "why": "", "reserved": arena.bytes_reserved, "used": arena.bytes_used,
         "max_bytes": arena.max_bytes,
     }  # fmt: skip
 
 
-def open_info(service: Service) -> dict[str, Any]:
+def open_info(state: State) -> dict[str, Any]:
     """The same for everybody who reaches the page: without folders of this machine."""
-    info: dict[str, Any] = _with_base_names(collect_info(service))
+    info: dict[str, Any] = _with_base_names(collect_info(state))
     info["arena"]["why"] = without_folders(info["arena"]["why"])
     return info
 
@@ -150,8 +150,8 @@ class Monitor:
         tls: speak https and wss.
     """
 
-    def __init__(self, service: Service, host: str, port: int, tls: ssl.SSLContext | None = None) -> None:
-        self.service = service
+    def __init__(self, state: State, host: str, port: int, tls: ssl.SSLContext | None = None) -> None:
+        self.state = state
         self.host = host
         self.port = port
         self.tls = tls
@@ -171,11 +171,9 @@ class Monitor:
         from .status.app import make_app
         from .status.watchers import Watchers
 
-        service, loop = self.service, asyncio.get_running_loop()
-        watchers = Watchers(lambda: open_info(service), service.settings.max_watchers)
-        app = make_app(
-            service, watchers, lambda: open_info(service), lambda: (self.host, self.port), self._silent.discard
-        )
+        state, loop = self.state, asyncio.get_running_loop()
+        watchers = Watchers(lambda: open_info(state), state.settings.max_watchers)
+        app = make_app(state, watchers, lambda: open_info(state), lambda: (self.host, self.port), self._silent.discard)
         async with AsyncExitStack() as ends:
             self._runner = web.AppRunner(
                 app, access_log=None, keepalive_timeout=_KEEPALIVE_S, shutdown_timeout=_CLOSE_S
@@ -185,8 +183,8 @@ class Monitor:
             server = await loop.create_server(self._connect, self.host, self.port, backlog=_AT_ONCE, ssl=self.tls)
             ends.callback(server.close)
             self.port = server.sockets[0].getsockname()[1]
-            service.events.listen(watchers.hear)
-            ends.callback(service.events.unlisten, watchers.hear)
+            state.events.listen(watchers.hear)
+            ends.callback(state.events.unlisten, watchers.hear)
             ends.callback(watchers.close)
             teller = loop.create_task(watchers.run())
             ends.callback(teller.cancel)

@@ -12,8 +12,11 @@ import pytest
 
 from luna_daemon.config import load_settings
 from luna_daemon.control import service as service_module
+from luna_daemon.control.access import Access
 from luna_daemon.control.computing import cache_key
+from luna_daemon.control.peers import ClientPeer
 from luna_daemon.control.service import Service
+from luna_daemon.control.state import State
 from luna_daemon.core import PROTOCOL_VERSION
 from luna_daemon.files.resolver import ModelResolver
 from luna_daemon.pool.work import Piece
@@ -31,10 +34,11 @@ async def served(folder):
     settings = load_settings({"arena_dir": folder / "arena", "max_tensor_mb": 64}, {})
     arena = open_arena(settings.arena_dir, 1, 256 << 20)
     info = {"text": "x" * 100_000}
-    service = Service(
-        settings, WorkerPool(settings, folder), ModelResolver(settings), SharedMemory(arena, ""), "token", "nowhere",
-        lambda service: info, lambda: None, dict, lambda: "another",
-    )  # fmt: skip
+    access = Access("token", "nowhere", lambda: "another")
+    service = Service(State(
+        settings, WorkerPool(settings, folder), ModelResolver(settings), SharedMemory(arena, ""), access,
+        lambda state: info, lambda: None, dict,
+    ))  # fmt: skip
     server = await asyncio.get_running_loop().create_server(service.connect, "127.0.0.1", 0)
     try:
         yield service, server.sockets[0].getsockname()[1]
@@ -86,11 +90,11 @@ def test_who_reads_nothing_is_cut_off(tmp_path, monkeypatch):
                 lazy.channel.send(m.Request(number, encode_call(m.Info())))
             await asyncio.sleep(0.2)
             service.tidy()
-            assert len(service.sessions) == 2 and service.unsent, "not yet"
+            assert len(service.state.sessions) == 2 and service.unsent, "not yet"
             await asyncio.sleep(0.4)
             service.tidy()
             await asyncio.sleep(0.05)
-            assert [session.connection.remote for session in service.sessions.values()] == [
+            assert [session.connection.remote for session in service.state.sessions.values()] == [
                 str(busy.sock.getsockname())
             ]
             assert not service.unsent
@@ -109,13 +113,13 @@ def test_a_bug_of_ours_is_answered_and_logged(tmp_path, monkeypatch, caplog):
     async def main():
         async with served(tmp_path) as (service, port):
             peer = await asyncio.to_thread(Peer(port).hello)
-            monkeypatch.setattr(service, "collect_info", broken)
+            monkeypatch.setattr(service.state, "collect_info", broken)
             peer.channel.send(m.Request(1, encode_call(m.Info())))
             answer = await asyncio.to_thread(peer.receive)
             assert (answer.id, answer.code) == (1, "internal") and "a bug" in answer.message
             peer.channel.send(m.Request(2, encode_call(m.Ping())))
             assert isinstance(await asyncio.to_thread(peer.receive), m.Reply)
-            monkeypatch.setattr(service, "_from_client", broken)
+            monkeypatch.setattr(ClientPeer, "received", broken)
             peer.channel.send(m.Request(3, encode_call(m.Ping())))
             answer = await asyncio.to_thread(peer.receive)
             assert (answer.id, answer.code) == (0, "internal") and "a bug" in answer.message
@@ -124,7 +128,7 @@ def test_a_bug_of_ours_is_answered_and_logged(tmp_path, monkeypatch, caplog):
             async def fails():
                 raise KeyError("in the background")
 
-            service.spawn(fails())
+            service.state.spawn(fails())
             await asyncio.sleep(0.01)
 
     with caplog.at_level(logging.ERROR, "luna_daemon"):
@@ -146,7 +150,7 @@ def test_strangers_make_nobody_allocate(tmp_path):
             await asyncio.to_thread(peer.channel.send, m.Request(1, call))
             assert isinstance(await asyncio.to_thread(peer.receive), m.Reply)
             await asyncio.sleep(0.01)
-            assert [len(connection._buffer) for connection in service.sessions] == [64 << 10]
+            assert [len(connection._buffer) for connection in service._connections] == [64 << 10]
             peer.channel.close()
 
     asyncio.run(main())
@@ -158,8 +162,9 @@ def test_slots_asked_for_by_who_left(tmp_path, answered):
 
     async def main():
         async with served(tmp_path) as (service, port):
+            arena = service.state.memory.arena
             peer = await asyncio.to_thread(Peer(port).hello)
-            peer.channel.send(m.Request(1, encode_call(m.ArenaProof(service.memory.arena.nonce, process_space()))))
+            peer.channel.send(m.Request(1, encode_call(m.ArenaProof(arena.nonce, process_space()))))
             assert isinstance(await asyncio.to_thread(peer.receive), m.Reply)
             peer.channel.send(m.Request(2, encode_call(m.Alloc(48 << 20))))
             if answered:
@@ -169,9 +174,9 @@ def test_slots_asked_for_by_who_left(tmp_path, answered):
             peer.channel.close()
             for _ in range(100):
                 await asyncio.sleep(0.02)
-                if not service.sessions and service.memory.arena.bytes_reserved and not service.memory.arena.bytes_used:
+                if not service.state.sessions and arena.bytes_reserved and not arena.bytes_used:
                     return
-            raise AssertionError(f"{service.memory.arena.bytes_used} bytes are still in use")
+            raise AssertionError(f"{arena.bytes_used} bytes are still in use")
 
     asyncio.run(main())
 
@@ -181,15 +186,18 @@ def test_a_conditioning_is_kept_by_all_that_determines_it(tmp_path):
 
     async def main():
         async with served(tmp_path) as (service, _):
+            state = service.state
             spec = m.LoadSpec("clip:x", "clip", "sd15", (), "cpu", "auto")
             call = m.ClipEncode(m.ModelRef("clip", name="x"), text="a")
 
             def key(data: bytes, dtype: str = "uint8") -> bytes | None:
                 slot = Slot.on_heap(len(data))
                 slot.view[:] = data
-                return cache_key(service, spec, call, [Piece(m.TensorRef(dtype, (len(data),), len(data), 0), slot)])
+                return cache_key(
+                    service.state, spec, call, [Piece(m.TensorRef(dtype, (len(data),), len(data), 0), slot)]
+                )
 
-            keys = [cache_key(service, spec, call, []), key(b"one"), key(b"two"), key(b"one", "int8"), key(b"")]
+            keys = [cache_key(state, spec, call, []), key(b"one"), key(b"two"), key(b"one", "int8"), key(b"")]
             assert len(set(keys)) == 5 and None not in keys and key(b"one") == keys[1]
             assert key(bytes(2 << 20)) is None
 
