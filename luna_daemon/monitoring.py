@@ -1,4 +1,4 @@
-"""What the daemon tells about itself: the ``info`` answer, and over HTTP the page, the WebSocket, metrics and health.
+"""What the daemon reports about itself: the ``info`` answer; over HTTP the page, the WebSocket, metrics and health.
 
 The HTTP application starts after the socket listens: importing aiohttp takes longer than everything before it, so what
 needs it (``status``) is imported when ``Monitor`` starts.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections import Counter
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import psutil
 
 from . import __version__
 from .control.state import State
-from .pool.events import base_name, without_folders
+from .pool.events import Events, base_name, without_folders
 from .pool.launch import backend_of
 from .pool.process import WorkerProcess
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     import ssl
 
     from aiohttp import web
-
 
 __all__ = ["Monitor", "collect_info", "open_info"]
 
@@ -38,8 +38,8 @@ _CONNECTIONS = 512
 
 
 def collect_info(state: State) -> dict[str, Any]:
-    """Everything, as plain data. Sizes are bytes, times seconds."""
-    pool, settings = state.pool, state.settings
+    """The ``info`` answer: the daemon's state as plain data. Sizes are bytes, times seconds."""
+    pool, events, settings = state.pool, state.events, state.settings
     now = time.monotonic()
     return {
         "status": "running" if pool.accepting else "draining",
@@ -53,8 +53,8 @@ def collect_info(state: State) -> dict[str, Any]:
         "service_type": settings.service_type.value,
         "backend": backend_of(settings),
         "idle_timeout_s": settings.idle_timeout_sec,
-        "requests": dict(state.requests),
-        "errors": dict(state.errors),
+        "requests": {op: count for (op, result), count in events.results.items() if result == "ok"},
+        "errors": _errors(events.results),
         "in_flight": pool.in_flight,
         "fallbacks": state.fallbacks,
         "materialised": state.materialised,
@@ -65,8 +65,8 @@ def collect_info(state: State) -> dict[str, Any]:
             "average_wait_s": round(pool.average_wait_s, 4),
             "limit": settings.queue_limit,
         },
-        "workers": [_worker(state, worker, now) for worker in pool.workers],
-        "crashes": pool.crashes,
+        "workers": [_worker(worker, events, now) for worker in pool.workers],
+        "crashes": events.crashes.total(),
         "retries": pool.retries,
         "models": {
             "named": sorted(state.resolver.named),
@@ -81,15 +81,23 @@ def collect_info(state: State) -> dict[str, Any]:
             for s in state.sessions.values()
         ],
         "gpus": state.gpus,
-        "latency": state.events.latency(),
-        "throughput_per_s": state.events.throughput_per_s,
-        "scaling": list(state.events.recent),
+        "latency": events.latency(),
+        "throughput_per_s": events.throughput_per_s,
+        "scaling": list(events.recent),
         "limits": {name: getattr(state.limits, name) for name in state.limits.__struct_fields__},
     }  # fmt: skip
 
 
-def _worker(state: State, worker: WorkerProcess, now: float) -> dict[str, Any]:
-    events = state.events
+def _errors(results: Counter[tuple[str, str]]) -> dict[str, int]:
+    """Failed requests by the code of their error, whatever the op."""
+    counts: Counter[str] = Counter()
+    for (_, result), count in results.items():
+        if result not in ("ok", "cancelled"):
+            counts[result] += count
+    return dict(counts)
+
+
+def _worker(worker: WorkerProcess, events: Events, now: float) -> dict[str, Any]:
     error, at = events.last_errors.get(worker.key, ("", None))
     return {
         "number": worker.number,
@@ -127,14 +135,14 @@ def _arena(state: State) -> dict[str, Any]:
 
 
 def open_info(state: State) -> dict[str, Any]:
-    """The same for everybody who reaches the page: without folders of this machine."""
+    """The ``info`` answer without folders of this machine, for everybody who reaches the page."""
     info: dict[str, Any] = _with_base_names(collect_info(state))
     info["arena"]["why"] = without_folders(info["arena"]["why"])
     return info
 
 
 def _with_base_names(document: Any) -> Any:
-    """A document in which each absolute path is its last part only."""
+    """The document with each absolute path cut to its last part."""
     if isinstance(document, dict):
         return {_with_base_names(key): _with_base_names(value) for key, value in document.items()}
     if isinstance(document, (list, tuple)):
@@ -143,10 +151,10 @@ def _with_base_names(document: Any) -> Any:
 
 
 class Monitor:
-    """HTTP on the second port.
+    """The HTTP server on the second port.
 
     Args:
-        host, port: where to listen; ``port`` is the real one once it does.
+        host, port: where to listen; port 0 becomes the real one in ``start``.
         tls: speak https and wss.
     """
 
@@ -157,11 +165,11 @@ class Monitor:
         self.tls = tls
         self._runner: web.AppRunner | None = None
         self._silent: set[Any] = set()
-        """Connections that have not asked for anything yet."""
+        """Connections without a request so far."""
         self._ends = AsyncExitStack()
 
     async def start(self) -> None:
-        """Listen.
+        """Listen, and report to watchers from now on.
 
         Raises:
             OSError: the port is taken.
@@ -186,17 +194,18 @@ class Monitor:
             state.events.listen(watchers.hear)
             ends.callback(state.events.unlisten, watchers.hear)
             ends.callback(watchers.close)
-            teller = loop.create_task(watchers.run())
-            ends.callback(teller.cancel)
+            reporting = loop.create_task(watchers.run())
+            ends.callback(reporting.cancel)
             self._ends = ends.pop_all()
 
     async def stop(self) -> None:
+        """Hang up on everybody and close the port."""
         await self._ends.aclose()
 
     def _connect(self) -> asyncio.BaseProtocol:
-        """A connection for a socket that was just accepted; past the limit one that hangs up."""
+        """A connection for a socket that was just accepted; beyond the limit one that hangs up at once."""
         assert self._runner is not None and self._runner.server is not None
-        # Those of one burst are not among the server's yet.
+        # The server does not know the connections of one burst yet.
         if len(self._silent.union(self._runner.server.connections)) >= _CONNECTIONS:
             return _Full()
         connection = self._runner.server()
@@ -211,7 +220,8 @@ class Monitor:
 
 
 class _Full(asyncio.Protocol):
-    """Hangs up."""
+    """A connection beyond the limit."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Hang up."""
         transport.close()

@@ -97,10 +97,9 @@ class ClientRequest:
     def fail(self, error: LunaError) -> None:
         """Answer with an error."""
         self._leave()
-        self.state.errors[error.code] += 1
         retry = getattr(error, "retry_after_s", 0.0)
         self.session.connection.send(m.Failure(self.number, error.code, error.message, error.hint, retry))
-        self.state.events.request(self.op, self.model, time.monotonic() - self.born, error.code)
+        self._count(error.code)
         self.state.events.failed(error.code, error.message, self.op, self.model)
 
     def cancel(self) -> None:
@@ -108,11 +107,10 @@ class ClientRequest:
         if self.work is not None:
             self.state.pool.cancel(self.work, self)
             self._leave()
-            self.state.events.request(self.op, self.model, time.monotonic() - self.born, "cancelled")
+            self._count("cancelled")
 
-    def _count(self) -> None:
-        self.state.requests[self.op] += 1
-        self.state.events.request(self.op, self.model, time.monotonic() - self.born)
+    def _count(self, result: str = "ok") -> None:
+        self.state.events.request(self.op, self.model, time.monotonic() - self.born, result)
 
     def _leave(self) -> None:
         self.work = None

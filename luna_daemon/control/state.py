@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple
 
@@ -90,8 +89,6 @@ class State:
         """Connected clients by the numbers of their sessions."""
         self.last_session = 0
         """The highest number that a session was given."""
-        self.requests: Counter[str] = Counter()
-        self.errors: Counter[str] = Counter()
         self.fallbacks = 0
         self.materialised = 0
         self.coalesced = 0
