@@ -10,10 +10,8 @@ if __name__ == "__main__" and not __package__:
     run_as_module("luna_daemon.daemon_server")
 
 import asyncio
-import json
 import os
 import secrets
-import shlex
 import signal
 import ssl
 import subprocess
@@ -25,9 +23,13 @@ from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import to_json
+
 from .config import Settings, load_settings
+from .control.access import Access
 from .control.listening import bind, facts_of, tls_of
 from .control.service import Service
+from .control.state import State
 from .core import ConfigError, DaemonConnectionError, LunaError, PortInUse, ServiceType, logger
 from .files.resolver import ModelResolver
 from .system.gpu import gpu_memory
@@ -96,7 +98,7 @@ class LunaDaemon:
         self._process: subprocess.Popen[bytes] | None = None
         self._stopping: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._live: Service | None = None
+        self._state: State | None = None
         self._start_id = ""
 
     # --- in a process of its own ---
@@ -130,7 +132,7 @@ class LunaDaemon:
             if self._process.poll() is not None:
                 lines = log.read_text(errors="replace").strip().splitlines() or ["the daemon ended without a word"]
                 last = lines[-1].removeprefix("luna-daemon: ")
-                raise PortInUse(last) if _taken(last) else ConfigError(last)
+                raise PortInUse(last) if self._process.returncode == PortInUse.exit_code else ConfigError(last)
             with suppress(LunaError), self._client(DaemonClient) as client:
                 # Another daemon may answer on this port: ours ends by itself then, and says so.
                 if client.get_daemon_info()["start_id"] == start_id:
@@ -179,9 +181,8 @@ class LunaDaemon:
         return kind(self.settings.host, self.port, runtime_dir=self.settings.runtime_dir, name="LunaDaemon")
 
     def _environment(self, start_id: str) -> dict[str, str]:
-        """The overrides as ``LUNA_*`` variables for the child."""
-        variables = {"LUNA_START_ID": start_id}
-        variables |= {f"LUNA_{name.upper()}": _as_text(name, value) for name, value in self.overrides.items()}
+        """Variables that hand the overrides on to the child: not on its command line, which everybody may read."""
+        variables = {"LUNA_START_ID": start_id, "LUNA_OVERRIDES": to_json(self.overrides).decode()}
         if self.config_file is not None:
             variables["LUNA_CONFIG"] = str(self.config_file.resolve())
         return variables
@@ -197,7 +198,7 @@ class LunaDaemon:
         try:
             asyncio.run(self._serve())
         finally:
-            self._stopping, self._loop, self._live = None, None, None
+            self._stopping, self._loop, self._state = None, None, None
 
     async def _serve(self) -> None:
         # First of all: a signal from here on ends in order, whatever has been made by then.
@@ -215,7 +216,8 @@ class LunaDaemon:
             if arena is not None:
                 ends.callback(arena.close)
             pool = WorkerPool(self.settings, runtime.folder)
-            service = self._service(pool, SharedMemory(arena, why), runtime)
+            state = self._make_state(pool, SharedMemory(arena, why), runtime)
+            service = Service(state)
             ends.push_async_callback(_close, service)
             server = await self._loop.create_server(
                 service.connect,
@@ -229,8 +231,8 @@ class LunaDaemon:
             ends.push_async_callback(_drain, pool)
             ends.callback(server.close)
             logger.info("Luna Daemon listens on %s:%d", self.settings.host, self.port)
-            ends.callback(_watch_gpus(service))
-            for task in (_tidy(service), _monitor(service, self.settings, tls)):
+            ends.callback(_watch_gpus(state))
+            for task in (_tidy(service), _monitor(state, tls)):
                 ends.push_async_callback(_end, asyncio.create_task(task))
             await self._stopping.wait()
             logger.info("stopping: %d requests in flight", pool.in_flight)
@@ -245,16 +247,17 @@ class LunaDaemon:
         ends.callback(plain.close)
         return "127.0.0.1", int(plain.sockets[0].getsockname()[1])
 
-    def _service(self, pool: WorkerPool, memory: SharedMemory, runtime: Runtime) -> Service:
+    def _make_state(self, pool: WorkerPool, memory: SharedMemory, runtime: Runtime) -> State:
         from .monitoring import collect_info
 
         base = self.settings.toml_path.parent if self.settings.toml_path else None
+        access = Access(runtime.token, str(runtime.folder / "token"), runtime.renew)
         assert self._stopping is not None
-        self._live = Service(
-            self.settings, pool, ModelResolver(self.settings, base), memory, runtime.token,
-            str(runtime.folder / "token"), collect_info, self._stopping.set, self._reload, runtime.renew,
+        self._state = State(
+            self.settings, pool, ModelResolver(self.settings, base), memory, access, collect_info,
+            self._stopping.set, self._reload,
         )  # fmt: skip
-        return self._live
+        return self._state
 
     def _reload(self) -> dict[str, Any]:
         """Read the settings anew, as at the start.
@@ -262,11 +265,11 @@ class LunaDaemon:
         Raises:
             ConfigError: one is wrong; nothing has changed.
         """
-        from .control.reloading import take
+        from .control.reloading import apply
 
-        assert self._live is not None
-        taken = take(self._live, load_settings(self.overrides, self.environ, self.config_file))
-        self.settings = self._live.settings
+        assert self._state is not None
+        taken = apply(self._state, load_settings(self.overrides, self.environ, self.config_file))
+        self.settings = self._state.settings
         return taken
 
     def _open_arena(self) -> tuple[Arena | None, str]:
@@ -318,22 +321,6 @@ def _service_type(value: Any) -> ServiceType | str | None:
     return _LEGACY_SERVICE.get(text, text)
 
 
-def _as_text(name: str, value: Any) -> str:
-    if name == "comfyui_args":
-        return shlex.join(value)
-    if name == "allowed_origins":
-        return " ".join(value)
-    if isinstance(value, (list, tuple)):
-        return os.pathsep.join(str(part) for part in value)
-    if isinstance(value, dict):
-        return json.dumps({name: getattr(m, "model_dump", lambda m=m: m)() for name, m in value.items()})
-    return str(getattr(value, "value", value))
-
-
-def _taken(text: str) -> bool:
-    return "is in use by" in text or "already uses port" in text
-
-
 async def _drain(pool: WorkerPool) -> None:
     await pool.close(pool.settings.drain_timeout_sec)
 
@@ -344,7 +331,7 @@ async def _tidy(service: Service) -> None:
         service.tidy()
 
 
-def _watch_gpus(service: Service) -> Callable[[], None]:
+def _watch_gpus(state: State) -> Callable[[], None]:
     """Ask the driver now and then; whoever wants to know gets the last answer. Returns what ends it.
 
     In a thread that nobody waits for: a driver whose GPU has failed may never answer.
@@ -353,14 +340,14 @@ def _watch_gpus(service: Service) -> Callable[[], None]:
 
     def watch() -> None:
         while not over.is_set():
-            service.gpus = gpu_memory()
+            state.gpus = gpu_memory()
             over.wait(_GPUS_S)
 
     threading.Thread(target=watch, name="gpus", daemon=True).start()
     return over.set
 
 
-async def _monitor(service: Service, settings: Settings, tls: ssl.SSLContext | None) -> None:
+async def _monitor(state: State, tls: ssl.SSLContext | None) -> None:
     """The status page, a convenience: that its port is taken or it cannot start is no reason not to serve."""
     # Imported in a thread: it takes longer than everything before it, and requests must not wait for it.
     try:
@@ -370,14 +357,14 @@ async def _monitor(service: Service, settings: Settings, tls: ssl.SSLContext | N
         return
     from .monitoring import Monitor
 
-    monitor = Monitor(service, settings.host, settings.ws_port, tls)
+    monitor = Monitor(state, state.settings.host, state.settings.ws_port, tls)
     try:
         await monitor.start()
-        service.ws_port = monitor.port
-        logger.info("status page on %s/", page_address(tls is not None, settings.host, monitor.port))
+        state.ws_port = monitor.port
+        logger.info("status page on %s/", page_address(tls is not None, monitor.host, monitor.port))
         await asyncio.Event().wait()
     except OSError as error:
-        logger.warning("no status page: port %d: %s", settings.ws_port, error.strerror or error)
+        logger.warning("no status page: port %d: %s", monitor.port, error.strerror or error)
     finally:
         await monitor.stop()
 

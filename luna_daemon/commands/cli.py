@@ -16,15 +16,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import __version__
-from ..core import AuthenticationError, ConfigError, DaemonConnectionError, LunaError, PortInUse, logger
+from ..core import AuthenticationError, DaemonConnectionError, LunaError, logger
 from ..system import logs
 from ..system.units import count
 from .terminal import LOADED, Bar, loaded_rows, print_json, show_checks, show_status, tables
 
 if TYPE_CHECKING:
     from ..client import DaemonClient
-
-_REFUSED = (ConfigError, PortInUse, AuthenticationError)
 
 app = typer.Typer(
     help="Hold VAEs and text encoders once and serve every ComfyUI instance on this machine.",
@@ -75,7 +73,7 @@ AsJson = Annotated[bool, _JSON]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command; ends with 0, 1 (no daemon, or it said no) or 2 (wrong usage or setting)."""
+    """Run the command; ends with 0, 1 (no daemon, or it said no), 2 (wrong usage or setting) or 3 (port in use)."""
     from . import lora  # noqa: F401 (adds its commands)
 
     arguments = sys.argv[1:] if argv is None else argv
@@ -86,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
             status = "stopped" if isinstance(error, DaemonConnectionError) else "error"
             print_json({"status": status, "error": error.code, "message": error.message, "hint": error.hint})
         typer.echo(f"luna-daemon: {error}", err=True)
-        raise SystemExit(2 if isinstance(error, _REFUSED) else 1) from None
+        raise SystemExit(error.exit_code) from None
 
 
 def _say_version(wanted: bool) -> None:

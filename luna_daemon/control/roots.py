@@ -18,7 +18,7 @@ from pathlib import Path
 from ..comfyui.flags import bits_of, checked
 from ..config import Settings
 from ..core import ComfyRefused
-from ..files.resolver import LookFirst
+from ..files.resolver import NeedsIO
 from ..wire.messages import ComfyId
 
 _DATA = ("models", "input", "output", "temp", "user", "custom_nodes")
@@ -52,12 +52,12 @@ class ComfyRoots:
             known: what was found for this connection; a new one looks anew, in case the files were changed.
 
         Raises:
-            LookFirst: nothing was found yet; looking raises what ``check`` does.
+            NeedsIO: nothing was found yet; looking raises what ``check`` does.
         """
         if given is None or self.settings.backend == "diffusers":
             return self.own
         if given not in known:
-            raise LookFirst(f"ComfyUI {given.root}", lambda: self._look(given, known, here))
+            raise NeedsIO(f"ComfyUI {given.root}", lambda: self._look(given, known, here))
         return known[given]
 
     def _look(self, given: ComfyId, known: dict[ComfyId, ComfyId], here: bool) -> None:

@@ -21,7 +21,7 @@ _FOLDERS = {
 """ComfyUI's folders below ``models`` that its loaders of each kind read."""
 
 
-class LookFirst(Exception):
+class NeedsIO(Exception):
     """Something about a request is not known yet, and too slow to find out on the event loop.
 
     Args:
@@ -34,7 +34,7 @@ class LookFirst(Exception):
         self.look = look
 
 
-class DigestUnknown(LookFirst):
+class DigestUnknown(NeedsIO):
     """A client names a file by its content, which has not been hashed yet."""
 
 

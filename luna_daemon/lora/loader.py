@@ -54,8 +54,8 @@ class LoRALoader:
         self._converting = asyncio.Lock()
         self._rewarmed = time.monotonic()
 
-    def take(self, settings: Settings) -> None:
-        """Other folders and limits from now on; what is kept and too much goes when room is next made."""
+    def apply(self, settings: Settings) -> None:
+        """Use other folders and limits from now on; what exceeds them is dropped when room is next made."""
         self.settings = settings
         self.folders = LoRAFolders(settings)
         self.cache.max_bytes = int(settings.lora_cache_gb * (1 << 30))

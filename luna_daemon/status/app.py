@@ -10,12 +10,13 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import msgspec
 from aiohttp import web
 
+from ..control.state import State
 from ..core import (
     AuthenticationError,
     BadRequest,
@@ -33,10 +34,7 @@ from ..core import (
 from ..wire import messages as m
 from .inside import InsideCaller
 from .metrics import render
-
-if TYPE_CHECKING:
-    from ..control.service import Service
-    from .watchers import Watchers
+from .watchers import Watchers
 
 _BODY_BYTES = 64 << 10
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -66,7 +64,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def make_app(
-    service: Service,
+    state: State,
     watchers: Watchers,
     info: Callable[[], dict[str, Any]],
     address: Callable[[], tuple[str, int]],
@@ -79,8 +77,8 @@ def make_app(
         address: host and port that it is told to listen on, once it does.
         has_asked: told of the connection of each request.
     """
-    handlers = _Handlers(service, watchers, info)
-    guard = _Guard(address, service.settings.allowed_origins, has_asked)
+    handlers = _Handlers(state, watchers, info)
+    guard = _Guard(address, state.settings.allowed_origins, has_asked)
     app = web.Application(middlewares=[guard.check], client_max_size=_BODY_BYTES)
     app.router.add_get("/", handlers.front)
     app.router.add_get("/ws", handlers.socket)
@@ -165,8 +163,8 @@ def _is_upgrade(request: web.Request) -> bool:
 class _Handlers:
     """One method per route."""
 
-    def __init__(self, service: Service, watchers: Watchers, info: Callable[[], dict[str, Any]]) -> None:
-        self._service = service
+    def __init__(self, state: State, watchers: Watchers, info: Callable[[], dict[str, Any]]) -> None:
+        self._state = state
         self._watchers = watchers
         self._info = info
         self._web = _web_folder()
@@ -201,7 +199,7 @@ class _Handlers:
         return web.json_response(self._info())
 
     async def metrics(self, request: web.Request) -> web.StreamResponse:
-        text, kind = await render(self._service, self._watchers, request.headers.get("Accept", ""))
+        text, kind = await render(self._state, self._watchers, request.headers.get("Accept", ""))
         return web.Response(body=text, headers={"Content-Type": kind})
 
     async def health(self, request: web.Request) -> web.StreamResponse:
@@ -210,16 +208,16 @@ class _Handlers:
 
     async def ready(self, request: web.Request) -> web.StreamResponse:
         """Takes requests."""
-        accepting = self._service.pool.accepting
+        accepting = self._state.pool.accepting
         return web.Response(text="ready\n" if accepting else "draining\n", status=200 if accepting else 503)
 
     async def call(self, request: web.Request) -> web.StreamResponse:
         """A call of the protocol, from somebody who shows the token."""
         try:
-            self._service.check_token(_bearer(request))
+            self._state.access.check(_bearer(request))
             if request.content_type != "application/json":
                 raise BadRequest(f"content type {request.content_type!r}", "Send application/json")
-            answer = await InsideCaller(self._service, "status page").call(_decode(await request.read()))
+            answer = await InsideCaller(self._state, "status page").call(_decode(await request.read()))
             return web.json_response({"result": answer.result, "notes": answer.notes})
         except web.HTTPRequestEntityTooLarge:
             return _refusal(BadRequest(f"a body of more than {_BODY_BYTES} bytes", "Send less"))

@@ -1,4 +1,4 @@
-"""The daemon's figures for Prometheus, read from the service's state when they are asked for.
+"""The daemon's figures for Prometheus, read from the state when they are asked for.
 
 Names follow Prometheus' rules: base units, ``_total`` for what only grows. docs/monitoring.md lists them.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 from prometheus_client import CollectorRegistry
@@ -16,22 +16,20 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 
 from .. import __version__
+from ..control.state import State
 from ..core import WorkerState
 from ..pool.events import Histogram, base_name, model_name
-
-if TYPE_CHECKING:
-    from ..control.service import Service
-    from .watchers import Watchers
+from .watchers import Watchers
 
 Values = Mapping[tuple[str, ...], float]
 """By the values of the labels."""
 
 
-async def render(service: Service, watchers: Watchers, accept: str) -> tuple[bytes, str]:
+async def render(state: State, watchers: Watchers, accept: str) -> tuple[bytes, str]:
     """The exposition in the format that ``accept`` asks for, and its content type."""
     # The state is read here, in one go; turning it into text takes longer and happens beside the event loop.
     registry = CollectorRegistry()
-    registry.register(_Collected(list(Collector(service, watchers).collect())))
+    registry.register(_Collected(list(Collector(state, watchers).collect())))
     encode, kind = choose_encoder(accept)
     return await asyncio.get_running_loop().run_in_executor(None, encode, registry), kind
 
@@ -47,10 +45,10 @@ class _Collected:
 
 
 class Collector:
-    """Makes every family from the service's state: one pass, no state of its own."""
+    """Makes every family from the state: one pass, no state of its own."""
 
-    def __init__(self, service: Service, watchers: Watchers) -> None:
-        self._service = service
+    def __init__(self, state: State, watchers: Watchers) -> None:
+        self._state = state
         self._watchers = watchers
 
     def collect(self) -> Iterator[Metric]:
@@ -65,18 +63,18 @@ class Collector:
         yield from self._clients()
 
     def _process(self) -> Iterator[Metric]:
-        service, process = self._service, psutil.Process()
+        state, process = self._state, psutil.Process()
         with process.oneshot():
             rss, times, threads = process.memory_info().rss, process.cpu_times(), process.num_threads()
         yield _gauge("luna_build_info", "The daemon's version; always 1.", {"version": __version__}, 1)
-        yield _gauge("luna_start_time_seconds", "When the daemon started, since 1970.", {}, service.born)
-        yield _gauge("luna_ready", "Whether it takes requests.", {}, int(service.pool.accepting))
+        yield _gauge("luna_start_time_seconds", "When the daemon started, since 1970.", {}, state.born)
+        yield _gauge("luna_ready", "Whether it takes requests.", {}, int(state.pool.accepting))
         yield _gauge("luna_process_resident_memory_bytes", "Memory of the control process.", {}, rss)
         yield _counter("luna_process_cpu_seconds", "CPU time of the control process.", {}, times.user + times.system)
         yield _gauge("luna_process_threads", "Threads of the control process.", {}, threads)
 
     def _requests(self) -> Iterator[Metric]:
-        events = self._service.events
+        events = self._state.events
         requests = CounterMetricFamily(
             "luna_requests", "Requests that have ended, by op and result: ok, cancelled or an error's code.",
             labels=["op", "result"],
@@ -91,19 +89,19 @@ class Collector:
         for (op, model), histogram in events.latencies.items():
             _add(latency, [op, model], histogram)
         yield latency
-        yield _gauge("luna_requests_in_flight", "Requests that wait or are computed.", {}, self._service.pool.in_flight)
-        yield _counter("luna_requests_coalesced", "Requests that joined an identical one.", {}, self._service.coalesced)
+        yield _gauge("luna_requests_in_flight", "Requests that wait or are computed.", {}, self._state.pool.in_flight)
+        yield _counter("luna_requests_coalesced", "Requests that joined an identical one.", {}, self._state.coalesced)
 
     def _queue(self) -> Iterator[Metric]:
-        service = self._service
-        yield _gauge("luna_queue_depth", "Requests that wait for a worker.", {}, len(service.pool.queue))
-        yield _gauge("luna_queue_limit", "Most that may wait.", {}, service.settings.queue_limit)
+        state = self._state
+        yield _gauge("luna_queue_depth", "Requests that wait for a worker.", {}, len(state.pool.queue))
+        yield _gauge("luna_queue_limit", "Most that may wait.", {}, state.settings.queue_limit)
         waits = HistogramMetricFamily("luna_queue_wait_seconds", "Time in the queue.", labels=[])
-        _add(waits, [], service.events.waits)
+        _add(waits, [], state.events.waits)
         yield waits
 
     def _workers(self) -> Iterator[Metric]:
-        pool, events = self._service.pool, self._service.events
+        pool, events = self._state.pool, self._state.events
         states = Counter(worker.state for worker in pool.workers)
         yield _gauges(
             "luna_workers", "Worker processes by state.", ["state"],
@@ -125,14 +123,14 @@ class Collector:
 
     def _models(self) -> Iterator[Metric]:
         held: Counter[tuple[str, ...]] = Counter()
-        for worker in self._service.pool.workers:
+        for worker in self._state.pool.workers:
             for key, nbytes in worker.models.items():
                 held[str(worker.number), key.partition(":")[0], model_name(key)] += nbytes
         yield _gauges("luna_model_bytes", "Weights of a model in a worker.", ["worker", "kind", "model"], held)
-        yield _gauge("luna_models_pinned", "Models that stay loaded.", {}, len(self._service.pool.pinned))
+        yield _gauge("luna_models_pinned", "Models that stay loaded.", {}, len(self._state.pool.pinned))
 
     def _caches(self) -> Iterator[Metric]:
-        stats = {"conditioning": self._service.cache.stats(), "lora": self._service.loras.stats()}
+        stats = {"conditioning": self._state.conditionings.stats(), "lora": self._state.loras.stats()}
 
         def of(name: str) -> Values:
             return {(cache,): figures[name] for cache, figures in stats.items() if name in figures}
@@ -145,7 +143,7 @@ class Collector:
         yield _gauges("luna_cache_limit_bytes", "Most memory of a cache.", ["cache"], of("max_bytes"))
 
     def _loras(self) -> Iterator[Metric]:
-        loras = self._service.loras.stats()["loras"]
+        loras = self._state.loras.stats()["loras"]
         figures: tuple[tuple[str, Any, str, str], ...] = (
             ("hits", _counters, "luna_lora_hits", "How often a LoRA was served from the cache."),
             ("misses", _counters, "luna_lora_misses", "How often it had to be loaded."),
@@ -160,7 +158,7 @@ class Collector:
             yield family(name, text, ["lora"], values)
 
     def _memory(self) -> Iterator[Metric]:
-        arena = self._service.memory.arena
+        arena = self._state.memory.arena
         figures = (0, 0, 0) if arena is None else (arena.bytes_used, arena.bytes_reserved, arena.max_bytes)
         for figure, name, text in zip(
             figures,
@@ -168,7 +166,7 @@ class Collector:
             ("Shared memory in use.", "Shared memory taken from the system.", "Most shared memory."),
         ):
             yield _gauge(f"luna_arena_{name}_bytes", text, {}, figure)
-        gpus = self._service.gpus
+        gpus = self._state.gpus
         for figure_name, name, text in (
             ("used", "luna_gpu_memory_used_bytes", "VRAM in use, by every process."),
             ("free", "luna_gpu_memory_free_bytes", "VRAM that is free."),
@@ -178,8 +176,8 @@ class Collector:
             yield _gauges(name, text, ["gpu", "name", "uuid"], values)
 
     def _clients(self) -> Iterator[Metric]:
-        service = self._service
-        sessions = list(service.sessions.values())
+        state = self._state
+        sessions = list(state.sessions.values())
         yield _gauges(
             "luna_clients", "Connected clients by how tensors travel.", ["transport"],
             {("shared_memory",): sum(s.sees_arena for s in sessions),
@@ -192,9 +190,9 @@ class Collector:
         yield _counter(
             "luna_watchers_dropped", "WebSockets cut off for reading too slowly.", {}, self._watchers.dropped
         )
-        yield _counter("luna_client_fallbacks", "Calls that clients computed themselves.", {}, service.fallbacks)
+        yield _counter("luna_client_fallbacks", "Calls that clients computed themselves.", {}, state.fallbacks)
         yield _counter(
-            "luna_client_materialised", "Weights that clients had to load themselves.", {}, service.materialised
+            "luna_client_materialised", "Weights that clients had to load themselves.", {}, state.materialised
         )
 
 

@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from luna_daemon.client import DaemonClient
-from luna_daemon.core import DaemonConnectionError, VersionMismatch
+from luna_daemon.core import ConfigError, DaemonConnectionError, PortInUse, VersionMismatch
+from luna_daemon.daemon_server import LunaDaemon
 from luna_daemon.wire import messages as m
 from luna_daemon.wire.frame import encode_frame
 from tests.integration.conftest import SERVER
@@ -117,11 +118,11 @@ def test_memory_of_another_machine(start_daemon):
 
 
 def test_the_port_is_taken(start_daemon, tmp_path):
-    """A second daemon on the port ends with code 2 and says who has it; the first goes on."""
+    """A second daemon on the port ends with code 3 and says who has it; the first goes on."""
     daemon = start_daemon()
     second = start_daemon(port=daemon.port, wait=False)
     second.expected_to_die = True
-    assert second.process.wait(20) == 2
+    assert second.process.wait(20) == 3
     text = second.log.read_text()
     assert f"port {daemon.port}" in text and f"pid {daemon.process.pid}" in text and "Traceback" not in text
     assert daemon.client().ping() > 0
@@ -134,8 +135,17 @@ def test_the_port_is_taken_by_something_else(tmp_path):
             [sys.executable, str(SERVER), "--port", str(port), "--runtime-dir", str(tmp_path)],
             capture_output=True, text=True, timeout=30,
         )  # fmt: skip
-    assert done.returncode == 2
+    assert done.returncode == 3
     assert f"port {port}" in done.stderr and "python" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_starting_from_python_tells_a_taken_port_from_a_wrong_setting(tmp_path, monkeypatch):
+    """``start()`` raises what ended the daemon, with its message: whatever that says."""
+    with listening(closes_at_once) as port:
+        with pytest.raises(PortInUse, match=f"port {port}"):
+            LunaDaemon(port=port, runtime_dir=tmp_path).start()
+        with pytest.raises(ConfigError, match="tls_key"):
+            LunaDaemon(port=port, runtime_dir=tmp_path, tls_key=tmp_path / "is in use by").start()
 
 
 def test_two_daemons_side_by_side(start_daemon):

@@ -72,5 +72,5 @@ def test_it_would_notice(target, monkeypatch):
     with pytest.raises(AssertionError, match="shared memory"):
         target.run(SEEDS["op-loraput"])
     monkeypatch.undo()
-    target.service.memory.arena.close()
+    target.service.state.memory.arena.close()
     target.service = target._make()
