@@ -27,24 +27,15 @@ _WAYS = {
 def own_daemon(stack: ExitStack, config: Path | None) -> DaemonClient:
     from tempfile import TemporaryDirectory
 
+    from ..client import DaemonClient
     from ..daemon_server import LunaDaemon
+    from ..system.ports import bind
 
     folder = Path(stack.enter_context(TemporaryDirectory(prefix="luna-daemon-bench-")))
-    port, ws_port = _free_ports(2)
+    with bind("127.0.0.1", 0) as first, bind("127.0.0.1", 0) as second:
+        port, ws_port = first.getsockname()[1], second.getsockname()[1]
     stack.enter_context(LunaDaemon("127.0.0.1", port, ws_port, runtime_dir=folder, config_file=config))
-    from ..client import DaemonClient
-
     return DaemonClient("127.0.0.1", port, runtime_dir=folder, name="luna-daemon")
-
-
-def _free_ports(count: int) -> list[int]:
-    import socket
-
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 def measure(client: DaemonClient, rounds: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import typer
 
 from ..core import LunaError
 from ..system.units import count, size, span
-from .cli import AsJson, Config, Host, Port, Runtime, _dial, app
+from .options import AsJson, Config, Host, Port, Runtime, dial
 from .terminal import Bar, print_json, tables
 
 _NAMES = typer.Argument(metavar="NAME", help="LoRAs as ComfyUI lists them, files, or folders of files.")
@@ -22,7 +22,6 @@ lora_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-app.add_typer(lora_app, name="lora")
 
 
 @lora_app.command("ls")
@@ -31,7 +30,7 @@ def list_(
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """List the LoRAs in the cache, the last used first."""
-    with _dial(host, port, config, runtime_dir) as client:
+    with dial(host, port, config, runtime_dir) as client:
         stats = client.lora_stats()
     if as_json:
         print_json(stats)
@@ -60,7 +59,7 @@ def warm(
     wanted = [one for name in names for one in _files(name)]
     warmed: list[dict[str, Any]] = []
     refused: list[str] = []
-    with _dial(host, port, config, runtime_dir) as client, Bar("LoRAs") as bar:
+    with dial(host, port, config, runtime_dir) as client, Bar("LoRAs") as bar:
         for number, name in enumerate(wanted):
             bar.show(number, len(wanted), Path(name).name)
             try:
@@ -103,7 +102,7 @@ def pin(
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Load a LoRA and keep it until it is unpinned or evicted."""
-    with _dial(host, port, config, runtime_dir) as client:
+    with dial(host, port, config, runtime_dir) as client:
         _say_pin(client.pin_lora(_files(name)[0]), True, as_json)
 
 
@@ -114,7 +113,7 @@ def unpin(
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Let a pinned LoRA go when room is needed."""
-    with _dial(host, port, config, runtime_dir) as client:
+    with dial(host, port, config, runtime_dir) as client:
         _say_pin(client.pin_lora(name, False), False, as_json)
 
 
@@ -135,7 +134,7 @@ def evict(
     """Forget a LoRA, or with --all every one that is not pinned."""
     if everything == (name is not None):
         raise typer.BadParameter("name one LoRA, or give --all", param_hint="NAME")
-    with _dial(host, port, config, runtime_dir) as client:
+    with dial(host, port, config, runtime_dir) as client:
         gone = client.evict_lora(name)
     if as_json:
         print_json({"evicted": gone})

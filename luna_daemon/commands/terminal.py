@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..wire.messages import Progress
-    from .doctor import Check
 
 LOADED = "model >memory pinned"
 
@@ -111,18 +110,19 @@ def _status_rows(info: dict[str, Any], page: str) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
-def show_checks(checks: list[Check]) -> None:
+def show_checks(checks: Sequence[tuple[str, str, str, str]]) -> None:
+    """Print a row for each check (name, level, what was found, advice), and how many problems and warnings."""
     from rich.table import Table
     from rich.text import Text
 
     styles = {"ok": "green", "warning": "yellow", "problem": "bold red"}
     table = Table.grid(padding=(0, 2))
-    for check in checks:
-        text = Text(check.found)
-        if check.advice:
-            text.append(f"\n{check.advice}.", style="bold")
-        table.add_row(Text(check.level, style=styles[check.level]), check.name, text)
-    levels = [check.level for check in checks]
+    for name, level, found, advice in checks:
+        text = Text(found)
+        if advice:
+            text.append(f"\n{advice}.", style="bold")
+        table.add_row(Text(level, style=styles[level]), name, text)
+    levels = [level for _, level, _, _ in checks]
     sums = [count(levels.count(level), level) for level in ("problem", "warning")]
     _console().print(table, f"\n{', '.join(sums)}")
 
