@@ -21,8 +21,9 @@ from ..comfyui.meta import is_kept, joined, weightless
 from ..core import ModelKind, ModelLoadError
 from ..files.identity import file_id
 from ..wire.messages import ModelRef
-from .backing import Backing, comfy
+from .backing import Backing
 from .clip import shell_clip
+from .host import comfy
 from .vae import shell_vae
 
 Files = Sequence[Path | str]

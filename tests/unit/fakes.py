@@ -154,7 +154,7 @@ class Client:
             raise entry
         return entry
 
-    def tell_fallbacks(self) -> None:
+    def report_pending(self) -> None:
         self.told, self.fallbacks = self.told + self.fallbacks, 0
 
 
