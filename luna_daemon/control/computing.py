@@ -1,4 +1,4 @@
-"""From a checked request to work for the pool: the cache, identical requests in flight, patch sets."""
+"""The handler of calls that a worker computes: the cache, identical requests in flight, patch sets, the queue."""
 
 from __future__ import annotations
 
@@ -25,7 +25,13 @@ _MOST_TEXT = 1_000_000
 
 
 def compute(state: State, request: ClientRequest, call: m.Call) -> None:
-    """Answer from the cache, join work that computes the same, or queue it."""
+    """Answer from the cache, join work that computes the same, or queue new work.
+
+    Raises:
+        LunaError: the request is wrong, or its model cannot be had.
+        NeedsIO: files must be read first.
+        OSError: a file of the model cannot be read.
+    """
     message = request.message
     spec = request.resolve(_model_of(call))
     request.model = model_name(spec.key)
@@ -57,7 +63,7 @@ def compute(state: State, request: ClientRequest, call: m.Call) -> None:
         request.op, message.call, spec, pieces, priority, deadline, [], patches=patches, load_bytes=room,
         pin=isinstance(call, m.ModelLoad) and call.pin,
         keep=None if key is None else lambda outcome: _keep(state, key, outcome),
-        reserve=lambda: state.memory.foretell(size_key),
+        reserve=lambda: state.memory.predict(size_key),
         measured=lambda nbytes: state.memory.learn(size_key, nbytes),
     )  # fmt: skip
     request.wait(work)
@@ -68,11 +74,11 @@ def compute(state: State, request: ClientRequest, call: m.Call) -> None:
 
 
 def _patch_sets(state: State, request: ClientRequest, call: m.Call) -> list[PatchSet]:
-    """The patch sets that a call names, with a use of their memory each.
+    """The patch sets that a call names, each with a use of its memory.
 
     Raises:
-        PatchMissing: one is not kept (any more).
-        ModelError: one names a model that is not there, or is another file by now.
+        PatchMissing: a set is not kept (any more).
+        ModelError: a set names a model that is not there, or is another file by now.
     """
     if not isinstance(call, m.ClipEncode):
         return []
@@ -81,12 +87,12 @@ def _patch_sets(state: State, request: ClientRequest, call: m.Call) -> list[Patc
     missing = [name for name, entry in entries.items() if entry is None]
     if missing:
         raise PatchMissing(f"patch sets {', '.join(missing)} are not kept", "Put them again")
-    found = {name: entry for name, entry in entries.items() if entry is not None}
+    kept = {name: entry for name, entry in entries.items() if entry is not None}
     # All are resolved before any memory is retained: a file may have changed since the set was put.
-    models = {name: [request.resolve(model) for model in entry.models] for name, entry in found.items()}
+    models = {name: [request.resolve(model) for model in entry.models] for name, entry in kept.items()}
     return [
         PatchSet(name, entry.packed, [Piece(piece.ref, piece.slot.retain()) for piece in entry.pieces], models[name])
-        for name, entry in found.items()
+        for name, entry in kept.items()
     ]
 
 
@@ -121,11 +127,16 @@ def _check_call(state: State, call: m.Call) -> None:
 
 
 def cache_key(state: State, spec: m.LoadSpec, call: m.Call, pieces: list[Piece]) -> bytes | None:
-    """Everything that determines a conditioning, embeddings among its tokens too; ``None`` if it is not kept."""
+    """A digest of everything that determines a conditioning; ``None`` if the answer is not kept.
+
+    These are the model with its files' identity, family, device and precision (``LoadSpec.key``), the whole call (text
+    or tokens with weights, layer, projection), and embeddings among its tokens. Flags of a backend never change while
+    a daemon lives, and the cache lives no longer.
+    """
     if not isinstance(call, (m.ClipEncode, m.ClipTokenize)) or not state.conditionings.max_bytes:
         return None
     if sum(piece.ref.nbytes for piece in pieces) > _COMPARE:
-        return None  # too much to hash while others wait
+        return None  # hashing that much would hold up other requests
     bare = msgspec.structs.replace(call, model=m.ModelRef(spec.kind))
     key = hashlib.blake2b(spec.key.encode() + b"\0" + bytes(encode_call(bare)), digest_size=16)
     if spec.comfy is not None:  # an installation that was updated keeps its place, and so the model its key
@@ -142,7 +153,7 @@ def _model_of(call: m.Call) -> m.ModelRef:
 
 
 def is_same(work: Work, spec: m.LoadSpec, call: msgspec.Raw, pieces: list[Piece]) -> bool:
-    """Whether other work computes exactly this."""
+    """Whether work that waits or runs computes exactly this request."""
     if spec.kind == ModelKind.ECHO or work.spec.key != spec.key or bytes(work.call) != bytes(call):
         return False
     if len(work.pieces) != len(pieces) or work.pin:
@@ -155,7 +166,7 @@ def is_same(work: Work, spec: m.LoadSpec, call: msgspec.Raw, pieces: list[Piece]
 
 
 def _equal(a: memoryview, b: memoryview) -> bool:
-    """Bytes compared in pieces: a memoryview's own comparison goes element by element."""
+    """Compare bytes in pieces: a memoryview compares itself element by element, which is slow."""
     return a.nbytes == b.nbytes and all(
         bytes(a[at : at + _COMPARE]) == bytes(b[at : at + _COMPARE]) for at in range(0, a.nbytes, _COMPARE)
     )

@@ -33,7 +33,7 @@ async def _load(state: State, request: ClientRequest, call: m.LoraLoad) -> None:
 
 
 def _description(entry: LoRAEntry) -> dict[str, Any]:
-    """Where the tensors lie, for a client that maps them; the table is packed once."""
+    """The places of the tensors, for a client that maps them; the table is packed once."""
     if entry.table is None:
         entry.table = msgspec.Raw(_ENCODER.encode(columns(entry.places())))
     file = msgspec.structs.asdict(entry.source) if entry.kind == "file" and entry.source else None
@@ -60,8 +60,8 @@ def _put(state: State, request: ClientRequest, call: m.LoraPut) -> None:
     if not state.loras.keep(LoRAEntry(call.name, "put", refs, nbytes, [piece.slot for piece in pieces])):
         release(pieces)
         raise LimitExceeded(
-            f"LoRA {call.name!r} has {nbytes} bytes and finds no room: the cache holds "
-            f"{state.loras.max_bytes} bytes in {state.loras.max_entries} entries, and what is used or pinned stays",
+            f"LoRA {call.name!r} has {nbytes} bytes, for which there is no room: the cache holds "
+            f"{state.loras.max_bytes} bytes in {state.loras.max_entries} entries, and those in use or pinned stay",
             "Raise lora_cache_gb or lora_cache_entries",
         )
     request.answer({"success": True, "bytes": nbytes})
@@ -121,16 +121,17 @@ async def _pin(state: State, request: ClientRequest, call: m.LoraPin) -> None:
 def _evict(state: State, request: ClientRequest, call: m.LoraEvict) -> None:
     cache = state.loras
     if call.name is None:
-        gone = cache.evict_all()
+        evicted = cache.evict_all()
     else:
-        gone = [cache.named(call.name)]
-        cache.evict(gone[0].name)
-        cache.pinned.discard(gone[0].name)
-    request.answer({"evicted": [entry.name for entry in gone], "bytes": sum(entry.nbytes for entry in gone)})
+        entry = cache.named(call.name)
+        cache.evict(entry.name)
+        cache.pinned.discard(entry.name)
+        evicted = [entry]
+    request.answer({"evicted": [entry.name for entry in evicted], "bytes": sum(entry.nbytes for entry in evicted)})
 
 
 LORA_HANDLERS: dict[type, Callable[..., Any]] = {
     m.LoraLoad: _load, m.LoraPut: _put, m.LoraGet: _get, m.LoraCheck: _check, m.LoraStats: _stats,
     m.LoraWarm: _warm, m.LoraPin: _pin, m.LoraEvict: _evict,
 }  # fmt: skip
-"""By the type of the call."""
+"""Handlers by the type of the call."""

@@ -128,4 +128,4 @@ HANDLERS: dict[type, Callable[..., Later | None]] = {
     m.Register: _register, m.Report: _report,
     m.Reload: _reload, m.TokenRenew: _renew, m.Drain: _drain, m.Shutdown: _shutdown,
 }  # fmt: skip
-"""By the type of the call; every other op is computed by a worker."""
+"""Handlers by the type of the call; every other op is computed by a worker."""

@@ -1,4 +1,4 @@
-"""Calls from inside the control process, taken and answered as a client's are: the status page's buttons."""
+"""Calls from inside the control process, which are taken and answered like a client's: the status page's buttons."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from ..wire.frame import encode_call
 
 
 class InsideCaller:
-    """A client without a socket; it sends no tensors and wants none back.
+    """A client without a socket, which neither sends nor takes tensors.
 
     Stands in for the connection of a session, which exists while a call runs.
     """
 
     crowded = True
-    """No signs of progress, please."""
+    """Signs of progress are not sent."""
     is_loopback = False
-    """Whoever pressed the button may sit elsewhere: no ComfyUI of this host is run for them because they name it."""
+    """The caller may sit elsewhere: no ComfyUI of this host is run because the caller names it."""
 
     def __init__(self, state: State, name: str) -> None:
         self._state = state
@@ -33,7 +33,7 @@ class InsideCaller:
         self._answer: asyncio.Future[m.Message] = asyncio.get_running_loop().create_future()
 
     def send(self, message: m.Message, slots: list[Slot] | None = None) -> None:
-        """What a session calls to answer."""
+        """Take the answer."""
         for slot in slots or []:
             slot.release()
         if not self._answer.done():
@@ -43,7 +43,7 @@ class InsideCaller:
         """Do nothing when the token was renewed: a call that shows the old one is refused before."""
 
     async def call(self, call: m.Call) -> m.Reply:
-        """Ask once.
+        """Make one call.
 
         Raises:
             LunaError: the daemon's answer.

@@ -1,4 +1,4 @@
-"""The daemon's figures for Prometheus, read from the state when they are asked for.
+"""The daemon's metrics for Prometheus, read from the state at each scrape.
 
 Names follow Prometheus' rules: base units, ``_total`` for what only grows. docs/monitoring.md lists them.
 """
@@ -22,12 +22,19 @@ from ..pool.events import Histogram, base_name, model_name
 from .watchers import Watchers
 
 Values = Mapping[tuple[str, ...], float]
-"""By the values of the labels."""
+"""Samples of a family by the values of their labels."""
 
 
 async def render(state: State, watchers: Watchers, accept: str) -> tuple[bytes, str]:
-    """The exposition in the format that ``accept`` asks for, and its content type."""
-    # The state is read here, in one go; turning it into text takes longer and happens beside the event loop.
+    """Render all metrics.
+
+    Args:
+        accept: the request's ``Accept`` header, which chooses the format.
+
+    Returns:
+        The exposition and its content type.
+    """
+    # The state is read here, in one go; making text of it takes longer and happens beside the event loop.
     registry = CollectorRegistry()
     registry.register(_Collected(list(Collector(state, watchers).collect())))
     encode, kind = choose_encoder(accept)
@@ -35,23 +42,25 @@ async def render(state: State, watchers: Watchers, accept: str) -> tuple[bytes, 
 
 
 class _Collected:
-    """Families that have been made already."""
+    """A collector of families that are made already."""
 
     def __init__(self, families: list[Metric]) -> None:
         self._families = families
 
     def collect(self) -> list[Metric]:
+        """The families."""
         return self._families
 
 
 class Collector:
-    """Makes every family from the state: one pass, no state of its own."""
+    """Makes all families from the daemon's state in one pass."""
 
     def __init__(self, state: State, watchers: Watchers) -> None:
         self._state = state
         self._watchers = watchers
 
     def collect(self) -> Iterator[Metric]:
+        """The families."""
         yield from self._process()
         yield from self._requests()
         yield from self._queue()
@@ -133,7 +142,7 @@ class Collector:
         stats = {"conditioning": self._state.conditionings.stats(), "lora": self._state.loras.stats()}
 
         def of(name: str) -> Values:
-            return {(cache,): figures[name] for cache, figures in stats.items() if name in figures}
+            return {(cache,): numbers[name] for cache, numbers in stats.items() if name in numbers}
 
         yield _counters("luna_cache_hits", "Answers from a cache.", ["cache"], of("hits"))
         yield _counters("luna_cache_misses", "What a cache did not hold.", ["cache"], of("misses"))
@@ -144,7 +153,7 @@ class Collector:
 
     def _loras(self) -> Iterator[Metric]:
         loras = self._state.loras.stats()["loras"]
-        figures: tuple[tuple[str, Any, str, str], ...] = (
+        columns: tuple[tuple[str, Any, str, str], ...] = (
             ("hits", _counters, "luna_lora_hits", "How often a LoRA was served from the cache."),
             ("misses", _counters, "luna_lora_misses", "How often it had to be loaded."),
             ("bytes", _gauges, "luna_lora_bytes", "Memory of a LoRA."),
@@ -153,26 +162,26 @@ class Collector:
             ("clients", _gauges, "luna_lora_clients", "Clients that map it."),
             ("pinned", _gauges, "luna_lora_pinned", "Whether it stays."),
         )
-        for figure, family, name, text in figures:
-            values = {(base_name(lora),): facts[figure] for lora, facts in loras.items() if figure in facts}
+        for column, family, name, text in columns:
+            values = {(base_name(lora),): row[column] for lora, row in loras.items() if column in row}
             yield family(name, text, ["lora"], values)
 
     def _memory(self) -> Iterator[Metric]:
         arena = self._state.memory.arena
-        figures = (0, 0, 0) if arena is None else (arena.bytes_used, arena.bytes_reserved, arena.max_bytes)
-        for figure, name, text in zip(
-            figures,
+        sizes = (0, 0, 0) if arena is None else (arena.bytes_used, arena.bytes_reserved, arena.max_bytes)
+        for nbytes, name, text in zip(
+            sizes,
             ("used", "reserved", "limit"),
             ("Shared memory in use.", "Shared memory taken from the system.", "Most shared memory."),
         ):
-            yield _gauge(f"luna_arena_{name}_bytes", text, {}, figure)
+            yield _gauge(f"luna_arena_{name}_bytes", text, {}, nbytes)
         gpus = self._state.gpus
-        for figure_name, name, text in (
+        for column, name, text in (
             ("used", "luna_gpu_memory_used_bytes", "VRAM in use, by every process."),
             ("free", "luna_gpu_memory_free_bytes", "VRAM that is free."),
             ("total", "luna_gpu_memory_total_bytes", "VRAM of the GPU."),
         ):
-            values: Values = {(str(gpu["index"]), gpu["name"], gpu["uuid"]): gpu[figure_name] for gpu in gpus}
+            values: Values = {(str(gpu["index"]), gpu["name"], gpu["uuid"]): gpu[column] for gpu in gpus}
             yield _gauges(name, text, ["gpu", "name", "uuid"], values)
 
     def _clients(self) -> Iterator[Metric]:

@@ -379,7 +379,9 @@ def test_a_malicious_pickle_is_refused(client, folder, tmp_path):
     for zipped in (True, False):
         path = folder / f"evil{zipped}.pt"
         torch.save({"up": Malicious(tmp_path / "pwned")}, path, _use_new_zipfile_serialization=zipped)
-        with pytest.raises(ModelLoadError, match=r"evil.*\.pt' is not converted: it cannot be read as weights alone"):
+        with pytest.raises(
+            ModelLoadError, match=r"evil.*\.pt' cannot be converted: the file cannot be read as weights alone"
+        ):
             client.load_lora(path.name)
     torch.save({"up": torch.ones(1), "step": 3}, folder / "mixed.pt")
     with pytest.raises(ModelLoadError, match="more than tensors"):
@@ -439,7 +441,7 @@ def test_larger_than_the_cache(start_daemon, tmp_path):
         assert not client.warm_lora("big.safetensors")["kept"]
         with pytest.raises(LimitExceeded, match=r"'big\.safetensors' cannot be pinned"):
             client.pin_lora("big.safetensors")
-        with pytest.raises(LimitExceeded, match=r"'mine' has .* finds no room"):
+        with pytest.raises(LimitExceeded, match=r"'mine' has .* there is no room"):
             client.put_lora("mine", state)
         used = client.get_daemon_info()["arena"]["used"]
         assert used < MB, f"{used} bytes of the arena were not given back"
@@ -488,7 +490,7 @@ def test_pin_unpin_evict(client, folder):
     assert not lora(client, "kept.safetensors")["pinned"]
     assert client.evict_lora("kept.safetensors") == ["kept.safetensors"] and equal(held, state)
     for call in (client.evict_lora, lambda name: client.pin_lora(name, False)):
-        with pytest.raises(ModelNotFound, match=r"'kept\.safetensors' is in the cache"):
+        with pytest.raises(ModelNotFound, match=r"'kept\.safetensors' is not in the cache"):
             call("kept.safetensors")
     with pytest.raises(ModelNotFound, match=r"'absent\.safetensors'"):
         client.pin_lora("absent.safetensors")
