@@ -34,14 +34,14 @@ from .daemon_server import LunaDaemon
 from .system.runtime import dial_host, page_address, state_folder
 from .system.script import run_command
 from .tray.icon import draw_icon
-from .tray.state import Action, Entry, Preferences, View, figures, menu, notice, title
+from .tray.state import Action, Entry, Preferences, View, menu, notice, statistics, title
 from .tray.watch import Watch, Wish
 
 __all__ = ["Tray", "TrayRunning", "TrayUnavailable", "run_tray"]
 
 _NAME = "Luna Daemon"
 _NOTICE_LETTERS = 250
-"""Windows takes 255 for a notification."""
+"""Windows shows at most 255 characters of a notification."""
 _STATISTICS_S = 5.0
 """Least time between two menus that differ in statistics only: some desktops close an open menu that is replaced."""
 _ON_LINUX = sys.platform not in ("win32", "darwin")
@@ -66,7 +66,10 @@ class TrayRunning(LunaError):
 
 
 def run_tray(make: Callable[[], LunaDaemon]) -> None:
-    """Show the icon, with the daemon that ``make`` gives, until the user chooses Exit.
+    """Show the icon until the user chooses Exit.
+
+    Args:
+        make: gives the daemon to start, with the settings of the moment.
 
     Raises:
         TrayUnavailable: no display, no pystray, no GTK, or no session bus.
@@ -81,12 +84,12 @@ def run_tray(make: Callable[[], LunaDaemon]) -> None:
 
 
 class Tray:
-    """The icon and what its menu does. Everything slow is asked of the watch.
+    """The icon and the actions of its menu; the watch does, in its own thread, everything that takes time.
 
     Args:
-        pystray: the module, loaded with a display at hand.
+        pystray: the module; importing pystray opens the display.
         first, make: as for ``Watch``.
-        folder: where the menu's ticks are kept.
+        folder: holds the file with the menu's ticks.
     """
 
     def __init__(self, pystray: Any, first: LunaDaemon, make: Callable[[], LunaDaemon], folder: Path) -> None:
@@ -94,9 +97,9 @@ class Tray:
         self._file = folder / "tray.json"
         self._preferences = Preferences.load(self._file)
         self._watch = Watch(first, make, lambda: self._preferences.restart, self._show)
-        self._watching = threading.Thread(target=self._watch.run, name="watch over the daemon", daemon=True)
+        self._watching = threading.Thread(target=self._watch.run, name="tray watch", daemon=True)
         self._view = View()
-        self._told = ""
+        self._notified = ""
         self._entries: list[Entry] = []
         self._menu_made = 0.0
         self._closing = False
@@ -105,7 +108,11 @@ class Tray:
         self._icon = pystray.Icon(_NAME, draw_icon(self._view.state), title(self._view), pystray.Menu(self._items))
 
     def run(self) -> None:
-        """Show the icon until Exit, SIGTERM, or the end of the desktop."""
+        """Show the icon until Exit, SIGTERM, or the end of the desktop session.
+
+        Raises:
+            TrayUnavailable: the desktop does not take the icon.
+        """
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
         try:
@@ -131,7 +138,7 @@ class Tray:
         self._watching.start()
         while self._watching.is_alive() and not self._gone:
             self._watching.join(0.1)
-        if not self._gone:  # the watch ends when the user leaves; without its loop the icon cannot be told
+        if not self._gone:  # the watch ends at Exit; an icon whose loop has ended cannot be stopped any more
             icon.stop()
 
     def _on_signal(self, number: int, frame: object) -> None:
@@ -141,7 +148,7 @@ class Tray:
     # --- showing ---
 
     def _show(self, view: View) -> None:
-        """Bring the icon up to date; on the watch's thread."""
+        """Update icon, tooltip and menu, and notify the user; called on the watch's thread."""
         before, self._view = self._view, view
         if self._gone:
             return
@@ -151,11 +158,11 @@ class Tray:
         if title(view) != title(before):
             self._icon.title = title(view)
         self._update_menu()
-        self._tell(notice(before, view, self._preferences.restart))
+        self._notify(notice(before, view, self._preferences.restart))
 
     def _update_menu(self) -> None:
         entries, shown = self._menu(), self._entries
-        others = [[entry for entry in of if entry.action is not Action.STATUS] for of in (entries, shown)]
+        others = [[line for line in lines if line.action is not Action.STATUS] for lines in (entries, shown)]
         soon = time.monotonic() - self._menu_made < _STATISTICS_S
         if entries == shown or (others[0] == others[1] and soon):
             return
@@ -165,11 +172,11 @@ class Tray:
     def _menu(self) -> list[Entry]:
         return menu(self._view, self._preferences, self._watch.log.is_file())
 
-    def _tell(self, text: str) -> None:
-        if not text or text == self._told:
+    def _notify(self, text: str) -> None:
+        if not text or text == self._notified:
             return
-        self._told = text
-        logger.info("told the user: %s", text)
+        self._notified = text
+        logger.info("notified the user: %s", text)
         if self._icon.HAS_NOTIFICATION:
             try:
                 self._icon.notify(text[:_NOTICE_LETTERS], _NAME)
@@ -206,8 +213,8 @@ class Tray:
         elif action is Action.STOP:
             self._watch.wish(Wish.STOP)
         elif action is Action.STATUS:
-            self._told = ""  # asked for: told again
-            self._tell(figures(self._view.info) if self._view.info is not None else self._view.detail)
+            self._notified = ""  # the user asks: show the same text again
+            self._notify(statistics(self._view.info) if self._view.info is not None else self._view.detail)
         elif action is Action.OPEN_PAGE:
             _in_background(webbrowser.open, self._page())
         elif action is Action.OPEN_LOG:
@@ -228,19 +235,19 @@ class Tray:
         self._watch.wish(Wish.EXIT_AND_STOP if self._preferences.stop_on_exit else Wish.EXIT)
 
 
-# --- the surroundings -------------------------------------------------------------------------------------------
+# --- the desktop ------------------------------------------------------------------------------------------------
 
 
 def _load_pystray() -> Any:
-    """Give pystray with a backend that works here.
+    """Import pystray with a backend that works on this desktop.
 
     Raises:
-        TrayUnavailable: says what is missing.
+        TrayUnavailable: no backend works; says what is missing.
     """
     if _ON_LINUX and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         raise TrayUnavailable(
             "no display for a tray icon (neither DISPLAY nor WAYLAND_DISPLAY is set)",
-            "Use 'luna-daemon serve' on a machine without one",
+            "Use 'luna-daemon serve' on a machine without a display",
         )
     if not (importlib.util.find_spec("pystray") and importlib.util.find_spec("PIL")):
         raise TrayUnavailable("the tray icon needs pystray and Pillow", "pip install luna-daemon[tray]")
@@ -267,10 +274,10 @@ def _first_backend(names: Sequence[str]) -> Any:
 
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
-    """Hold this user's one place for a tray icon.
+    """Hold the lock that allows one tray icon per user.
 
     Raises:
-        TrayRunning: it is taken.
+        TrayRunning: another tray holds the lock.
     """
     from filelock import FileLock, Timeout
 
@@ -279,7 +286,7 @@ def _only_one(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise TrayRunning(
-            "a tray icon of yours is shown already", "Look for it in the panel, or choose Exit in its menu"
+            "this user's tray icon is shown already", "Look for the icon in the panel, or choose Exit in its menu"
         ) from error
     try:
         yield
@@ -289,7 +296,7 @@ def _only_one(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _log_into(path: Path) -> Iterator[None]:
-    """Keep what is logged in a file as well: most trays have no terminal."""
+    """Write the log to a file as well: most trays have no terminal."""
     handler = logging.handlers.RotatingFileHandler(path, maxBytes=1 << 20, backupCount=1, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
     logging.getLogger().addHandler(handler)
@@ -300,25 +307,25 @@ def _log_into(path: Path) -> Iterator[None]:
         handler.close()
 
 
-def _in_background(what: Callable[[Any], object], of: Any) -> None:
-    """Some openers return only when what they opened is closed."""
-    threading.Thread(target=what, args=(of,), daemon=True).start()
+def _in_background(function: Callable[[Any], object], argument: Any) -> None:
+    """Call a function in a thread: some openers return only when what they opened is closed."""
+    threading.Thread(target=function, args=(argument,), daemon=True).start()
 
 
 def _open_file(path: Path) -> None:
-    """Show a file in whatever the desktop shows such files with."""
+    """Open a file with the desktop's program for such files."""
     if sys.platform == "win32":
-        os.startfile(path)  # noqa: S606 (the log of our own daemon)
+        os.startfile(path)  # noqa: S606 (the daemon's log)
         return
     opener = shutil.which("open" if sys.platform == "darwin" else "xdg-open")
     if opener is None:
-        logger.warning("nothing here opens files (xdg-open is missing): the log is %s", path)
+        logger.warning("xdg-open is not installed: the log is %s", path)
         return
     subprocess.run([opener, str(path)], stdin=subprocess.DEVNULL, check=False)
 
 
 def main() -> None:
-    """``python luna_daemon/tray_app.py``: the same as ``luna-daemon tray``."""
+    """Run ``luna-daemon tray`` with the arguments of ``python luna_daemon/tray_app.py``."""
     run_command("tray", *sys.argv[1:])
 
 

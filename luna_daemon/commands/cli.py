@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(error.exit_code) from None
 
 
-def _say_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"luna-daemon {__version__}")
         raise typer.Exit
@@ -84,7 +84,7 @@ def _say_version(wanted: bool) -> None:
 @app.callback()
 def _common(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_say_version, is_eager=True)
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
     logging.basicConfig(format="luna-daemon: %(message)s", level=logging.WARNING)
@@ -92,24 +92,14 @@ def _common(
 
 @app.command()
 def serve(
-    host: Host = None,
-    port: Port = None,
-    ws_port: WsPort = None,
-    config: Config = None,
-    comfyui: ComfyUI = None,
-    comfyui_python: ComfyUIPython = None,
-    model_dir: ModelDirs = None,
-    vae_device: Device = None,
-    clip_device: Device = None,
-    backend: Backend = None,
-    service_type: Service = None,
-    log_level: Annotated[str | None, _LOG_LEVEL] = None,
-    log_json: Annotated[bool, _LOG_JSON] = False,
-    log_file: Annotated[Path | None, _LOG_FILE] = None,
-    runtime_dir: Runtime = None,
-) -> None:
+    host: Host = None, port: Port = None, ws_port: WsPort = None, config: Config = None,
+    comfyui: ComfyUI = None, comfyui_python: ComfyUIPython = None, model_dir: ModelDirs = None,
+    vae_device: Device = None, clip_device: Device = None, backend: Backend = None, service_type: Service = None,
+    log_level: Annotated[str | None, _LOG_LEVEL] = None, log_json: Annotated[bool, _LOG_JSON] = False,
+    log_file: Annotated[Path | None, _LOG_FILE] = None, runtime_dir: Runtime = None,
+) -> None:  # fmt: skip
     """Run the daemon until Ctrl-C or 'luna-daemon stop'."""
-    logs.set_up(log_json)  # the settings may warn already
+    logs.set_up(log_json)  # loading the settings may log warnings
     from ..daemon_server import LunaDaemon
 
     daemon = LunaDaemon(
@@ -128,7 +118,7 @@ def status(
     host: Host = None, port: Port = None, ws_port: WsPort = None, config: Config = None,
     runtime_dir: Runtime = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Show what the running daemon does and holds."""
+    """Show what the running daemon does and which models it holds."""
     with dial(host, port, config, runtime_dir) as client:
         info = client.get_daemon_info()
         if as_json:
@@ -143,7 +133,7 @@ def top(
     once: Annotated[bool, _ONCE] = False,
     host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
 ) -> None:  # fmt: skip
-    """Watch the daemon: q or Ctrl-C ends it."""
+    """Show a live view of the daemon; q or Ctrl-C quits."""
     from .top import print_once, watch
 
     if once or not sys.stdout.isatty():
@@ -164,22 +154,22 @@ def token(
     host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Print the token that lets clients in."""
+    """Print the token that clients show the daemon."""
     from ..system.runtime import find_token
     from ..wire.messages import TokenRenew
 
     with dial(host, port, config, runtime_dir) as client:
         if renew:
             client.call(TokenRenew())
-        found = find_token(client.port, client.runtime_dir, {})
-    if not found:
+        text = find_token(client.port, client.runtime_dir, {})
+    if not text:
         raise AuthenticationError(
-            f"the token of {client.host}:{client.port} is not on this machine", "Ask on the daemon's own"
+            f"the token of {client.host}:{client.port} is not on this machine", "Run this on the daemon's machine"
         )
     if as_json:
-        print_json({"token": found, "renewed": renew})
+        print_json({"token": text, "renewed": renew})
     else:
-        typer.echo(found)
+        typer.echo(text)
 
 
 @app.command()
@@ -187,17 +177,17 @@ def reload(
     host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Take new settings without a stop."""
+    """Apply changed settings without a restart."""
     from ..wire.messages import Reload
 
     with dial(host, port, config, runtime_dir) as client:
-        found = client.call(Reload()).result
+        changes = client.call(Reload()).result
     if as_json:
-        print_json(found)
+        print_json(changes)
         return
-    typer.echo(f"taken: {', '.join(found['taken']) or 'nothing has changed'}")
-    if found["restart"]:
-        typer.echo(f"only after a restart: {', '.join(found['restart'])}")
+    typer.echo(f"applied: {', '.join(changes['taken']) or 'nothing has changed'}")
+    if changes["restart"]:
+        typer.echo(f"needs a restart: {', '.join(changes['restart'])}")
 
 
 @app.command()
@@ -211,19 +201,19 @@ def stop(
     with dial(host, port, config, runtime_dir) as client:
         info = client.get_daemon_info()
         client.shutdown()
-        gone = _end_of(client, info["pid"])
-    while not gone() and time.monotonic() - began < timeout:
+        has_stopped = _end_of(client, info["pid"])
+    while not has_stopped() and time.monotonic() - began < timeout:
         time.sleep(0.02)
-    ended, waited = gone(), time.monotonic() - began
-    facts = {"status": "stopped" if ended else "draining", "pid": info["pid"], "waited_s": round(waited, 3)}
+    ended, waited = has_stopped(), time.monotonic() - began
     if as_json:
-        print_json(facts)
+        state = "stopped" if ended else "draining"
+        print_json({"status": state, "pid": info["pid"], "waited_s": round(waited, 3)})
     elif ended:
         typer.echo(f"Luna Daemon (pid {info['pid']}) has stopped after {waited:.1f} s")
     if not ended:
         typer.echo(
-            f"luna-daemon: process {info['pid']} still finishes its requests after {waited:.0f} s. "
-            "Wait, or end the process",
+            f"luna-daemon: process {info['pid']} still finishes requests after {waited:.0f} s. "
+            "Wait, or kill the process",
             err=True,
         )
         raise typer.Exit(1)
@@ -236,9 +226,9 @@ def doctor(
     vae_device: Device = None, clip_device: Device = None, backend: Backend = None,
     runtime_dir: Runtime = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Check machine and settings, and say what to do.
+    """Check machine and settings, and say how to fix each problem.
 
-    Takes the options of 'serve' that decide what is loaded and where, and checks what would be served.
+    Give the options that 'serve' is to be given: what they mean is checked.
     """
     from .doctor import examine
 
@@ -263,9 +253,9 @@ def bench(
     host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Time calls on this machine beside a memory copy.
+    """Compare calls on this machine with a memory copy.
 
-    Uses the running daemon, or one of its own for as long as it takes.
+    Measures the running daemon; without one, starts a daemon for the measurement.
     """
     from contextlib import ExitStack
 
@@ -290,7 +280,7 @@ def tray(
     device: Device = None, vae_precision: Precision = None, clip_precision: Precision = None,
     service_type: Service = None, runtime_dir: Runtime = None,
 ) -> None:  # fmt: skip
-    """Start, watch and stop the daemon from a tray icon."""
+    """Show a tray icon that starts, watches and stops the daemon."""
     logs.set_up()
     from ..daemon_server import LunaDaemon
     from ..tray_app import TrayRunning, TrayUnavailable, run_tray
@@ -310,25 +300,24 @@ def tray(
 
 
 def _end_of(client: DaemonClient, pid: int) -> Callable[[], bool]:
-    """Tells whether the daemon is gone: its process here, its socket on another machine."""
+    """Make a function that says whether the daemon has ended: its process here, its port on another machine."""
     from ..system.runtime import has_ended, read_facts, runtime_folder
 
     if read_facts(client.port, client.runtime_dir).get("pid") == pid:
         return lambda: has_ended(pid, runtime_folder(client.port, client.runtime_dir))
-
     return lambda: not answers(client.host, client.port)
 
 
 def _status_page(client: DaemonClient, info: dict[str, Any], asked: int | None) -> str:
-    """Where the daemon says that its page is; a port of the command line is tried instead, for a forwarded one."""
+    """Give the address of the status page; a port of the command line goes first, since ports may be forwarded."""
     from ..system.runtime import page_address
 
     ws_port, tls = info["ws_port"], info["tls"]
     if asked is not None and asked != ws_port:
         address = page_address(tls, client.host, asked) + "/"
         return address if answers(client.host, asked) else f"{address} does not answer"
-    starts = "none: its port is taken, or the daemon has just started"
-    return page_address(tls, client.host, ws_port) + "/" if ws_port else starts
+    no_page = "none: its port is taken, or the daemon has just started"
+    return page_address(tls, client.host, ws_port) + "/" if ws_port else no_page
 
 
 app.add_typer(lora_app, name="lora")

@@ -17,11 +17,11 @@ COLOURS = {
     TrayState.STOPPED: (128, 132, 138),
     TrayState.ERROR: (208, 32, 40),
 }
-"""Those of warning signs and traffic lights; the shapes say the same without them."""
+"""Colours of warning signs and traffic lights; each shape says the same without its colour."""
 
 _SIDE = 64
 _FINE = 4
-"""Drawn this many times larger and scaled down: Pillow draws without smooth edges."""
+"""Icons are drawn this many times larger and scaled down: Pillow does not smooth edges."""
 _WHITE, _DARK = (255, 255, 255), (32, 24, 0)
 
 Points = list[tuple[float, float]]

@@ -42,7 +42,7 @@ def test_a_model_is_added_while_it_runs(start_daemon, way):
     session = client.link().welcome.session
     config_of(daemon).write_text(DEMO_TOML + "\n")
     if way == "command":
-        assert "taken: models" in command(daemon, "reload")
+        assert "applied: models" in command(daemon, "reload")
     else:
         daemon.process.send_signal(signal.SIGHUP)
         daemon.wait_for(lambda info: "demo" in info["models"]["named"])

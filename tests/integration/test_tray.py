@@ -285,7 +285,7 @@ def test_the_icon_follows_the_daemon(desk: Desk) -> None:
     desk.wait_until(TrayState.RUNNING, "running again")
     os.kill(desk.pid(), signal.SIGKILL)
     desk.wait_until(TrayState.ERROR, "error")
-    assert desk.said("told the user: the daemon was killed by signal SIGKILL\n")
+    assert desk.said("notified the user: the daemon was killed by signal SIGKILL\n")
     time.sleep(3)
     assert desk.seen() is TrayState.ERROR, "it was started again, though that is not wanted"
     assert tray.poll() is None
@@ -302,7 +302,7 @@ def test_a_crashed_daemon_is_started_again(desk: Desk) -> None:
         os.kill(before, signal.SIGKILL)
         wait_for(lambda before=before: (desk.info() or {"pid": before})["pid"] != before)
         waits.append(time.monotonic() - began)
-    assert desk.said("killed by signal SIGKILL. It is started again")
+    assert desk.said("killed by signal SIGKILL. It will be restarted")
     assert waits[1] > 1.5, "the second restart did not wait longer"
 
 
@@ -315,7 +315,7 @@ def test_a_daemon_that_hangs_is_told_from_one_that_ended(desk: Desk) -> None:
     daemon.suspend()
     try:
         desk.wait_until(TrayState.ERROR, "silent", 30)
-        assert desk.said("told the user: its process lives but does not answer")
+        assert desk.said("notified the user: the daemon's process is alive but does not answer")
     finally:
         daemon.resume()
     desk.wait_until(TrayState.RUNNING, "now")
@@ -368,7 +368,7 @@ def test_a_daemon_of_others_making_is_attached_to(desk: Desk, start_daemon) -> N
     theirs.process.kill()
     theirs.process.wait()
     desk.wait_until(TrayState.ERROR, "now")
-    assert desk.said("the daemon ended without tidying up after itself")
+    assert desk.said("the daemon ended without cleaning up")
 
 
 @screen_needed
@@ -393,7 +393,7 @@ def test_one_tray_per_user(desk: Desk) -> None:
     tray = desk.start()
     second = desk.run(str(TRAY))
     assert (second.returncode, second.stdout) == (1, "")
-    assert second.stderr.startswith("luna-daemon: a tray icon of yours is shown already. ")
+    assert second.stderr.startswith("luna-daemon: this user's tray icon is shown already. ")
     assert len(second.stderr.splitlines()) == 1
     tray.kill()
     tray.wait()
@@ -459,7 +459,7 @@ def test_a_crash_is_notified(desk: Desk, bus: str) -> None:
         desk.start()
         desk.wait_until(TrayState.RUNNING, "now")
         os.kill(desk.pid(), signal.SIGKILL)
-        wait_for(lambda: "the daemon was killed by signal SIGKILL. It is started again" in seen.read_text())
+        wait_for(lambda: "the daemon was killed by signal SIGKILL. It will be restarted" in seen.read_text())
 
 
 # --- where there can be no icon ---

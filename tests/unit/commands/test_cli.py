@@ -137,20 +137,6 @@ def test_options_of_serve_reach_the_settings(monkeypatch, tmp_path, run):
 
 
 @pytest.mark.parametrize(
-    ("nbytes", "text"), [(0, "0 B"), (999, "999 B"), (1024, "1 KB"), (12582912, "12 MB"), (3 << 30, "3.0 GB")]
-)
-def test_sizes(nbytes, text):
-    """Sizes are read at a glance: at most four characters and a unit."""
-    assert terminal.size(nbytes) == text
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(4.2, "4 s"), (61, "1 min"), (7260, "2 h 1 min")])
-def test_times(seconds, text):
-    """Times have the unit that fits them."""
-    assert terminal.span(seconds) == text
-
-
-@pytest.mark.parametrize(
     ("name", "kind", "kinds"),
     [
         ("sdxl", "all", ["vae", "clip"]),

@@ -22,10 +22,10 @@ from luna_daemon.tray.state import (
     Sight,
     TrayState,
     View,
-    figures,
     judge,
     menu,
     notice,
+    statistics,
     title,
 )
 
@@ -85,7 +85,7 @@ def test_how_a_crash_is_told():
     assert judge(RUNNING, Sight(exit_code=1)).detail == "the daemon crashed with exit code 1"
     assert judge(RUNNING, Sight(exit_code=-9)).detail.endswith("9" if sys.platform == "win32" else "SIGKILL")
     assert judge(RUNNING, Sight(exit_code=-200)).detail.endswith("signal 200")
-    assert "without tidying" in judge(RUNNING, Sight(left_behind=True)).detail
+    assert "without cleaning up" in judge(RUNNING, Sight(left_behind=True)).detail
     dying = judge(STOPPING, Sight(exit_code=1))
     assert (dying.state, dying.crashed) == (TrayState.ERROR, False)
 
@@ -93,10 +93,10 @@ def test_how_a_crash_is_told():
 # --- which words ---
 
 
-def test_figures():
+def test_statistics():
     """Each model counts once, its memory wherever it is held, the tray's own connection not at all."""
-    assert figures(info()) == "2 workers (1 busy), 2 models of 2.5 GB, 1 client"
-    assert figures(info(workers=[], clients=[], queue={"waiting": 3})) == "0 workers, 0 models, 0 clients, 3 waiting"
+    assert statistics(info()) == "2 workers (1 busy), 2 models of 2.5 GB, 1 client"
+    assert statistics(info(workers=[], clients=[], queue={"waiting": 3})) == "0 workers, 0 models, 0 clients, 3 waiting"
 
 
 def test_tooltips_suit_every_desktop():
@@ -111,7 +111,7 @@ def test_notices():
     """Errors and ends are told, once; what was asked for and the figures are not."""
     assert notice(RUNNING, RUNNING, True) == notice(STOPPED, STARTING, True) == notice(STARTING, RUNNING, True) == ""
     assert notice(RUNNING, CRASHED, False) == CRASHED.detail
-    assert notice(RUNNING, CRASHED, True) == f"{CRASHED.detail}. It is started again"
+    assert notice(RUNNING, CRASHED, True) == f"{CRASHED.detail}. It will be restarted"
     assert notice(STARTING, FAILED, True) == "no"
     assert notice(STOPPING, STOPPED, True) == "The daemon has stopped"
     assert notice(HANGS, RUNNING, True) == "The daemon answers again"
