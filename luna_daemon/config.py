@@ -13,7 +13,7 @@ import re
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_settings import (
@@ -56,6 +56,11 @@ IDLE_TIMEOUT_SEC = 30
 WORKER_KEEP_SEC = 600
 VRAM_SAFETY_MARGIN_GB = 1.0
 
+_T = TypeVar("_T")
+RELOADABLE = "reloadable"
+Live = Annotated[_T, RELOADABLE]
+"""A setting that a running daemon takes. The rest is bound into sockets, shared memory, limits that clients were told,
+or workers that run."""
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?|GPU-[0-9a-fA-F-]+)$")]
 Port = Annotated[int, Field(ge=0, le=65535)]
 _DEVICES = "must be auto, cpu, cuda, cuda:1 (any number), mps, xpu, xpu:1 or a GPU's UUID (GPU-...)"
@@ -66,7 +71,8 @@ _PATHS = (
 _MAY_BE_EMPTY = ("vae_path", "clip_l_path", "clip_g_path")
 """Settings whose variable may be empty and then means "no file"; other empty variables count as not set."""
 _NOT_SETTINGS = (
-    "LUNA_CONFIG", "LUNA_START_FROM_COMFYUI", "LUNA_START_ID", "LUNA_TLS_CA", "LUNA_TOKEN", "LUNA_TOKEN_FILE",
+    "LUNA_CONFIG", "LUNA_OVERRIDES", "LUNA_START_FROM_COMFYUI", "LUNA_START_ID", "LUNA_TLS_CA", "LUNA_TOKEN",
+    "LUNA_TOKEN_FILE",
 )  # fmt: skip
 """Variables that other parts of the package read."""
 
@@ -104,15 +110,17 @@ class Settings(BaseSettings):
     tls_key: Path | None = Field(
         None, description="Private key of the certificate, if tls_cert does not contain the key."
     )
-    service_type: ServiceType = Field(ServiceType.FULL, description="full, vae or clip: which work is accepted.")
-    config_only: bool = Field(False, description="Serve only models named in the configuration, no files by path.")
+    service_type: Live[ServiceType] = Field(ServiceType.FULL, description="full, vae or clip: which work is accepted.")
+    config_only: Live[bool] = Field(
+        False, description="Serve only models named in the configuration, no files by path."
+    )
 
-    vae_path: str = Field(VAE_PATH, description="VAE of the model named after model_type.")
-    clip_l_path: str = Field(CLIP_L_PATH, description="CLIP-L text encoder of that model.")
-    clip_g_path: str = Field(CLIP_G_PATH, description="CLIP-G text encoder of that model; empty for none.")
-    model_type: str = Field(MODEL_TYPE, description="Name and family of that model.")
-    models: dict[str, NamedModel] = Field({}, description="Further models by name.")
-    model_dirs: Annotated[list[Path], NoDecode] = Field(
+    vae_path: Live[str] = Field(VAE_PATH, description="VAE of the model named after model_type.")
+    clip_l_path: Live[str] = Field(CLIP_L_PATH, description="CLIP-L text encoder of that model.")
+    clip_g_path: Live[str] = Field(CLIP_G_PATH, description="CLIP-G text encoder of that model; empty for none.")
+    model_type: Live[str] = Field(MODEL_TYPE, description="Name and family of that model.")
+    models: Live[dict[str, NamedModel]] = Field({}, description="Further models by name.")
+    model_dirs: Live[Annotated[list[Path], NoDecode]] = Field(
         [], description="Folders, besides ComfyUI's, whose model files clients may use."
     )
     comfyui_path: Path | None = Field(None, description="ComfyUI's folder; COMFYUI_PATH is read too.")
@@ -120,8 +128,10 @@ class Settings(BaseSettings):
     comfyui_args: Annotated[list[str], NoDecode] = Field(
         [], description="ComfyUI's own flags for workers, such as --fp32-vae."
     )
-    client_roots: bool = Field(True, description="Run a client's own ComfyUI, if nobody else could have changed it.")
-    comfyui_roots: Annotated[list[Path], NoDecode] = Field(
+    client_roots: Live[bool] = Field(
+        True, description="Run a client's own ComfyUI, if nobody else could have changed it."
+    )
+    comfyui_roots: Live[Annotated[list[Path], NoDecode]] = Field(
         [], description="Folders whose ComfyUIs and interpreters clients may have run, whoever owns them."
     )
     backend: Literal["auto", "comfy", "diffusers"] = Field("auto", description="What runs the models.")
@@ -132,19 +142,31 @@ class Settings(BaseSettings):
     clip_precision: Precision = Field(CLIP_PRECISION, description="auto is what ComfyUI would choose.")
     cpu_threads: int = Field(0, ge=0, le=1024, description="Threads of a worker on the CPU; 0 is torch's own choice.")
 
-    max_vae_workers: int = Field(MAX_VAE_WORKERS, ge=1, le=64, description="Most workers that run VAEs.")
-    max_clip_workers: int = Field(MAX_CLIP_WORKERS, ge=1, le=64, description="Most workers that run text encoders.")
-    min_vae_workers: int = Field(MIN_VAE_WORKERS, ge=0, le=64, description="VAE workers kept when idle.")
-    min_clip_workers: int = Field(MIN_CLIP_WORKERS, ge=0, le=64, description="Text encoder workers kept when idle.")
-    queue_threshold: int = Field(QUEUE_THRESHOLD, ge=1, description="Waiting requests before another worker starts.")
-    scale_up_delay_sec: float = Field(
+    max_vae_workers: Live[int] = Field(MAX_VAE_WORKERS, ge=1, le=64, description="Most workers that run VAEs.")
+    max_clip_workers: Live[int] = Field(
+        MAX_CLIP_WORKERS, ge=1, le=64, description="Most workers that run text encoders."
+    )
+    min_vae_workers: Live[int] = Field(MIN_VAE_WORKERS, ge=0, le=64, description="VAE workers kept when idle.")
+    min_clip_workers: Live[int] = Field(
+        MIN_CLIP_WORKERS, ge=0, le=64, description="Text encoder workers kept when idle."
+    )
+    queue_threshold: Live[int] = Field(
+        QUEUE_THRESHOLD, ge=1, description="Waiting requests before another worker starts."
+    )
+    scale_up_delay_sec: Live[float] = Field(
         SCALE_UP_DELAY_SEC, ge=0, description="How long the requests must have waited for that."
     )
-    idle_timeout_sec: float = Field(IDLE_TIMEOUT_SEC, ge=0.1, description="Idle time after which memory is given back.")
-    worker_keep_sec: float = Field(WORKER_KEEP_SEC, ge=0.1, description="Idle time after which the last worker ends.")
-    worker_start_sec: float = Field(120.0, ge=1, description="How long a worker may take to import its backend.")
-    vram_safety_margin_gb: float = Field(VRAM_SAFETY_MARGIN_GB, ge=0, description="VRAM left free when scaling up.")
-    model_memory_gb: float = Field(0.0, ge=0, description="Most weights held per device; 0 is no limit.")
+    idle_timeout_sec: Live[float] = Field(
+        IDLE_TIMEOUT_SEC, ge=0.1, description="Idle time after which memory is given back."
+    )
+    worker_keep_sec: Live[float] = Field(
+        WORKER_KEEP_SEC, ge=0.1, description="Idle time after which the last worker ends."
+    )
+    worker_start_sec: Live[float] = Field(120.0, ge=1, description="How long a worker may take to import its backend.")
+    vram_safety_margin_gb: Live[float] = Field(
+        VRAM_SAFETY_MARGIN_GB, ge=0, description="VRAM left free when scaling up."
+    )
+    model_memory_gb: Live[float] = Field(0.0, ge=0, description="Most weights held per device; 0 is no limit.")
 
     max_watchers: int = Field(64, ge=0, description="Most open status pages and other WebSockets.")
     allowed_origins: Annotated[list[str], NoDecode] = Field(
@@ -153,23 +175,23 @@ class Settings(BaseSettings):
     log_json: bool = Field(False, description="Log one JSON object per line.")
     log_file: Path | None = Field(None, description="Log to this file too; rotated at 5 MB, two old files are kept.")
 
-    queue_limit: int = Field(256, ge=1, description="Waiting requests before clients are told to come back.")
-    max_clients: int = Field(256, ge=1, description="Most connections.")
+    queue_limit: Live[int] = Field(256, ge=1, description="Waiting requests before clients are told to come back.")
+    max_clients: Live[int] = Field(256, ge=1, description="Most connections.")
     max_header_mb: int = Field(8, ge=1, le=64, description="Largest message without its tensors.")
     max_tensor_mb: int = Field(4096, ge=1, description="Largest tensor, and most bytes of one request.")
     arena: bool = Field(True, description="Use shared memory on one host.")
     arena_dir: Path | None = Field(None, description="Folder of the shared memory; /dev/shm on Linux.")
     arena_mb: int = Field(0, ge=0, description="Most shared memory; 0 is half of what its folder has free.")
     arena_client_mb: int = Field(2048, ge=1, description="Most shared memory held for one client.")
-    conditioning_cache_mb: int = Field(512, ge=0, description="Answers to repeated prompts; 0 turns it off.")
-    lora_cache_gb: float = Field(8.0, ge=0, description="LoRA files kept in RAM.")
-    lora_cache_entries: int = Field(100, ge=0, description="Most LoRA files kept.")
-    lora_copy: Literal["auto", "always", "never"] = Field(
+    conditioning_cache_mb: Live[int] = Field(512, ge=0, description="Answers to repeated prompts; 0 turns it off.")
+    lora_cache_gb: Live[float] = Field(8.0, ge=0, description="LoRA files kept in RAM.")
+    lora_cache_entries: Live[int] = Field(100, ge=0, description="Most LoRA files kept.")
+    lora_copy: Live[Literal["auto", "always", "never"]] = Field(
         "auto", description="Hold a copy of a LoRA file instead of mapping it; auto copies from network disks."
     )
-    drain_timeout_sec: float = Field(30.0, ge=0, description="How long a stop waits for running requests.")
+    drain_timeout_sec: Live[float] = Field(30.0, ge=0, description="How long a stop waits for running requests.")
     runtime_dir: Path | None = Field(None, description="Folder of the token; one per user and port by default.")
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="How much is logged.")
+    log_level: Live[Literal["DEBUG", "INFO", "WARNING", "ERROR"]] = Field("INFO", description="How much is logged.")
 
     @classmethod
     def settings_customise_sources(
@@ -220,18 +242,20 @@ def load_settings(
 
     Args:
         overrides: the command line; ``None`` values are ignored.
-        environ: ``os.environ`` by default.
+        environ: ``os.environ`` by default. Its ``LUNA_OVERRIDES``, a JSON document by which one process starts a
+            daemon in another, counts as a command line.
         config_file: ``LUNA_CONFIG`` or ``./luna.toml`` by default; a file that is named must exist.
 
     Raises:
         ConfigError: a setting is wrong; names the setting, the value and what is allowed.
     """
     environ = os.environ if environ is None else environ
-    options = {key: _from_here(key, value) for key, value in (overrides or {}).items() if value is not None}
     path = _find_toml(environ, config_file)
     # A subclass per call: sources are looked up on the class, and two calls must not see each other's.
     bound = type("Settings", (Settings,), {"toml_path": path, "environ": environ, "__module__": __name__})
     try:
+        explicit = {**json.loads(environ.get("LUNA_OVERRIDES") or "{}"), **(overrides or {})}
+        options = {key: _from_here(key, value) for key, value in explicit.items() if value is not None}
         settings: Settings = bound(**options)
     except ValidationError as error:
         raise ConfigError(_explain(error), "See docs/configuration.md for every setting") from error

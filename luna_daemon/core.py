@@ -117,6 +117,8 @@ class LunaError(Exception):
     """
 
     code: ClassVar[str] = "error"
+    exit_code: ClassVar[int] = 1
+    """What a process ends with when this error ended it."""
     local_ok: ClassVar[bool] = False
     """Whether a proxy that has a local model may use it instead of failing."""
 
@@ -133,12 +135,14 @@ class ConfigError(LunaError):
     """A setting has a value that is not allowed."""
 
     code = "config"
+    exit_code = 2
 
 
 class PortInUse(LunaError):
     """The daemon's port is taken."""
 
     code = "port_in_use"
+    exit_code = 3
 
 
 class DaemonConnectionError(LunaError, ConnectionError):
@@ -171,6 +175,7 @@ class AuthenticationError(ProtocolError):
     """The token is missing or wrong."""
 
     code = "authentication"
+    exit_code = 2
     local_ok = True
 
 

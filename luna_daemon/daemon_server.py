@@ -1,4 +1,4 @@
-"""LunaDaemon: listens, serves, stops in order. The control process; it never imports torch."""
+"""LunaDaemon, the control process: listens, serves, stops in order; never imports torch."""
 
 if __name__ == "__main__" and not __package__:
     import pathlib
@@ -10,10 +10,8 @@ if __name__ == "__main__" and not __package__:
     run_as_module("luna_daemon.daemon_server")
 
 import asyncio
-import json
 import os
 import secrets
-import shlex
 import signal
 import ssl
 import subprocess
@@ -25,9 +23,13 @@ from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import to_json
+
 from .config import Settings, load_settings
+from .control.access import Access
 from .control.listening import bind, facts_of, tls_of
 from .control.service import Service
+from .control.state import State
 from .core import ConfigError, DaemonConnectionError, LunaError, PortInUse, ServiceType, logger
 from .files.resolver import ModelResolver
 from .system.gpu import gpu_memory
@@ -44,9 +46,9 @@ _GPUS_S = 3.0
 _SEND_S = 5.0
 _HANDSHAKE_S = 5.0
 _AT_ONCE, _BACKLOG = 64, 1024
-"""asyncio takes so many connections before it looks at any of them; the system may keep more waiting."""
+"""asyncio accepts so many connections before it serves any of them; the system may keep more waiting."""
 _LINGER_S = 0.1
-"""Lets clients map the last results before the shared memory goes."""
+"""Time for clients to map the last results before the shared memory is removed."""
 _LEGACY_SERVICE = {"full": "full", "vae_only": "vae", "clip_only": "clip", "vae": "vae", "clip": "clip"}
 
 
@@ -96,17 +98,18 @@ class LunaDaemon:
         self._process: subprocess.Popen[bytes] | None = None
         self._stopping: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._live: Service | None = None
+        self._state: State | None = None
         self._start_id = ""
 
     # --- in a process of its own ---
 
     def start(self, timeout_s: float = 20.0) -> "LunaDaemon":
-        """Start the daemon and return once it answers. It serves until ``stop()``.
+        """Start a daemon that serves until ``stop()``, and return once it answers.
 
         Raises:
-            PortInUse, ConfigError: as the daemon said at its start.
-            DaemonConnectionError: it did not answer in time.
+            PortInUse: another process has the port; the message names it.
+            ConfigError: the daemon refused its settings, or ended for another reason.
+            DaemonConnectionError: the daemon did not answer in time.
         """
         from .client import DaemonClient
 
@@ -128,11 +131,11 @@ class LunaDaemon:
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
             if self._process.poll() is not None:
-                lines = log.read_text(errors="replace").strip().splitlines() or ["the daemon ended without a word"]
+                lines = log.read_text(errors="replace").strip().splitlines() or ["the daemon ended and printed nothing"]
                 last = lines[-1].removeprefix("luna-daemon: ")
-                raise PortInUse(last) if _taken(last) else ConfigError(last)
+                raise PortInUse(last) if self._process.returncode == PortInUse.exit_code else ConfigError(last)
             with suppress(LunaError), self._client(DaemonClient) as client:
-                # Another daemon may answer on this port: ours ends by itself then, and says so.
+                # Another daemon may answer on this port: then the started one ends by itself.
                 if client.get_daemon_info()["start_id"] == start_id:
                     self._start_id = start_id
                     return self
@@ -141,7 +144,7 @@ class LunaDaemon:
         raise DaemonConnectionError(f"the daemon did not answer within {timeout_s:g} s", f"Its log is {log}")
 
     def stop(self, timeout_s: float | None = None) -> None:
-        """Drain and end the daemon that ``start()`` started, or ask the ``run()`` in another thread to end."""
+        """End the daemon that ``start()`` started, or the ``run()`` in another thread, once its requests are done."""
         from .client import DaemonClient
 
         if self._stopping is not None and self._loop is not None:
@@ -161,12 +164,12 @@ class LunaDaemon:
 
     @property
     def pid(self) -> int | None:
-        """The daemon's process, once started."""
+        """Number of the started daemon's process."""
         return self._process.pid if self._process is not None else None
 
     @property
     def exit_code(self) -> int | None:
-        """How the started daemon ended, negative for a signal; ``None`` while it lives or before it was started."""
+        """Exit code of the started daemon, negative for a signal; ``None`` while it lives or before its start."""
         return self._process.poll() if self._process is not None else None
 
     def __enter__(self) -> "LunaDaemon":
@@ -179,9 +182,8 @@ class LunaDaemon:
         return kind(self.settings.host, self.port, runtime_dir=self.settings.runtime_dir, name="LunaDaemon")
 
     def _environment(self, start_id: str) -> dict[str, str]:
-        """The overrides as ``LUNA_*`` variables for the child."""
-        variables = {"LUNA_START_ID": start_id}
-        variables |= {f"LUNA_{name.upper()}": _as_text(name, value) for name, value in self.overrides.items()}
+        """Variables that hand the overrides on to the child: not on its command line, which everybody may read."""
+        variables = {"LUNA_START_ID": start_id, "LUNA_OVERRIDES": to_json(self.overrides).decode()}
         if self.config_file is not None:
             variables["LUNA_CONFIG"] = str(self.config_file.resolve())
         return variables
@@ -192,15 +194,15 @@ class LunaDaemon:
         """Serve until SIGTERM, Ctrl-C, ``stop()`` or a client's shutdown; then drain.
 
         Raises:
-            PortInUse: somebody else listens there; says who to look for.
+            PortInUse: another process has the port; the message names it.
         """
         try:
             asyncio.run(self._serve())
         finally:
-            self._stopping, self._loop, self._live = None, None, None
+            self._stopping, self._loop, self._state = None, None, None
 
     async def _serve(self) -> None:
-        # First of all: a signal from here on ends in order, whatever has been made by then.
+        # First of all, so that a signal from here on ends everything in order.
         self._stopping, self._loop = asyncio.Event(), asyncio.get_running_loop()
         async with AsyncExitStack() as ends:  # unwound from the last to the first
             ends.callback(self._catch_signals())
@@ -215,7 +217,8 @@ class LunaDaemon:
             if arena is not None:
                 ends.callback(arena.close)
             pool = WorkerPool(self.settings, runtime.folder)
-            service = self._service(pool, SharedMemory(arena, why), runtime)
+            state = self._make_state(pool, SharedMemory(arena, why), runtime)
+            service = Service(state)
             ends.push_async_callback(_close, service)
             server = await self._loop.create_server(
                 service.connect,
@@ -229,15 +232,15 @@ class LunaDaemon:
             ends.push_async_callback(_drain, pool)
             ends.callback(server.close)
             logger.info("Luna Daemon listens on %s:%d", self.settings.host, self.port)
-            ends.callback(_watch_gpus(service))
-            for task in (_tidy(service), _monitor(service, self.settings, tls)):
+            ends.callback(_watch_gpus(state))
+            for task in (_tidy(service), _monitor(state, tls)):
                 ends.push_async_callback(_end, asyncio.create_task(task))
             await self._stopping.wait()
             logger.info("stopping: %d requests in flight", pool.in_flight)
         logger.info("stopped")
 
     async def _workers_address(self, service: Service, tls: bool, ends: AsyncExitStack) -> tuple[str, int]:
-        """Where workers dial. They are on this machine and have one-time tokens: TLS would only cost time."""
+        """Where workers dial: on this machine and with one-time tokens, TLS would only cost time."""
         if not tls:
             return dial_host(self.settings.host), self.port
         assert self._loop is not None
@@ -245,28 +248,29 @@ class LunaDaemon:
         ends.callback(plain.close)
         return "127.0.0.1", int(plain.sockets[0].getsockname()[1])
 
-    def _service(self, pool: WorkerPool, memory: SharedMemory, runtime: Runtime) -> Service:
+    def _make_state(self, pool: WorkerPool, memory: SharedMemory, runtime: Runtime) -> State:
         from .monitoring import collect_info
 
         base = self.settings.toml_path.parent if self.settings.toml_path else None
+        access = Access(runtime.token, str(runtime.folder / "token"), runtime.renew)
         assert self._stopping is not None
-        self._live = Service(
-            self.settings, pool, ModelResolver(self.settings, base), memory, runtime.token,
-            str(runtime.folder / "token"), collect_info, self._stopping.set, self._reload, runtime.renew,
+        self._state = State(
+            self.settings, pool, ModelResolver(self.settings, base), memory, access, collect_info,
+            self._stopping.set, self._reload,
         )  # fmt: skip
-        return self._live
+        return self._state
 
     def _reload(self) -> dict[str, Any]:
-        """Read the settings anew, as at the start.
+        """Read the settings again, as at the start, and apply those that can be.
 
         Raises:
-            ConfigError: one is wrong; nothing has changed.
+            ConfigError: a setting is wrong; nothing has changed.
         """
-        from .control.reloading import take
+        from .control.reloading import apply
 
-        assert self._live is not None
-        taken = take(self._live, load_settings(self.overrides, self.environ, self.config_file))
-        self.settings = self._live.settings
+        assert self._state is not None
+        taken = apply(self._state, load_settings(self.overrides, self.environ, self.config_file))
+        self.settings = self._state.settings
         return taken
 
     def _open_arena(self) -> tuple[Arena | None, str]:
@@ -278,14 +282,14 @@ class LunaDaemon:
             logger.warning("no shared memory: %s; tensors go by TCP", error)
             return None, str(error)
 
-    def _reload_or_say(self) -> None:
+    def _reload_or_log(self) -> None:
         try:
             self._reload()
         except ConfigError as error:
             logger.error("the settings stay as they were: %s", error)
 
     def _catch_signals(self) -> Callable[[], None]:
-        """First signal drains, the second ends at once; handlers only set flags. What puts the old ones back."""
+        """Drain at the first signal, end at once at the second. Returns what restores the old handlers."""
         loop, stopping = asyncio.get_running_loop(), self._stopping
         assert stopping is not None
 
@@ -295,13 +299,13 @@ class LunaDaemon:
             loop.call_soon_threadsafe(stopping.set)
 
         def reload(number: int, frame: object) -> None:
-            loop.call_soon_threadsafe(self._reload_or_say)
+            loop.call_soon_threadsafe(self._reload_or_log)
 
         try:
             before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
             if hasattr(signal, "SIGHUP"):  # elsewhere 'luna-daemon reload' does it
                 before[signal.SIGHUP] = signal.signal(signal.SIGHUP, reload)
-        except ValueError:  # not the main thread: whoever runs us there stops us by stop()
+        except ValueError:  # not the main thread, where stop() ends the daemon
             return lambda: None
 
         def restore() -> None:
@@ -318,22 +322,6 @@ def _service_type(value: Any) -> ServiceType | str | None:
     return _LEGACY_SERVICE.get(text, text)
 
 
-def _as_text(name: str, value: Any) -> str:
-    if name == "comfyui_args":
-        return shlex.join(value)
-    if name == "allowed_origins":
-        return " ".join(value)
-    if isinstance(value, (list, tuple)):
-        return os.pathsep.join(str(part) for part in value)
-    if isinstance(value, dict):
-        return json.dumps({name: getattr(m, "model_dump", lambda m=m: m)() for name, m in value.items()})
-    return str(getattr(value, "value", value))
-
-
-def _taken(text: str) -> bool:
-    return "is in use by" in text or "already uses port" in text
-
-
 async def _drain(pool: WorkerPool) -> None:
     await pool.close(pool.settings.drain_timeout_sec)
 
@@ -344,24 +332,24 @@ async def _tidy(service: Service) -> None:
         service.tidy()
 
 
-def _watch_gpus(service: Service) -> Callable[[], None]:
-    """Ask the driver now and then; whoever wants to know gets the last answer. Returns what ends it.
+def _watch_gpus(state: State) -> Callable[[], None]:
+    """Ask the driver for the GPUs' memory every few seconds. Returns what ends this.
 
-    In a thread that nobody waits for: a driver whose GPU has failed may never answer.
+    Runs in a thread that nobody waits for: a driver whose GPU has failed may never answer.
     """
     over = threading.Event()
 
     def watch() -> None:
         while not over.is_set():
-            service.gpus = gpu_memory()
+            state.gpus = gpu_memory()
             over.wait(_GPUS_S)
 
     threading.Thread(target=watch, name="gpus", daemon=True).start()
     return over.set
 
 
-async def _monitor(service: Service, settings: Settings, tls: ssl.SSLContext | None) -> None:
-    """The status page, a convenience: that its port is taken or it cannot start is no reason not to serve."""
+async def _monitor(state: State, tls: ssl.SSLContext | None) -> None:
+    """Serve the status page. Where its port is taken, or a package is missing, the daemon serves without the page."""
     # Imported in a thread: it takes longer than everything before it, and requests must not wait for it.
     try:
         await asyncio.get_running_loop().run_in_executor(None, _import_web)
@@ -370,20 +358,20 @@ async def _monitor(service: Service, settings: Settings, tls: ssl.SSLContext | N
         return
     from .monitoring import Monitor
 
-    monitor = Monitor(service, settings.host, settings.ws_port, tls)
+    monitor = Monitor(state, state.settings.host, state.settings.ws_port, tls)
     try:
         await monitor.start()
-        service.ws_port = monitor.port
-        logger.info("status page on %s/", page_address(tls is not None, settings.host, monitor.port))
+        state.ws_port = monitor.port
+        logger.info("status page on %s/", page_address(tls is not None, monitor.host, monitor.port))
         await asyncio.Event().wait()
     except OSError as error:
-        logger.warning("no status page: port %d: %s", settings.ws_port, error.strerror or error)
+        logger.warning("no status page: port %d: %s", monitor.port, error.strerror or error)
     finally:
         await monitor.stop()
 
 
 async def _close(service: Service) -> None:
-    """Close connections once their answers have left: large ones by TCP take a while."""
+    """Close connections once their answers are sent: large ones take a while by TCP."""
     end = time.monotonic() + _SEND_S
     while service.unsent and time.monotonic() < end:
         await asyncio.sleep(0.01)
@@ -392,7 +380,7 @@ async def _close(service: Service) -> None:
 
 
 async def _end(task: "asyncio.Task[None]") -> None:
-    """Cancel a background task; what went wrong in it is logged, and the stop goes on."""
+    """Cancel a background task; an error of the task is logged, and the daemon goes on stopping."""
     task.cancel()
     try:
         await task

@@ -1,4 +1,4 @@
-"""LoRAs in RAM, shared by all clients: what is kept, who uses it, what goes first. Knows neither disk nor socket."""
+"""LoRAs in RAM, shared by all clients: which are kept, who uses them, which go first. Knows neither disk nor socket."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from .wire.messages import FileId
 
 __all__ = ["LoRACache", "LoRAEntry"]
 
-_FIGURES = 1000
-"""Names whose counts are remembered after they were dropped."""
+_COUNTED = 1000
+"""Names whose hits and misses are remembered, dropped ones included."""
 
 
 class LoRAEntry:
-    """One LoRA. Its memory is free when neither the cache nor a client uses it any more.
+    """A LoRA. Its memory is released when neither the cache nor a client uses the LoRA any more.
 
     Args:
         kind: ``file`` (clients map the file itself, which the page cache holds), ``arena`` (a copy of the file in
-            our memory) or ``put`` (a client's state dict).
-        refs: its tensors; for ``file`` their offsets count from its start, else from the start of ``slots[0]``.
+            the daemon's memory) or ``put`` (a client's state dict).
+        refs: the tensors; for ``file`` their offsets count from the start of the file, else of ``slots[0]``.
         slots: the memory: none for ``file``, one for ``arena``, one per tensor for ``put``.
-        source: the file's identity; a file that changed is another.
+        source: the file's identity; a file that was changed has another.
+        load_s: how long loading took.
     """
 
     def __init__(
@@ -52,21 +53,25 @@ class LoRAEntry:
         self.clients: Counter[int] = Counter()
         """Uses by the number of the client's session."""
         self.table: Any = None
-        """What ``lora.load`` answers with, once made."""
+        """The tensors' places as ``lora.load`` sends them, packed at the first request."""
         self._uses = 1
 
     def hold(self, client: int = 0) -> Slot:
-        """One use of it, which ends with the slot's ``release``; 0 is the daemon itself."""
+        """Use the LoRA until the slot's ``release``.
+
+        Args:
+            client: number of the session; 0 is the daemon itself.
+        """
         self._uses += 1
         if client:
             self.clients[client] += 1
-        return Slot(1, "", 0, memoryview(b""), lambda _: self._let_go(client))
+        return Slot(1, "", 0, memoryview(b""), lambda _: self._end_use(client))
 
     def drop(self) -> None:
-        """End the use that it was made with: the cache's."""
-        self._let_go(0)
+        """End the use that the entry was made with: the cache's."""
+        self._end_use(0)
 
-    def _let_go(self, client: int) -> None:
+    def _end_use(self, client: int) -> None:
         if client:
             self.clients[client] -= 1
             self.clients += Counter()  # forgets zeros
@@ -77,17 +82,17 @@ class LoRAEntry:
 
     @property
     def mappable(self) -> bool:
-        """Whether a client that sees our memory can map it as it lies."""
+        """Whether a client that sees the daemon's memory can map the tensors as they lie."""
         return all(slot.number for slot in self.slots) and not any(ref.order for _, ref in self.refs)
 
     def places(self) -> list[tuple[str, str, Any]]:
-        """(key, segment, descriptor with its offset there) of each tensor."""
+        """Key, segment (empty for a file) and descriptor, its offset counted from there, of each tensor."""
         if self.kind == "file":
             return [(key, "", ref) for key, ref in self.refs]
         return [(key, slot.segment, ref.placed(slot.offset + start)) for key, ref, slot, start in self._parts()]
 
     def pieces(self) -> list[Piece]:
-        """Each tensor with a use of the memory behind it: the caller's to release."""
+        """The tensors, each with a use of its memory that the caller must release."""
         return [Piece(ref.placed(0), slot.part(start, ref.nbytes)) for _, ref, slot, start in self._parts()]
 
     def _parts(self) -> list[tuple[str, Any, Slot, int]]:
@@ -97,13 +102,14 @@ class LoRAEntry:
 
 
 class LoRACache:
-    """Keeps entries by name: within so many bytes and so many entries, the least recently used out first.
+    """Keeps entries by name, within limits of bytes and of entries: the least recently used goes first.
 
-    One that a client uses, or that is pinned, stays. Where that leaves no room, a further LoRA is not kept.
+    An entry that a client uses, or that is pinned, stays. Where that leaves no room, a further LoRA is not kept.
 
     Args:
-        max_bytes: 8 GB by default.
-        max_entries: 100 by default.
+        max_bytes: most bytes of all entries together.
+        max_entries: most entries.
+        clock: seconds since 1970.
     """
 
     def __init__(self, max_bytes: int, max_entries: int, clock: Callable[[], float] = time.time) -> None:
@@ -114,7 +120,7 @@ class LoRACache:
         self.misses = 0
         self.evictions = 0
         self.uncached = 0
-        """Loads that found no room; whoever loads counts them."""
+        """Loads that found no room; counted by the loader."""
         self.pinned: set[str] = set()
         self._clock = clock
         self._kept: OrderedDict[str, LoRAEntry] = OrderedDict()
@@ -127,11 +133,11 @@ class LoRACache:
         return len(self._kept)
 
     def entries(self) -> list[LoRAEntry]:
-        """All, the least recently used first."""
+        """All entries, the least recently used first."""
         return list(self._kept.values())
 
     def look(self, name: str, source: FileId | None = None) -> LoRAEntry | None:
-        """The entry, without counting; one of another state of its file is no longer it, and is dropped."""
+        """The entry of a name, not counted as a use; dropped if ``source`` shows that its file has changed."""
         entry = self._kept.get(name)
         if entry is not None and source is not None and entry.source != source:
             self.evict(name)
@@ -139,7 +145,7 @@ class LoRACache:
         return entry
 
     def get(self, name: str, source: FileId | None = None) -> LoRAEntry | None:
-        """The entry, counted as a use or as a miss."""
+        """The entry of a name as ``look`` finds it, counted as a hit or a miss."""
         entry = self.look(name, source)
         self.count(name, hit=entry is not None)
         if entry is not None:
@@ -151,7 +157,7 @@ class LoRACache:
         """Count a hit or a miss of this LoRA."""
         counts = self._counts.setdefault(name, Counter())
         self._counts.move_to_end(name)
-        if len(self._counts) > _FIGURES:
+        if len(self._counts) > _COUNTED:
             self._counts.popitem(last=False)
         if hit:
             self.hits += 1
@@ -161,12 +167,16 @@ class LoRACache:
             counts["misses"] += 1
 
     def keep(self, entry: LoRAEntry) -> bool:
-        """Keep it, in place of one of the same name; ``False`` if there is no room: it stays the caller's."""
+        """Keep an entry, in place of one of the same name.
+
+        Returns:
+            Whether the entry is kept: without room for it, it stays the caller's.
+        """
         old = self._kept.get(entry.name)
-        gone = self._to_make_room(entry, old)
-        if gone is None:
+        evicted = self._to_make_room(entry, old)
+        if evicted is None:
             return False
-        for name in gone:
+        for name in evicted:
             self.evict(name)
             self.evictions += 1
         if old is not None:
@@ -176,19 +186,23 @@ class LoRACache:
         return True
 
     def _to_make_room(self, entry: LoRAEntry, old: LoRAEntry | None) -> list[str] | None:
-        """Whom to drop, besides the one in whose place it comes; ``None`` if that would not be enough."""
+        """Names to evict besides ``old``, which the entry replaces; ``None`` if that would not be enough."""
         nbytes, count = self.nbytes - (old.nbytes if old else 0), len(self._kept) - (1 if old else 0)
-        gone: list[str] = []
+        evicted: list[str] = []
         for other in self._kept.values():
             if nbytes + entry.nbytes <= self.max_bytes and count < self.max_entries:
                 break
             if other is not old and not other.clients and other.name not in self.pinned:
-                gone.append(other.name)
+                evicted.append(other.name)
                 nbytes, count = nbytes - other.nbytes, count - 1
-        return gone if nbytes + entry.nbytes <= self.max_bytes and count < self.max_entries else None
+        return evicted if nbytes + entry.nbytes <= self.max_bytes and count < self.max_entries else None
 
     def evict(self, name: str) -> bool:
-        """Forget an entry, whoever uses it: its memory goes with its last user. Whether there was one."""
+        """Drop an entry; its memory is released with its last use.
+
+        Returns:
+            Whether there was an entry of that name.
+        """
         entry = self._kept.pop(name, None)
         if entry is None:
             return False
@@ -197,21 +211,23 @@ class LoRACache:
         return True
 
     def evict_all(self) -> list[LoRAEntry]:
-        """Forget all that are not pinned; which."""
-        gone = [entry for entry in self._kept.values() if entry.name not in self.pinned]
-        for entry in gone:
+        """Drop all entries that are not pinned, and return them."""
+        evicted = [entry for entry in self._kept.values() if entry.name not in self.pinned]
+        for entry in evicted:
             self.evict(entry.name)
-        return gone
+        return evicted
 
     def clear(self) -> None:
+        """Drop all entries, pinned ones too."""
         for name in list(self._kept):
             self.evict(name)
 
     def named(self, name: str) -> LoRAEntry:
-        """The entry of that name, or of the file of that path.
+        """The entry of a name, or of a file's path.
 
         Raises:
-            ModelNotFound: none; names those that are close.
+            BadRequest: the name is empty.
+            ModelNotFound: no such entry; suggests similar names.
         """
         if not name:
             raise BadRequest("a LoRA's name is empty")
@@ -220,18 +236,18 @@ class LoRACache:
                 return entry
         close = difflib.get_close_matches(name, self._kept, n=3, cutoff=0.4)
         hint = f"Close to it: {', '.join(close)}" if close else "'luna-daemon lora ls' lists what is kept"
-        raise ModelNotFound(f"no LoRA {name!r} is in the cache", hint)
+        raise ModelNotFound(f"LoRA {name!r} is not in the cache", hint)
 
     def stats(self) -> dict[str, Any]:
-        """Figures for ``info``: totals, and per LoRA. Sizes are bytes, times seconds; ``last_used`` since 1970."""
+        """Statistics for ``info``: totals, and per LoRA. Sizes are bytes, times seconds; ``last_used`` since 1970."""
         return {
             "entries": len(self._kept), "bytes": self.nbytes, "max_bytes": self.max_bytes,
             "max_entries": self.max_entries, "hits": self.hits, "misses": self.misses,
             "evictions": self.evictions, "uncached": self.uncached,
-            "loras": {name: self._figures(entry) for name, entry in self._kept.items()},
+            "loras": {name: self._entry_stats(entry) for name, entry in self._kept.items()},
         }  # fmt: skip
 
-    def _figures(self, entry: LoRAEntry) -> dict[str, Any]:
+    def _entry_stats(self, entry: LoRAEntry) -> dict[str, Any]:
         counts = self._counts.get(entry.name, Counter())
         return {
             "kind": entry.kind, "bytes": entry.nbytes, "tensors": len(entry.refs), "hits": counts["hits"],

@@ -1,7 +1,7 @@
-"""What the daemon tells about itself: the ``info`` answer, and over HTTP the page, the WebSocket, metrics and health.
+"""What the daemon reports about itself: the ``info`` answer; over HTTP the page, the WebSocket, metrics and health.
 
 The HTTP application starts after the socket listens: importing aiohttp takes longer than everything before it, so what
-needs it (``web_app.py``) is imported when ``Monitor`` starts.
+needs it (``status``) is imported when ``Monitor`` starts.
 """
 
 from __future__ import annotations
@@ -9,22 +9,22 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections import Counter
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from . import __version__
-from .pool.events import base_name, without_folders
+from .control.state import State
+from .pool.events import Events, base_name, without_folders
 from .pool.launch import backend_of
+from .pool.process import WorkerProcess
 
 if TYPE_CHECKING:
     import ssl
 
     from aiohttp import web
-
-    from .control.service import Service
-    from .pool.process import WorkerProcess
 
 __all__ = ["Monitor", "collect_info", "open_info"]
 
@@ -37,59 +37,67 @@ _CONNECTIONS = 512
 """Most HTTP connections, watchers included: each costs a file descriptor, which the socket's clients need too."""
 
 
-def collect_info(service: Service) -> dict[str, Any]:
-    """Everything, as plain data. Sizes are bytes, times seconds."""
-    pool, settings = service.pool, service.settings
+def collect_info(state: State) -> dict[str, Any]:
+    """The ``info`` answer: the daemon's state as plain data. Sizes are bytes, times seconds."""
+    pool, events, settings = state.pool, state.events, state.settings
     now = time.monotonic()
     return {
         "status": "running" if pool.accepting else "draining",
         "version": __version__,
         "pid": os.getpid(),
-        "uptime_s": round(time.time() - service.born, 3),
-        "ws_port": service.ws_port,
+        "uptime_s": round(time.time() - state.born, 3),
+        "ws_port": state.ws_port,
         "tls": settings.tls_cert is not None,
         "start_id": os.environ.get("LUNA_START_ID", ""),
         "rss": psutil.Process().memory_info().rss,
         "service_type": settings.service_type.value,
         "backend": backend_of(settings),
         "idle_timeout_s": settings.idle_timeout_sec,
-        "requests": dict(service.requests),
-        "errors": dict(service.errors),
+        "requests": {op: count for (op, result), count in events.results.items() if result == "ok"},
+        "errors": _errors(events.results),
         "in_flight": pool.in_flight,
-        "fallbacks": service.fallbacks,
-        "materialised": service.materialised,
-        "coalesced": service.coalesced,
+        "fallbacks": state.fallbacks,
+        "materialised": state.materialised,
+        "coalesced": state.coalesced,
         "queue": {
             "waiting": len(pool.queue),
             "oldest_s": round(max((now - work.born for work in pool.queue), default=0.0), 3),
             "average_wait_s": round(pool.average_wait_s, 4),
             "limit": settings.queue_limit,
         },
-        "workers": [_worker(service, worker, now) for worker in pool.workers],
-        "crashes": pool.crashes,
+        "workers": [_worker(worker, events, now) for worker in pool.workers],
+        "crashes": events.crashes.total(),
         "retries": pool.retries,
         "models": {
-            "named": sorted(service.resolver.named),
+            "named": sorted(state.resolver.named),
             "loaded": sorted({key for worker in pool.workers for key in worker.models}),
             "pinned": sorted(pool.pinned),
         },
-        "caches": {"conditioning": service.cache.stats(), "lora": service.loras.stats()},
-        "arena": _arena(service),
+        "caches": {"conditioning": state.conditionings.stats(), "lora": state.loras.stats()},
+        "arena": _arena(state),
         "clients": [
             {"session": s.number, "name": s.name, "pid": s.pid, "shared_memory": s.sees_arena,
              "leased_bytes": s.leases.nbytes, "since": s.since, "in_flight": len(s.requests)}
-            for s in service.sessions.values()
+            for s in state.sessions.values()
         ],
-        "gpus": service.gpus,
-        "latency": service.events.latency(),
-        "throughput_per_s": service.events.throughput_per_s,
-        "scaling": list(service.events.recent),
-        "limits": {name: getattr(service.limits, name) for name in service.limits.__struct_fields__},
+        "gpus": state.gpus,
+        "latency": events.latency(),
+        "throughput_per_s": events.throughput_per_s,
+        "scaling": list(events.recent),
+        "limits": {name: getattr(state.limits, name) for name in state.limits.__struct_fields__},
     }  # fmt: skip
 
 
-def _worker(service: Service, worker: WorkerProcess, now: float) -> dict[str, Any]:
-    events = service.events
+def _errors(results: Counter[tuple[str, str]]) -> dict[str, int]:
+    """Failed requests by the code of their error, whatever the op."""
+    counts: Counter[str] = Counter()
+    for (_, result), count in results.items():
+        if result not in ("ok", "cancelled"):
+            counts[result] += count
+    return dict(counts)
+
+
+def _worker(worker: WorkerProcess, events: Events, now: float) -> dict[str, Any]:
     error, at = events.last_errors.get(worker.key, ("", None))
     return {
         "number": worker.number,
@@ -116,25 +124,25 @@ def _comfyui(worker: WorkerProcess) -> dict[str, Any] | None:
     return None if comfy is None else {"root": comfy.root, "python": comfy.python, "flags": list(comfy.flags)}
 
 
-def _arena(service: Service) -> dict[str, Any]:
-    arena = service.memory.arena
+def _arena(state: State) -> dict[str, Any]:
+    arena = state.memory.arena
     if arena is None:
-        return {"folder": None, "why": service.memory.why, "reserved": 0, "used": 0, "max_bytes": 0}
+        return {"folder": None, "why": state.memory.why, "reserved": 0, "used": 0, "max_bytes": 0}
     return {
         "folder": str(arena.folder), "why": "", "reserved": arena.bytes_reserved, "used": arena.bytes_used,
         "max_bytes": arena.max_bytes,
     }  # fmt: skip
 
 
-def open_info(service: Service) -> dict[str, Any]:
-    """The same for everybody who reaches the page: without folders of this machine."""
-    info: dict[str, Any] = _with_base_names(collect_info(service))
+def open_info(state: State) -> dict[str, Any]:
+    """The ``info`` answer without folders of this machine, for everybody who reaches the page."""
+    info: dict[str, Any] = _with_base_names(collect_info(state))
     info["arena"]["why"] = without_folders(info["arena"]["why"])
     return info
 
 
 def _with_base_names(document: Any) -> Any:
-    """A document in which each absolute path is its last part only."""
+    """The document with each absolute path cut to its last part."""
     if isinstance(document, dict):
         return {_with_base_names(key): _with_base_names(value) for key, value in document.items()}
     if isinstance(document, (list, tuple)):
@@ -143,25 +151,25 @@ def _with_base_names(document: Any) -> Any:
 
 
 class Monitor:
-    """HTTP on the second port.
+    """The HTTP server on the second port.
 
     Args:
-        host, port: where to listen; ``port`` is the real one once it does.
+        host, port: where to listen; port 0 becomes the real one in ``start``.
         tls: speak https and wss.
     """
 
-    def __init__(self, service: Service, host: str, port: int, tls: ssl.SSLContext | None = None) -> None:
-        self.service = service
+    def __init__(self, state: State, host: str, port: int, tls: ssl.SSLContext | None = None) -> None:
+        self.state = state
         self.host = host
         self.port = port
         self.tls = tls
         self._runner: web.AppRunner | None = None
         self._silent: set[Any] = set()
-        """Connections that have not asked for anything yet."""
+        """Connections without a request so far."""
         self._ends = AsyncExitStack()
 
     async def start(self) -> None:
-        """Listen.
+        """Listen, and report to watchers from now on.
 
         Raises:
             OSError: the port is taken.
@@ -171,11 +179,9 @@ class Monitor:
         from .status.app import make_app
         from .status.watchers import Watchers
 
-        service, loop = self.service, asyncio.get_running_loop()
-        watchers = Watchers(lambda: open_info(service), service.settings.max_watchers)
-        app = make_app(
-            service, watchers, lambda: open_info(service), lambda: (self.host, self.port), self._silent.discard
-        )
+        state, loop = self.state, asyncio.get_running_loop()
+        watchers = Watchers(lambda: open_info(state), state.settings.max_watchers)
+        app = make_app(state, watchers, lambda: open_info(state), lambda: (self.host, self.port), self._silent.discard)
         async with AsyncExitStack() as ends:
             self._runner = web.AppRunner(
                 app, access_log=None, keepalive_timeout=_KEEPALIVE_S, shutdown_timeout=_CLOSE_S
@@ -185,20 +191,21 @@ class Monitor:
             server = await loop.create_server(self._connect, self.host, self.port, backlog=_AT_ONCE, ssl=self.tls)
             ends.callback(server.close)
             self.port = server.sockets[0].getsockname()[1]
-            service.events.listen(watchers.hear)
-            ends.callback(service.events.unlisten, watchers.hear)
+            state.events.listen(watchers.hear)
+            ends.callback(state.events.unlisten, watchers.hear)
             ends.callback(watchers.close)
-            teller = loop.create_task(watchers.run())
-            ends.callback(teller.cancel)
+            reporting = loop.create_task(watchers.run())
+            ends.callback(reporting.cancel)
             self._ends = ends.pop_all()
 
     async def stop(self) -> None:
+        """Hang up on everybody and close the port."""
         await self._ends.aclose()
 
     def _connect(self) -> asyncio.BaseProtocol:
-        """A connection for a socket that was just accepted; past the limit one that hangs up."""
+        """A connection for a socket that was just accepted; beyond the limit one that hangs up at once."""
         assert self._runner is not None and self._runner.server is not None
-        # Those of one burst are not among the server's yet.
+        # The server does not know the connections of one burst yet.
         if len(self._silent.union(self._runner.server.connections)) >= _CONNECTIONS:
             return _Full()
         connection = self._runner.server()
@@ -213,7 +220,8 @@ class Monitor:
 
 
 class _Full(asyncio.Protocol):
-    """Hangs up."""
+    """A connection beyond the limit."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Hang up."""
         transport.close()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import __version__
-from ..core import AuthenticationError, ConfigError, DaemonConnectionError, LunaError, PortInUse, logger
+from ..core import AuthenticationError, DaemonConnectionError, LunaError, logger
 from ..system import logs
 from ..system.ports import answers
 from . import models
@@ -43,8 +43,6 @@ from .terminal import print_json, show_checks, show_status
 if TYPE_CHECKING:
     from ..client import DaemonClient
 
-_REFUSED = (ConfigError, PortInUse, AuthenticationError)
-
 app = typer.Typer(
     help="Hold VAEs and text encoders once and serve every ComfyUI instance on this machine.",
     epilog="Every setting is also read from LUNA_* variables and luna.toml: see docs/configuration.md.",
@@ -65,7 +63,7 @@ _RENEW = typer.Option("--renew", help="Make a new token; clients that have the o
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command and exit: with 0, with 1 (no daemon, or the daemon refuses), or 2 (wrong usage or setting)."""
+    """Run the command; ends with 0, 1 (no daemon, or an error), 2 (wrong usage or setting) or 3 (port in use)."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
         app(arguments, prog_name="luna-daemon")
@@ -74,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
             status = "stopped" if isinstance(error, DaemonConnectionError) else "error"
             print_json({"status": status, "error": error.code, "message": error.message, "hint": error.hint})
         typer.echo(f"luna-daemon: {error}", err=True)
-        raise SystemExit(2 if isinstance(error, _REFUSED) else 1) from None
+        raise SystemExit(error.exit_code) from None
 
 
 def _print_version(wanted: bool) -> None:

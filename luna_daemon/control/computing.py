@@ -1,25 +1,22 @@
-"""From a checked request to work for the pool: the cache, identical requests in flight, patch sets."""
+"""The handler of calls that a worker computes: the cache, identical requests in flight, patch sets, the queue."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import time
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from ..core import BadRequest, LimitExceeded, LunaError, ModelKind, PatchMissing, Priority, ServiceType
 from ..files.identity import load_bytes
-from ..files.resolver import LookFirst
+from ..files.resolver import NeedsIO
 from ..pool.events import model_name
-from ..pool.work import PatchSet, Piece, Work, release
+from ..pool.work import Outcome, PatchSet, Piece, Work, release
 from ..wire import messages as m
 from ..wire.frame import encode_call
-from .session import ClientRequest
-
-if TYPE_CHECKING:
-    from .service import Service
+from .request import ClientRequest
+from .state import State
 
 _COMPARE = 1 << 20
 _CALL_BYTES = 512
@@ -27,84 +24,101 @@ _MOST_TEXT = 1_000_000
 """Characters of a prompt; its tokens must fit a message."""
 
 
-def compute(service: Service, request: ClientRequest, call: m.Call) -> None:
-    """Answer from the cache, join work that computes the same, or queue it."""
+def compute(state: State, request: ClientRequest, call: m.Call) -> None:
+    """Answer from the cache, join work that computes the same, or queue new work.
+
+    Raises:
+        LunaError: the request is wrong, or its model cannot be had.
+        NeedsIO: files must be read first.
+        OSError: a file of the model cannot be read.
+    """
     message = request.message
-    spec = service.resolve(request, _model_of(call))
+    spec = request.resolve(_model_of(call))
     request.model = model_name(spec.key)
-    _check_served(service, spec.kind)
-    _check_call(service, call)
+    _check_served(state, spec.kind)
+    _check_call(state, call)
     deadline = None if message.deadline_s is None else time.monotonic() + message.deadline_s
     priority = max(Priority.INTERACTIVE.value, message.priority)
-    pieces = service.pieces(request)
-    key = cache_key(service, spec, call, pieces)
-    if key is not None and (kept := service.cache.get(key)) is not None:
+    pieces = request.pieces()
+    key = cache_key(state, spec, call, pieces)
+    if key is not None and (kept := state.conditionings.get(key)) is not None:
         release(pieces)
         request.finish(kept, shared=True)
         return
-    same = service.pool.find_same(lambda work: is_same(work, spec, message.call, pieces))
+    same = state.pool.find_same(lambda work: is_same(work, spec, message.call, pieces))
     if same is not None:
         release(pieces)
-        service.coalesced += 1
+        state.coalesced += 1
         same.widen(priority, deadline)
-        request.join(same)
+        request.wait(same)
         return
     try:
         room = load_bytes(spec)
-        patches = _patch_sets(service, request, call)
-    except (LunaError, OSError, LookFirst):
+        patches = _patch_sets(state, request, call)
+    except (LunaError, OSError, NeedsIO):
         release(pieces)
         raise
     size_key = (spec.key, bytes(message.call)[:_CALL_BYTES], tuple(ref.shape for ref in message.tensors))
     work = Work(
         request.op, message.call, spec, pieces, priority, deadline, [], patches=patches, load_bytes=room,
         pin=isinstance(call, m.ModelLoad) and call.pin,
-        keep=None if key is None else lambda outcome: service.cache.put(key, outcome),
-        reserve=lambda: service.memory.foretell(size_key),
-        measured=lambda nbytes: service.memory.learn(size_key, nbytes),
+        keep=None if key is None else lambda outcome: _keep(state, key, outcome),
+        reserve=lambda: state.memory.predict(size_key),
+        measured=lambda nbytes: state.memory.learn(size_key, nbytes),
     )  # fmt: skip
-    request.join(work)
+    request.wait(work)
     try:
-        service.pool.submit(work)
+        state.pool.submit(work)
     except LunaError as error:
         work.fail(error)
 
 
-def _patch_sets(service: Service, request: ClientRequest, call: m.Call) -> list[PatchSet]:
-    """The patch sets that a call names, with a use of their memory each.
+def _patch_sets(state: State, request: ClientRequest, call: m.Call) -> list[PatchSet]:
+    """The patch sets that a call names, each with a use of its memory.
 
     Raises:
-        PatchMissing: one is not kept (any more).
-        ModelError: one names a model that is not there, or is another file by now.
+        PatchMissing: a set is not kept (any more).
+        ModelError: a set names a model that is not there, or is another file by now.
     """
     if not isinstance(call, m.ClipEncode):
         return []
     names = list(dict.fromkeys(use.name for use in [*call.patches, *call.hooks]))
-    entries = {name: service.patches.get(name) for name in names}
+    entries = {name: state.patches.get(name) for name in names}
     missing = [name for name, entry in entries.items() if entry is None]
     if missing:
         raise PatchMissing(f"patch sets {', '.join(missing)} are not kept", "Put them again")
-    found = {name: entry for name, entry in entries.items() if entry is not None}
+    kept = {name: entry for name, entry in entries.items() if entry is not None}
     # All are resolved before any memory is retained: a file may have changed since the set was put.
-    models = {name: [service.resolve(request, model) for model in entry.models] for name, entry in found.items()}
+    models = {name: [request.resolve(model) for model in entry.models] for name, entry in kept.items()}
     return [
         PatchSet(name, entry.packed, [Piece(piece.ref, piece.slot.retain()) for piece in entry.pieces], models[name])
-        for name, entry in found.items()
+        for name, entry in kept.items()
     ]
 
 
-def _check_served(service: Service, kind: str) -> None:
-    only = service.settings.service_type
+def _keep(state: State, key: bytes, outcome: Outcome) -> None:
+    """Put an outcome into the cache, which takes uses of its own of the slots."""
+    if outcome.pieces:
+        nbytes = sum(piece.slot.nbytes for piece in outcome.pieces)
+    else:  # tokens are plain data
+        nbytes = len(msgspec.msgpack.encode(outcome.result))
+    if key not in state.conditionings and state.conditionings.put(key, outcome, nbytes):
+        for piece in outcome.pieces:
+            piece.slot.retain()
+
+
+def _check_served(state: State, kind: str) -> None:
+    only = state.settings.service_type
     if (only is ServiceType.VAE_ONLY and kind == ModelKind.CLIP) or (
         only is ServiceType.CLIP_ONLY and kind == ModelKind.VAE
     ):
         raise BadRequest(f"this daemon serves {only.value} only", "Ask the daemon that serves the other kind")
 
 
-def _check_call(service: Service, call: m.Call) -> None:
+def _check_call(state: State, call: m.Call) -> None:
     if isinstance(call, m.Echo):
-        if call.nbytes > service.limits.tensor_bytes:
-            raise LimitExceeded(f"an echo of {call.nbytes} bytes; the limit is {service.limits.tensor_bytes}")
+        if call.nbytes > state.limits.tensor_bytes:
+            raise LimitExceeded(f"an echo of {call.nbytes} bytes; the limit is {state.limits.tensor_bytes}")
         if call.nbytes < 0 or call.nbytes % 4 or not 0 <= call.seconds < math.inf:
             raise BadRequest(f"echo of {call.nbytes} bytes in {call.seconds} s: must be whole float32, and a time")
     text = getattr(call, "text", None) or ""
@@ -112,12 +126,17 @@ def _check_call(service: Service, call: m.Call) -> None:
         raise LimitExceeded(f"a prompt of {len(text)} characters; the limit is {_MOST_TEXT}")
 
 
-def cache_key(service: Service, spec: m.LoadSpec, call: m.Call, pieces: list[Piece]) -> bytes | None:
-    """Everything that determines a conditioning, embeddings among its tokens too; ``None`` if it is not kept."""
-    if not isinstance(call, (m.ClipEncode, m.ClipTokenize)) or not service.cache.max_bytes:
+def cache_key(state: State, spec: m.LoadSpec, call: m.Call, pieces: list[Piece]) -> bytes | None:
+    """A digest of everything that determines a conditioning; ``None`` if the answer is not kept.
+
+    These are the model with its files' identity, family, device and precision (``LoadSpec.key``), the whole call (text
+    or tokens with weights, layer, projection), and embeddings among its tokens. Flags of a backend never change while
+    a daemon lives, and the cache lives no longer.
+    """
+    if not isinstance(call, (m.ClipEncode, m.ClipTokenize)) or not state.conditionings.max_bytes:
         return None
     if sum(piece.ref.nbytes for piece in pieces) > _COMPARE:
-        return None  # too much to hash while others wait
+        return None  # hashing that much would hold up other requests
     bare = msgspec.structs.replace(call, model=m.ModelRef(spec.kind))
     key = hashlib.blake2b(spec.key.encode() + b"\0" + bytes(encode_call(bare)), digest_size=16)
     if spec.comfy is not None:  # an installation that was updated keeps its place, and so the model its key
@@ -134,7 +153,7 @@ def _model_of(call: m.Call) -> m.ModelRef:
 
 
 def is_same(work: Work, spec: m.LoadSpec, call: msgspec.Raw, pieces: list[Piece]) -> bool:
-    """Whether other work computes exactly this."""
+    """Whether work that waits or runs computes exactly this request."""
     if spec.kind == ModelKind.ECHO or work.spec.key != spec.key or bytes(work.call) != bytes(call):
         return False
     if len(work.pieces) != len(pieces) or work.pin:
@@ -147,7 +166,7 @@ def is_same(work: Work, spec: m.LoadSpec, call: msgspec.Raw, pieces: list[Piece]
 
 
 def _equal(a: memoryview, b: memoryview) -> bool:
-    """Bytes compared in pieces: a memoryview's own comparison goes element by element."""
+    """Compare bytes in pieces: a memoryview compares itself element by element, which is slow."""
     return a.nbytes == b.nbytes and all(
         bytes(a[at : at + _COMPARE]) == bytes(b[at : at + _COMPARE]) for at in range(0, a.nbytes, _COMPARE)
     )

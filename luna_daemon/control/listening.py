@@ -1,4 +1,4 @@
-"""Taking the port: the listening socket, TLS on it, and what this user's clients are told about both."""
+"""The listening socket, its TLS, and what the runtime folder tells this user's clients about both."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from ..wire.tls import server_context
 
 
 def facts_of(settings: Settings, port: int) -> dict[str, Any]:
-    """What this user's clients read in the runtime folder."""
+    """The runtime folder's document about the daemon, which this user's clients read."""
     cert = {"tls_cert": str(settings.tls_cert)} if settings.tls_cert else {}
     return {"pid": os.getpid(), "port": port, "ws_port": settings.ws_port, **cert}
 
 
 def tls_of(settings: Settings) -> ssl.SSLContext | None:
-    """TLS for both ports, if it is set; without it, others on the network could read tokens and pictures.
+    """TLS for both ports, if the settings name a certificate; warns where a network can read along without it.
 
     Raises:
-        ConfigError: certificate and key are not what they should be.
+        ConfigError: the certificate or the key cannot be used.
     """
     if settings.tls_cert is None:
         if settings.tls_key is not None:
             raise ConfigError("setting 'tls_key' is given without 'tls_cert'", "Name the certificate too")
         if settings.host != "localhost" and not is_loopback(settings.host):
             logger.warning(
-                "listening on %s without TLS: whoever shares the network can read tokens and pictures. Set tls_cert",
+                "listening on %s without TLS: others on the network can read tokens and pictures. Set tls_cert",
                 settings.host,
             )
         return None
@@ -42,10 +42,11 @@ def tls_of(settings: Settings) -> ssl.SSLContext | None:
 
 
 def bind(settings: Settings) -> socket.socket:
-    """Take the port, or say who has it.
+    """Bind a socket to the daemon's port.
 
     Raises:
-        PortInUse: taken, or not ours to take.
+        PortInUse: another process has the port, which the message names, or this user may not take it.
+        ConfigError: the host is not an address of this machine.
     """
     try:
         listener = ports.bind(settings.host, settings.port)

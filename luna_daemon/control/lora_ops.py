@@ -1,79 +1,49 @@
-"""Ops of the LoRA cache. What reads a disk runs beside the event loop, and shows a sign of life meanwhile."""
+"""Handlers of the LoRA cache's ops. Those that read a disk are coroutines: they answer later."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
-from ..core import BadRequest, InternalError, LimitExceeded, LunaError, logger
+from ..core import BadRequest, LimitExceeded
 from ..files.safetensors import columns
 from ..lora_cache import LoRAEntry
 from ..pool.work import Outcome, release
 from ..wire import messages as m
-from .session import ClientRequest
+from .request import ClientRequest
+from .state import State
 
-if TYPE_CHECKING:
-    from .service import Service
-
-_SIGN_S = 2.0
 _ENCODER = msgspec.msgpack.Encoder()
 
-Later = Callable[["Service", ClientRequest, Any], Coroutine[Any, Any, None]]
 
-
-def _later(work: Later) -> Callable[[Service, ClientRequest, Any], None]:
-    """A handler that answers when its work is done."""
-
-    def handle(service: Service, request: ClientRequest, call: Any) -> None:
-        service.spawn(_watched(work(service, request, call), request))
-
-    return handle
-
-
-async def _watched(work: Coroutine[Any, Any, None], request: ClientRequest) -> None:
-    task = asyncio.ensure_future(work)
-    try:
-        while not (await asyncio.wait({task}, timeout=_SIGN_S))[0]:
-            request.progress("loading", 0, 0)
-        task.result()
-    except LunaError as error:
-        request.fail(error)
-    except Exception as error:
-        logger.exception("request %s failed", request.op)
-        request.fail(InternalError.of(error))
-    finally:
-        task.cancel()
-
-
-async def _load(service: Service, request: ClientRequest, call: m.LoraLoad) -> None:
+async def _load(state: State, request: ClientRequest, call: m.LoraLoad) -> None:
     session = request.session
-    entry, use = await service.lora_loader.use(call.name, session.number, call.file, call.copy)
-    if not service.is_connected(session):
+    entry, use = await state.lora_loader.use(call.name, session.number, call.file, call.copy)
+    if not state.is_connected(session):
         use.release()
     elif entry.kind == "file" or (entry.mappable and session.sees_arena):
         request.answer(_description(entry), [session.leases.lend(use)])
     else:
         try:
-            _send_bytes(service, request, entry, {"kind": "bytes", "name": entry.name})
+            _send_bytes(state, request, entry, {"kind": "bytes", "name": entry.name})
         finally:
             use.release()
 
 
 def _description(entry: LoRAEntry) -> dict[str, Any]:
-    """Where the tensors lie, for a client that maps them; the table is packed once."""
+    """The places of the tensors, for a client that maps them; the table is packed once."""
     if entry.table is None:
         entry.table = msgspec.Raw(_ENCODER.encode(columns(entry.places())))
     file = msgspec.structs.asdict(entry.source) if entry.kind == "file" and entry.source else None
     return {"kind": entry.kind, "name": entry.name, "file": file, "table": entry.table}
 
 
-def _send_bytes(service: Service, request: ClientRequest, entry: LoRAEntry, result: dict[str, Any]) -> None:
-    if entry.nbytes > service.limits.tensor_bytes:
+def _send_bytes(state: State, request: ClientRequest, entry: LoRAEntry, result: dict[str, Any]) -> None:
+    if entry.nbytes > state.limits.tensor_bytes:
         raise LimitExceeded(
-            f"LoRA {entry.name!r} has {entry.nbytes} bytes; the limit is {service.limits.tensor_bytes}",
+            f"LoRA {entry.name!r} has {entry.nbytes} bytes; the limit is {state.limits.tensor_bytes}",
             "Raise max_tensor_mb",
         )
     outcome = Outcome({**result, "keys": [key for key, _ in entry.refs]}, entry.pieces(), [])
@@ -81,62 +51,62 @@ def _send_bytes(service: Service, request: ClientRequest, entry: LoRAEntry, resu
     outcome.release()
 
 
-def _put(service: Service, request: ClientRequest, call: m.LoraPut) -> None:
+def _put(state: State, request: ClientRequest, call: m.LoraPut) -> None:
     if len(call.keys) != len(request.message.tensors):
         raise BadRequest(f"{len(call.keys)} keys for {len(request.message.tensors)} tensors")
-    pieces = service.pieces(request)
+    pieces = request.pieces()
     nbytes = sum(piece.slot.nbytes for piece in pieces)
     refs = [(key, piece.ref) for key, piece in zip(call.keys, pieces)]
-    if not service.loras.keep(LoRAEntry(call.name, "put", refs, nbytes, [piece.slot for piece in pieces])):
+    if not state.loras.keep(LoRAEntry(call.name, "put", refs, nbytes, [piece.slot for piece in pieces])):
         release(pieces)
         raise LimitExceeded(
-            f"LoRA {call.name!r} has {nbytes} bytes and finds no room: the cache holds "
-            f"{service.loras.max_bytes} bytes in {service.loras.max_entries} entries, and what is used or pinned stays",
+            f"LoRA {call.name!r} has {nbytes} bytes, for which there is no room: the cache holds "
+            f"{state.loras.max_bytes} bytes in {state.loras.max_entries} entries, and those in use or pinned stay",
             "Raise lora_cache_gb or lora_cache_entries",
         )
     request.answer({"success": True, "bytes": nbytes})
 
 
-async def _get(service: Service, request: ClientRequest, call: m.LoraGet) -> None:
-    entry = service.loras.look(call.name)
+async def _get(state: State, request: ClientRequest, call: m.LoraGet) -> None:
+    entry = state.loras.look(call.name)
     if entry is None:
-        service.loras.count(call.name, hit=False)
+        state.loras.count(call.name, hit=False)
         request.answer({"keys": None})
         return
     name = entry.source.path if entry.source is not None else call.name
-    entry, use = await service.lora_loader.use(name, copy=True)
+    entry, use = await state.lora_loader.use(name, copy=True)
     try:
-        _send_bytes(service, request, entry, {})
+        _send_bytes(state, request, entry, {})
     finally:
         use.release()
 
 
-def _check(service: Service, request: ClientRequest, call: m.LoraCheck) -> None:
-    request.answer({"exists": call.name in service.loras})
+def _check(state: State, request: ClientRequest, call: m.LoraCheck) -> None:
+    request.answer({"exists": call.name in state.loras})
 
 
-def _stats(service: Service, request: ClientRequest, call: m.LoraStats) -> None:
-    request.answer(service.loras.stats())
+def _stats(state: State, request: ClientRequest, call: m.LoraStats) -> None:
+    request.answer(state.loras.stats())
 
 
-async def _warm(service: Service, request: ClientRequest, call: m.LoraWarm) -> None:
-    misses = service.loras.misses
-    entry, use = await service.lora_loader.use(call.name)
+async def _warm(state: State, request: ClientRequest, call: m.LoraWarm) -> None:
+    misses = state.loras.misses
+    entry, use = await state.lora_loader.use(call.name)
     use.release()
     request.answer({
         "name": entry.name, "kind": entry.kind, "bytes": entry.nbytes, "load_s": entry.load_s,
-        "kept": entry.name in service.loras, "was_kept": service.loras.misses == misses,
+        "kept": entry.name in state.loras, "was_kept": state.loras.misses == misses,
     })  # fmt: skip
 
 
-async def _pin(service: Service, request: ClientRequest, call: m.LoraPin) -> None:
-    cache = service.loras
+async def _pin(state: State, request: ClientRequest, call: m.LoraPin) -> None:
+    cache = state.loras
     if not call.pinned:
         name = call.name if call.name in cache.pinned else cache.named(call.name).name
         cache.pinned.discard(name)
         request.answer({"name": name, "pinned": False})
         return
-    entry, use = await service.lora_loader.use(call.name)
+    entry, use = await state.lora_loader.use(call.name)
     kept = cache.look(entry.name) is entry
     use.release()
     if not kept:
@@ -148,19 +118,20 @@ async def _pin(service: Service, request: ClientRequest, call: m.LoraPin) -> Non
     request.answer({"name": entry.name, "pinned": True})
 
 
-def _evict(service: Service, request: ClientRequest, call: m.LoraEvict) -> None:
-    cache = service.loras
+def _evict(state: State, request: ClientRequest, call: m.LoraEvict) -> None:
+    cache = state.loras
     if call.name is None:
-        gone = cache.evict_all()
+        evicted = cache.evict_all()
     else:
-        gone = [cache.named(call.name)]
-        cache.evict(gone[0].name)
-        cache.pinned.discard(gone[0].name)
-    request.answer({"evicted": [entry.name for entry in gone], "bytes": sum(entry.nbytes for entry in gone)})
+        entry = cache.named(call.name)
+        cache.evict(entry.name)
+        cache.pinned.discard(entry.name)
+        evicted = [entry]
+    request.answer({"evicted": [entry.name for entry in evicted], "bytes": sum(entry.nbytes for entry in evicted)})
 
 
-LORA_HANDLERS: dict[type, Callable[..., None]] = {
-    m.LoraLoad: _later(_load), m.LoraPut: _put, m.LoraGet: _later(_get), m.LoraCheck: _check, m.LoraStats: _stats,
-    m.LoraWarm: _later(_warm), m.LoraPin: _later(_pin), m.LoraEvict: _evict,
+LORA_HANDLERS: dict[type, Callable[..., Any]] = {
+    m.LoraLoad: _load, m.LoraPut: _put, m.LoraGet: _get, m.LoraCheck: _check, m.LoraStats: _stats,
+    m.LoraWarm: _warm, m.LoraPin: _pin, m.LoraEvict: _evict,
 }  # fmt: skip
-"""By the type of the call."""
+"""Handlers by the type of the call."""

@@ -1,8 +1,8 @@
-"""Which ComfyUI a worker runs for whom: the client's own, where it may be trusted, else none.
+"""Which ComfyUI a worker runs for a client: the client's own, where its code may be trusted, else none.
 
 What code a worker runs is the daemon's choice. The folder and interpreter of its own settings, and whatever lies below
 ``comfyui_roots``, are always fine. Another one, named by a client, is run only if the client is on this host and nobody
-but the daemon's user and root could have put code there. Flags come from a fixed list.
+but the daemon's user and root could have put code there. Flags are taken from a fixed list.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from pathlib import Path
 from ..comfyui.flags import bits_of, checked
 from ..config import Settings
 from ..core import ComfyRefused
-from ..files.resolver import LookFirst
+from ..files.resolver import NeedsIO
 from ..wire.messages import ComfyId
 
 _DATA = ("models", "input", "output", "temp", "user", "custom_nodes")
-"""Folders of ComfyUI's that hold no code that a worker imports."""
+"""Folders inside ComfyUI's that hold no code that a worker imports."""
 _CODE = (".py", ".pyc", ".so", ".pyd", ".dll", ".dylib", ".pth")
 _MOST_LINKS = 40
 _MOST_KNOWN = 64
-"""Per connection; one process hardly has more than one."""
+"""ComfyUIs remembered per connection; a process hardly runs more than one."""
 _VERSION = re.compile(r"""^__version__\s*=\s*["']([^"']+)["']""", re.MULTILINE)
-_CURE = "Add it to the daemon's comfyui_roots (LUNA_COMFYUI_ROOTS) if it may run it, or mend its owner or permissions"
+_CURE = "Add it to the daemon's comfyui_roots (LUNA_COMFYUI_ROOTS) if it may run it, or fix its owner or permissions"
 
 
 class ComfyRoots:
@@ -42,66 +42,66 @@ class ComfyRoots:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.own = _own(settings)
-        """For clients that run no ComfyUI; ``None`` if the daemon has none itself."""
+        """The ComfyUI for clients that run none; ``None`` if the daemon has no ComfyUI either."""
         self._registered = [Path(os.path.realpath(folder)) for folder in settings.comfyui_roots]
 
-    def for_client(self, given: ComfyId | None, known: dict[ComfyId, ComfyId], here: bool) -> ComfyId | None:
-        """What a worker runs for a client that runs ``given``; ``None`` where another backend computes.
+    def for_client(self, comfy: ComfyId | None, known: dict[ComfyId, ComfyId], here: bool) -> ComfyId | None:
+        """The ComfyUI that a worker runs for a client that runs ``comfy``; ``None`` where another backend computes.
 
         Args:
-            known: what was found for this connection; a new one looks anew, in case the files were changed.
+            known: answers for this connection so far; a new connection checks again, since files may have changed.
 
         Raises:
-            LookFirst: nothing was found yet; looking raises what ``check`` does.
+            NeedsIO: ``comfy`` was not checked yet; ``NeedsIO.look`` raises what ``check`` does.
         """
-        if given is None or self.settings.backend == "diffusers":
+        if comfy is None or self.settings.backend == "diffusers":
             return self.own
-        if given not in known:
-            raise LookFirst(f"ComfyUI {given.root}", lambda: self._look(given, known, here))
-        return known[given]
+        if comfy not in known:
+            raise NeedsIO(f"ComfyUI {comfy.root}", lambda: self._learn(comfy, known, here))
+        return known[comfy]
 
-    def _look(self, given: ComfyId, known: dict[ComfyId, ComfyId], here: bool) -> None:
-        accepted = self.check(given, here)
+    def _learn(self, comfy: ComfyId, known: dict[ComfyId, ComfyId], here: bool) -> None:
+        accepted = self.check(comfy, here)
         if len(known) >= _MOST_KNOWN:
             known.clear()
-        known[given] = accepted
+        known[comfy] = accepted
 
-    def check(self, given: ComfyId, here: bool) -> ComfyId:
-        """What a worker runs for a client with this ComfyUI. Looks at many files: not on the event loop.
+    def check(self, comfy: ComfyId, here: bool) -> ComfyId:
+        """The ComfyUI that a worker runs for a client with this one. Reads many files: not for the event loop.
 
         Args:
-            here: the client is on this host.
+            here: whether the client is on this host.
 
         Raises:
-            ComfyRefused: says which folder or file, why, and what to do.
+            ComfyRefused: names the folder or file, why it is refused, and what to do.
             BadRequest: a flag that clients may not set.
         """
-        flags = checked(given.flags)
-        if not (_is_plain(given.root) and _is_plain(given.python)):
-            raise ComfyRefused(f"ComfyUI {given.root!r} with interpreter {given.python!r}: not absolute paths", _CURE)
+        flags = checked(comfy.flags)
+        if not (_is_plain(comfy.root) and _is_plain(comfy.python)):
+            raise ComfyRefused(f"ComfyUI {comfy.root!r} with interpreter {comfy.python!r}: not absolute paths", _CURE)
         try:
-            root, python = Path(os.path.realpath(given.root)), canonical_python(Path(given.python))
+            root, python = Path(os.path.realpath(comfy.root)), canonical_python(Path(comfy.python))
             foreign_root, foreign_python = not self._names(root), not self._names(python)
             if foreign_root or foreign_python:
                 self._may_be_foreign(f"ComfyUI {root}" if foreign_root else f"interpreter {python}", here)
             _must_be_comfyui(root, python)
             if foreign_root:
-                _refuse(why_unsafe_root(Path(given.root)))
+                _refuse(why_unsafe_root(Path(comfy.root)))
             if foreign_python:
-                _refuse(why_unsafe_python(Path(given.python)))
-            _must_be_the_version(root, given.version)
+                _refuse(why_unsafe_python(Path(comfy.python)))
+            _must_be_the_version(root, comfy.version)
         except OSError as error:
-            raise ComfyRefused(f"{error.filename or given.root}: {error.strerror or error}", _CURE) from error
-        return ComfyId(str(root), str(python), given.version, given.torch, flags)
+            raise ComfyRefused(f"{error.filename or comfy.root}: {error.strerror or error}", _CURE) from error
+        return ComfyId(str(root), str(python), comfy.version, comfy.torch, flags)
 
     def _names(self, path: Path) -> bool:
-        """Whether the settings name this ComfyUI or interpreter, or a folder that it lies in."""
+        """Whether the settings name this ComfyUI or interpreter, or a folder around it."""
         own = self.own is not None and str(path) in (self.own.root, self.own.python)
         return own or any(path.is_relative_to(folder) for folder in self._registered)
 
     def _may_be_foreign(self, what: str, here: bool) -> None:
         if not self.settings.client_roots:
-            raise ComfyRefused(f"{what} is not one of the daemon's, and clients name none (client_roots)", _CURE)
+            raise ComfyRefused(f"{what} is not one of the daemon's, and clients may name none (client_roots)", _CURE)
         if not here:
             raise ComfyRefused(f"{what} is not one of the daemon's, and the client is not on its host", _CURE)
 
@@ -115,9 +115,9 @@ def _own(settings: Settings) -> ComfyId | None:
 
 
 def canonical_python(path: Path) -> Path:
-    """One name for the ``python``, ``python3`` and ``python3.12`` of one environment.
+    """One path for the ``python``, ``python3`` and ``python3.12`` of one environment.
 
-    A link to another folder stays: an environment is known by where its ``python`` lies, not by what that links to.
+    Links to another folder are not followed: an environment is where its ``python`` lies, not what that links to.
     """
     place = Path(os.path.realpath(path.parent)) / path.name
     for _ in range(_MOST_LINKS):
@@ -159,11 +159,11 @@ def _must_be_comfyui(root: Path, python: Path) -> None:
 
 
 def _must_be_the_version(root: Path, version: str) -> None:
-    """An instance that was started before its files were updated still runs the old ones: no worker can do that."""
+    """Refuse an instance that was started before its files were updated: a worker would run the new ones."""
     now = version_of(root) if version else ""
     if now not in ("", version):
         raise ComfyRefused(
-            f"the instance runs ComfyUI {version}, but the files in {root} are {now} by now",
+            f"the instance runs ComfyUI {version}, but the files in {root} are of {now}",
             "Restart that ComfyUI",
         )
 
@@ -172,14 +172,14 @@ def _must_be_the_version(root: Path, version: str) -> None:
 
 
 def why_unsafe_root(root: Path) -> str:
-    """Who else could change what a worker would import from this folder; empty if nobody."""
+    """Why others could change what a worker would import from this folder; empty if nobody could."""
     if sys.platform == "win32":
         return _why_outside_the_profile(root)
     return _why_on_the_way(root) or _first(map(_why_unsafe_code, _code_below(Path(os.path.realpath(root)))))
 
 
 def why_unsafe_python(python: Path) -> str:
-    """Who else could change this interpreter, a link on the way to it, or where its packages lie."""
+    """Why others could change this interpreter, a link on the way to it, or its packages; empty if nobody could."""
     if sys.platform == "win32":
         return _why_outside_the_profile(python)
     prefix = Path(os.path.realpath(python.parent)).parent
@@ -193,7 +193,7 @@ def _first(reasons: Iterable[str]) -> str:
 
 
 def _why_outside_the_profile(path: Path) -> str:
-    """Windows, whose access lists are not read here: only the user's own profile counts as the user's."""
+    """Windows' access control lists are not read here: only what lies in the user's own profile is the user's."""
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(Path.home()))
     return "" if real.is_relative_to(home) else f"{real} lies outside of {home}"
 
@@ -220,7 +220,7 @@ def _way(path: Path) -> Iterator[Path]:
 
 
 def _code_below(root: Path) -> Iterator[Path]:
-    """The folder, and all in it that Python could import; environments inside are the interpreter's affair."""
+    """The folder and all in it that Python could import; environments inside are checked with their interpreter."""
     yield root
     for folder, folders, files in os.walk(root):
         here = Path(folder)
@@ -241,27 +241,27 @@ def _why_unsafe_code(place: Path) -> str:
 
 
 def _why_unsafe(place: Path, ancestor: bool = False) -> str:
-    """Who else could change this very file or folder.
+    """Why others could change this very file or folder; empty if nobody could.
 
     Args:
-        ancestor: only what lies in it counts, and that is looked at too: a folder like ``/tmp``, where everybody may
-            add something but nobody may replace what is ours, is fine.
+        ancestor: only a file or folder inside counts, which is checked too: a folder like ``/tmp``, where everybody
+            may add something but nobody may replace what belongs to another user, is fine.
     """
-    facts = place.lstat()
-    if facts.st_uid not in (0, os.getuid()):
-        return f"{place} belongs to user {facts.st_uid}, not to the daemon's user {os.getuid()}"
-    if stat.S_ISLNK(facts.st_mode) or (ancestor and facts.st_mode & stat.S_ISVTX):
+    status = place.lstat()
+    if status.st_uid not in (0, os.getuid()):
+        return f"{place} belongs to user {status.st_uid}, not to the daemon's user {os.getuid()}"
+    if stat.S_ISLNK(status.st_mode) or (ancestor and status.st_mode & stat.S_ISVTX):
         return ""
-    if facts.st_mode & stat.S_IWOTH:
+    if status.st_mode & stat.S_IWOTH:
         return f"{place} is writable by everybody"
-    if facts.st_mode & stat.S_IWGRP and not _has_only_us(facts.st_gid):
-        return f"{place} is writable by group {facts.st_gid}, which has other members"
+    if status.st_mode & stat.S_IWGRP and not _is_private(status.st_gid):
+        return f"{place} is writable by group {status.st_gid}, which has other members"
     return ""
 
 
 @cache
-def _has_only_us(group: int) -> bool:
-    """Whether nobody but the daemon's user and root is in a group: many systems give each user one of their own."""
+def _is_private(group: int) -> bool:
+    """Whether nobody but the daemon's user and root is in a group: many systems give each user a group."""
     import grp
     import pwd
 

@@ -1,7 +1,7 @@
-"""A LoRA in one of torch's own formats, converted to safetensors once: run by the daemon as a process of its own.
+"""Converts a LoRA in one of torch's own formats to safetensors, in a process of its own that the daemon starts.
 
-Reads weights only: what a file wants executed is refused. Started as a script by its absolute path; its arguments are
-the file, where to write, and the most bytes. Ends with 0, or with 1 and one line of why on standard error.
+Reads weights only: a file that wants code executed is refused. Started as a script by its absolute path; its arguments
+are the file, the file to write, and the most bytes. Ends with 0, or with 1 and the reason on standard error.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 
 
 class Refused(Exception):
-    """Why a file is not converted."""
+    """A file is not converted; the message is the reason."""
 
 
 def convert(source: Path, target: Path, max_bytes: int) -> None:
-    """Write a state dict's tensors to ``target``, as ComfyUI would find them in the file.
+    """Write the tensors that ComfyUI would find in ``source`` to ``target``, as safetensors.
 
     Raises:
-        Refused: not weights alone, or larger than ``max_bytes``.
+        Refused: the file holds more than weights, or more than ``max_bytes``.
     """
     import torch
     from safetensors.torch import save_file
@@ -36,34 +36,41 @@ def convert(source: Path, target: Path, max_bytes: int) -> None:
         with zipfile.ZipFile(source) as archive:
             _check_size(sum(info.file_size for info in archive.infolist()), max_bytes)
     try:
-        found: Any = torch.load(source, map_location="cpu", weights_only=True)
+        document: Any = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise Refused(f"it cannot be read as weights alone: {str(error).strip().splitlines()[0]}") from error
-    weights = _state_dict(found)
+        raise Refused(f"the file cannot be read as weights alone: {str(error).strip().splitlines()[0]}") from error
+    weights = _state_dict(document)
     if not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in weights.items()):
-        raise Refused("it holds more than tensors")
+        raise Refused("the file holds more than tensors")
     _check_size(sum(value.numel() * value.element_size() for value in weights.values()), max_bytes)
     # Clones: safetensors refuses tensors that share memory.
     save_file({key: value.detach().clone().contiguous() for key, value in weights.items()}, target)
 
 
-def _state_dict(found: Any) -> dict[Any, Any]:
-    """The same part of the file that ComfyUI takes."""
-    if not isinstance(found, dict):
-        raise Refused(f"it holds a {type(found).__name__}, no state dict")
-    inner = found.get("state_dict")
-    if inner is None and len(found) == 1:
-        inner = next(iter(found.values()))
-    return inner if isinstance(inner, dict) else found
+def _state_dict(document: Any) -> dict[Any, Any]:
+    """The part of the file that ComfyUI takes for the state dict."""
+    if not isinstance(document, dict):
+        raise Refused(f"the file holds a {type(document).__name__}, not a state dict")
+    inner = document.get("state_dict")
+    if inner is None and len(document) == 1:
+        inner = next(iter(document.values()))
+    return inner if isinstance(inner, dict) else document
 
 
 def _check_size(nbytes: int, max_bytes: int) -> None:
     if nbytes > max_bytes:
-        raise Refused(f"its tensors have {nbytes} bytes; the limit is {max_bytes}")
+        raise Refused(f"the tensors have {nbytes} bytes; the limit is {max_bytes}")
 
 
 def main(arguments: list[str]) -> int:
-    """Convert; the exit status."""
+    """Convert a file.
+
+    Args:
+        arguments: source, target and most bytes.
+
+    Returns:
+        The exit status.
+    """
     source, target, max_bytes = arguments
     try:
         convert(Path(source), Path(target), int(max_bytes))

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..config import Settings
 from ..core import BadRequest, ModelNotFound, logger
-from ..files.identity import check_same, facts_of, first_existing
+from ..files.identity import check_same, first_existing, identity_of
 from ..wire.messages import FileId
 
 ENDINGS = (".safetensors", ".sft", ".pt", ".ckpt", ".bin", ".pth")
@@ -29,17 +29,19 @@ class FoundLoRA:
 
     @property
     def path(self) -> Path:
+        """The file, links followed."""
         return Path(self.source.path)
 
     @property
     def is_safetensors(self) -> bool:
+        """Whether the file is what its name says: safetensors, and none of torch's own formats."""
         return self.path.suffix.lower() in (".safetensors", ".sft")
 
 
 class LoRAFolders:
-    """ComfyUI's LoRA folders, ``extra_model_paths.yaml`` included, and below each of ``model_dirs``.
+    """ComfyUI's LoRA folders, those of ``extra_model_paths.yaml`` included, and those in ``model_dirs``.
 
-    Everything here reads the disk, which may be slow: call it off the event loop.
+    Every method reads the disk, which may be slow: not for the event loop.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -47,20 +49,20 @@ class LoRAFolders:
 
     @cached_property
     def folders(self) -> list[Path]:
-        """Where to look, in this order."""
+        """The folders, in the order in which they are searched."""
         return list(dict.fromkeys(_folders(self._settings)))
 
     def find(self, name: str, file: FileId | None = None) -> FoundLoRA:
-        """The file.
+        """Find a LoRA's file.
 
         Args:
             name: relative to a folder, as ComfyUI lists it, or a full path.
-            file: what the client's own file is, if it has one.
+            file: identity of the client's own file, if the client has one.
 
         Raises:
-            BadRequest: not a name.
-            ModelNotFound: no such file in the folders; names those that are close.
-            ModelMismatchError: the client's file is not this one.
+            BadRequest: ``name`` is not a name, or not that of a LoRA file.
+            ModelNotFound: no such file in the folders; suggests similar names.
+            ModelMismatchError: the client's file is another one.
         """
         if not name or "\0" in name or len(name) > _LONGEST_NAME:
             raise BadRequest(f"LoRA name {name[:80]!r} is not a name")
@@ -75,15 +77,15 @@ class LoRAFolders:
         if not real.is_file():
             raise ModelNotFound(f"LoRA {name!r} is not a file")
         if real.suffix.lower() not in ENDINGS:
-            raise BadRequest(f"LoRA {name!r} is no LoRA file", f"Its name must end in {', '.join(ENDINGS)}")
-        source = facts_of(str(real), real.stat())
+            raise BadRequest(f"LoRA {name!r} is not a LoRA file", f"Its name must end in {', '.join(ENDINGS)}")
+        source = identity_of(str(real), real.stat())
         if file is not None:
             check_same(f"LoRA {name!r}", file, source)
         return FoundLoRA(self._listed_as(path, real, roots), source)
 
     def _first(self, name: str) -> Path:
-        given = Path(name)
-        tried = [given] if given.is_absolute() else [folder / given for folder in self.folders]
+        wanted = Path(name)
+        tried = [wanted] if wanted.is_absolute() else [folder / wanted for folder in self.folders]
         path = first_existing(tried)
         if path is not None:
             return path
@@ -91,13 +93,13 @@ class LoRAFolders:
             raise ModelNotFound(f"LoRA {name!r}: no LoRA folder is known", "Give comfyui_path or model_dirs")
         known = {known.lower(): known for known in self.names()}
         close = difflib.get_close_matches(name.lower(), known, n=3)
-        hint = f"Close to it: {', '.join(known[one] for one in close)}" if close else ""
+        hint = f"Close to it: {', '.join(known[match] for match in close)}" if close else ""
         raise ModelNotFound(
             f"no LoRA is named {name!r}; looked in {', '.join(str(folder) for folder in self.folders)}", hint
         )
 
     def _listed_as(self, path: Path, real: Path, roots: list[Path]) -> str:
-        """The name relative to its folder; if another folder's file comes first under that name, the full path."""
+        """The name relative to its folder; the full path, where that name means a file of another folder."""
         for folder, root in zip(self.folders, roots):
             for base, place in ((folder, path), (root, real)):
                 if place.is_relative_to(base):
@@ -112,18 +114,18 @@ class LoRAFolders:
         return True
 
     def names(self) -> list[str]:
-        """The LoRAs that ComfyUI lists, at most 20,000."""
-        found: dict[str, None] = {}
+        """The names of the LoRAs that ComfyUI lists, at most 20,000."""
+        names: dict[str, None] = {}
         for folder in self.folders:
             if folder.name.lower() not in ("lora", "loras"):
-                continue  # of ``model_dirs``, with models of all kinds
+                continue  # a folder of ``model_dirs`` with models of all kinds
             for place, _, files in os.walk(folder, followlinks=True):
                 for file in files:
                     if file.lower().endswith(ENDINGS):
-                        found[(Path(place) / file).relative_to(folder).as_posix()] = None
-                if len(found) >= _MOST_NAMES:  # or a link that leads to itself
-                    return list(found)
-        return list(found)
+                        names[(Path(place) / file).relative_to(folder).as_posix()] = None
+                if len(names) >= _MOST_NAMES:  # maybe a link that leads to itself
+                    return list(names)
+        return list(names)
 
 
 def _folders(settings: Settings) -> Iterable[Path]:
@@ -138,7 +140,15 @@ def _folders(settings: Settings) -> Iterable[Path]:
 
 
 def extra_folders(comfyui: Path, arguments: list[str]) -> tuple[list[Path], list[Path]]:
-    """LoRA folders of ``extra_model_paths.yaml`` and ``--extra-model-paths-config``: before, after ComfyUI's own."""
+    """LoRA folders of ``extra_model_paths.yaml`` and ``--extra-model-paths-config``.
+
+    Args:
+        comfyui: ComfyUI's folder.
+        arguments: ComfyUI's command line.
+
+    Returns:
+        Folders that ComfyUI searches before its own, and those after.
+    """
     first: list[Path] = []
     after: list[Path] = []
     for file in [comfyui / "extra_model_paths.yaml", *_named_files(arguments)]:
@@ -164,7 +174,7 @@ def _named_files(arguments: list[str]) -> Iterable[Path]:
 
 
 def _from_yaml(file: Path) -> Iterable[tuple[Path, bool]]:
-    """(folder, is_default) as ComfyUI reads them; a file that it could not read either is warned about."""
+    """(folder, is_default) as ComfyUI reads them; warns about a file that ComfyUI could not read."""
     import yaml
 
     try:
@@ -176,4 +186,4 @@ def _from_yaml(file: Path) -> Iterable[tuple[Path, bool]]:
                 if line:
                     yield Path(os.path.normpath(file.resolve().parent / base / line)), bool(section.get("is_default"))
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-        logger.warning("%s is not read: %s", file, error)
+        logger.warning("%s cannot be read: %s", file, error)

@@ -1,4 +1,4 @@
-"""From a LoRA's name to an entry with its bytes in RAM: found, checked, read or converted, once for all who wait."""
+"""Loads LoRAs: finds a file by its name, checks it, reads or converts it, once for all clients that wait for it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from ..config import Settings
 from ..core import InternalError, LimitExceeded, LunaError, ModelLoadError, logger
@@ -19,12 +19,13 @@ from ..files.identity import same_file
 from ..files.safetensors import NamedRef, is_on_network, read_header, read_through
 from ..lora_cache import LoRACache, LoRAEntry
 from ..wire.arena import Slot
+from ..wire.codec import ITEM_SIZES
 from ..wire.shared_memory import SharedMemory
 from .folders import FoundLoRA, LoRAFolders
 
 T = TypeVar("T")
 _THREADS = 4
-"""For files that are read at once, and as many for names that are looked up."""
+"""Threads that read files, and as many that look up names."""
 _CONVERT_S = 120.0
 _REWARM_S = 60.0
 _SCRIPT = Path(__file__).resolve().with_name("convert.py")
@@ -34,7 +35,7 @@ class LoRALoader:
     """Loads LoRAs into the cache.
 
     Args:
-        memory: where copies lie; what finds no room there lies on the heap, and travels by the socket.
+        memory: holds copies; a copy that finds no room there lies on the heap, and travels by the socket.
         max_copy: most bytes of a copy.
     """
 
@@ -44,8 +45,7 @@ class LoRALoader:
         self.memory = memory
         self.max_copy = max_copy
         self.folders = LoRAFolders(settings)
-        self.coalesced = 0
-        # Of their own: a slow disk must not hold up what else runs in threads.
+        # Not the loop's default threads: a slow disk must not hold up what else runs there.
         self._threads = ThreadPoolExecutor(_THREADS, "lora")
         self._names = ThreadPoolExecutor(_THREADS, "lora-name")
         self._pending: dict[tuple[FoundLoRA, bool], list[tuple[asyncio.Future[tuple[LoRAEntry, Slot]], int]]] = {}
@@ -53,22 +53,28 @@ class LoRALoader:
         self._converting = asyncio.Lock()
         self._rewarmed = time.monotonic()
 
-    def take(self, settings: Settings) -> None:
-        """Other folders and limits from now on; what is kept and too much goes when room is next made."""
+    def apply(self, settings: Settings) -> None:
+        """Use other folders and limits from now on; what exceeds them is dropped when room is next made."""
         self.settings = settings
         self.folders = LoRAFolders(settings)
         self.cache.max_bytes = int(settings.lora_cache_gb * (1 << 30))
         self.cache.max_entries = settings.lora_cache_entries
 
     async def use(self, name: str, client: int = 0, file: Any = None, copy: bool = False) -> tuple[LoRAEntry, Slot]:
-        """An entry, and one use of it for that client, which ends with the slot's release.
+        """Load a LoRA, unless the cache has it.
 
         Args:
-            file: the client's own file's identity, if it has the file.
-            copy: its file cannot be mapped there: the bytes must lie in our memory.
+            client: number of the session that asks; 0 is the daemon itself.
+            file: identity of the client's own file, if the client has one.
+            copy: whether the bytes must lie in the daemon's memory, since the client cannot map the file.
+
+        Returns:
+            The entry, and a use of it that ends with the slot's release.
 
         Raises:
-            ModelNotFound, ModelMismatchError, ModelLoadError, LimitExceeded: see ``LoRAFolders`` and ``lora_files``.
+            BadRequest, ModelNotFound, ModelMismatchError: see ``LoRAFolders.find``.
+            ModelLoadError: the file cannot be read, or is not valid.
+            LimitExceeded: a copy would be larger than ``max_copy``.
         """
         put = self.cache.look(name)
         if put is not None and put.kind == "put":
@@ -82,13 +88,12 @@ class LoRALoader:
         return await self._join(found, copy, client)
 
     async def _join(self, found: FoundLoRA, copy: bool, client: int) -> tuple[LoRAEntry, Slot]:
-        """Wait for a load of this file: one that runs, or a new one."""
+        """Wait for this file to be loaded: join a load that runs, or start one."""
         waiter: tuple[asyncio.Future[tuple[LoRAEntry, Slot]], int]
         waiter = (asyncio.get_running_loop().create_future(), client)
         waiting = self._pending.get((found, copy))
         self.cache.count(found.name, hit=waiting is not None)
         if waiting is not None:
-            self.coalesced += 1
             waiting.append(waiter)
         else:
             self._pending[found, copy] = [waiter]
@@ -103,7 +108,7 @@ class LoRALoader:
             raise
 
     async def _load(self, found: FoundLoRA, copy: bool) -> None:
-        """Read it, keep it if there is room, and hand it to everybody who waits."""
+        """Read a file, keep it if there is room, and hand it to everybody who waits for it."""
         entry, error = None, None
         try:
             entry = await self._read(found, copy)
@@ -146,12 +151,12 @@ class LoRALoader:
         return asked or wanted == "always" or (wanted == "auto" and is_on_network(found.path))
 
     async def _image(self, found: FoundLoRA, path: Path) -> tuple[list[NamedRef], Slot]:
-        """The file's tensors in memory of ours."""
+        """Copy the tensors of a safetensors file into the daemon's memory."""
         with path.open("rb") as file:
             if path == found.path:
                 _check_unchanged(found, os.fstat(file.fileno()))
             size = os.fstat(file.fileno()).st_size
-            refs = await self._in_thread(read_header, file, size, found.name)
+            refs = await self._in_thread(_refs, file, size, found.name)
             start = file.tell()
             self._check_copy(found, size - start)
             slot = await self.memory.allocate(size - start) or Slot.on_heap(size - start)
@@ -171,7 +176,7 @@ class LoRALoader:
     # --- torch's own formats ---
 
     async def _converted(self, found: FoundLoRA) -> tuple[list[NamedRef], Slot]:
-        """The tensors of a pickled file, read by a process of its own: weights only, and not for ever."""
+        """Convert a file of torch's own formats in another process, and copy its tensors."""
         self._check_copy(found, found.source.size)
         folder = self.memory.arena.folder if self.memory.arena is not None else None
         async with self._converting:
@@ -188,18 +193,18 @@ class LoRALoader:
             env={**os.environ, "OMP_NUM_THREADS": "1"}, creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
         )  # fmt: skip
         try:
-            _, said = await asyncio.wait_for(process.communicate(), _CONVERT_S)
+            _, stderr = await asyncio.wait_for(process.communicate(), _CONVERT_S)
         except (asyncio.TimeoutError, TimeoutError) as error:
             raise ModelLoadError(
-                f"LoRA {found.name!r} was not converted within {_CONVERT_S:.0f} s", "Save it as .safetensors"
+                f"LoRA {found.name!r} could not be converted within {_CONVERT_S:.0f} s", "Save it as .safetensors"
             ) from error
         finally:
             if process.returncode is None:
                 process.kill()
                 await process.wait()
         if process.returncode:
-            lines = said.decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"]
-            raise ModelLoadError(f"LoRA {found.name!r} is not converted: {lines[-1]}", "Save it as .safetensors")
+            lines = stderr.decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"]
+            raise ModelLoadError(f"LoRA {found.name!r} cannot be converted: {lines[-1]}", "Save it as .safetensors")
 
     # --- threads ---
 
@@ -207,14 +212,14 @@ class LoRALoader:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
     def tidy(self) -> None:
-        """Ask the system from time to time to have the kept files in its page cache again, where it can be asked."""
+        """Ask the system once a minute to hold the cached files in its page cache, where it can be asked."""
         if hasattr(os, "posix_fadvise") and time.monotonic() - self._rewarmed > _REWARM_S:
             self._rewarmed = time.monotonic()
             paths = [entry.source.path for entry in self.cache.entries() if entry.kind == "file" and entry.source]
             self._threads.submit(_rewarm, paths)
 
     def close(self) -> None:
-        """Stop what is being loaded, and forget all."""
+        """Stop loading, and empty the cache."""
         for task in self._tasks:
             task.cancel()
         for threads in (self._threads, self._names):
@@ -223,18 +228,27 @@ class LoRALoader:
 
 
 def _check_and_warm(found: FoundLoRA, warm: bool) -> list[NamedRef]:
-    """Check the header; then read the file once from end to end, which shows a bad disk here and not in a client."""
+    """Check the header; if asked, read the file from end to end, so that a bad disk shows here and not in a client."""
     with found.path.open("rb") as file:
         _check_unchanged(found, os.fstat(file.fileno()))
-        refs = read_header(file, found.source.size, found.name)
+        refs = _refs(file, found.source.size, found.name)
         if warm:
             read_through(file, None, found.source.size)
     return refs
 
 
-def _check_unchanged(found: FoundLoRA, facts: os.stat_result) -> None:
-    if not same_file(facts, found.source.size, found.source.mtime_ns, found.source.inode):
-        raise ModelLoadError(f"LoRA {found.name!r} is being changed just now", "Try again when it is written")
+def _refs(file: BinaryIO, size: int, name: str) -> list[NamedRef]:
+    """The tensors of an open LoRA, in the order of their bytes."""
+    refs = list(read_header(file, size, f"LoRA {name!r}").tensors.items())
+    for key, ref in refs:
+        if ref.dtype not in ITEM_SIZES:
+            raise ModelLoadError(f"LoRA {name!r}: tensor {key!r} has dtype {ref.dtype}", "Save it in another dtype")
+    return refs
+
+
+def _check_unchanged(found: FoundLoRA, status: os.stat_result) -> None:
+    if not same_file(status, found.source.size, found.source.mtime_ns, found.source.inode):
+        raise ModelLoadError(f"LoRA {found.name!r} is being changed just now", "Try again once the file is complete")
 
 
 def _rewarm(paths: list[str]) -> None:

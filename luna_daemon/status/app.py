@@ -1,8 +1,8 @@
 """The HTTP application: the page and its files, the WebSocket, ``info``, metrics, health; and calls, with the token.
 
-Whoever reaches the port may read. Browsers are kept from reading, or calling, for other people's pages: every request
-must name this server in its ``Host`` (else a foreign domain could be pointed at 127.0.0.1), and WebSockets and calls
-must come from an allowed ``Origin`` where they name one.
+Everybody who reaches the port may read. Browsers are kept from reading, or calling, on behalf of foreign pages: every
+request must name this server in its ``Host`` (else a foreign domain could be pointed at 127.0.0.1), and WebSockets and
+calls must come from an allowed ``Origin`` where they name one.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import msgspec
 from aiohttp import web
 
+from ..control.state import State
 from ..core import (
     AuthenticationError,
     BadRequest,
@@ -33,10 +34,7 @@ from ..core import (
 from ..wire import messages as m
 from .inside import InsideCaller
 from .metrics import render
-
-if TYPE_CHECKING:
-    from ..control.service import Service
-    from .watchers import Watchers
+from .watchers import Watchers
 
 _BODY_BYTES = 64 << 10
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -47,7 +45,7 @@ _TYPES = {
     ".svg": "image/svg+xml", ".png": "image/png", ".ico": "image/x-icon", ".woff2": "font/woff2",
     ".md": "text/markdown; charset=utf-8",
 }  # fmt: skip
-"""What the operating system's registry says of these is not asked: on Windows ``.js`` may be text/plain there."""
+"""Content types by suffix. The system's registry is not asked: on Windows ``.js`` may be text/plain there."""
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "frame-ancestors 'none'",
@@ -60,27 +58,27 @@ _STATUS: tuple[tuple[type[LunaError], int], ...] = (
     (ShuttingDown, 503), (DaemonConnectionError, 503), (DeadlineExceeded, 504), (RequestCancelled, 409),
     (OutOfMemory, 507), (WorkerCrashed, 503),
 )  # fmt: skip
-"""The first that fits; 500 for the rest."""
+"""HTTP status by error: the first class that fits; 500 for the rest."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def make_app(
-    service: Service,
+    state: State,
     watchers: Watchers,
     info: Callable[[], dict[str, Any]],
     address: Callable[[], tuple[str, int]],
     has_asked: Callable[[Any], None],
 ) -> web.Application:
-    """The application.
+    """Build the application.
 
     Args:
-        info: what everybody may read about the daemon.
-        address: host and port that it is told to listen on, once it does.
-        has_asked: told of the connection of each request.
+        info: makes the document that everybody may read about the daemon.
+        address: returns the host and port that the server listens on.
+        has_asked: called with the connection of each request.
     """
-    handlers = _Handlers(service, watchers, info)
-    guard = _Guard(address, service.settings.allowed_origins, has_asked)
+    handlers = _Handlers(state, watchers, info)
+    guard = _Guard(address, state.settings.allowed_origins, has_asked)
     app = web.Application(middlewares=[guard.check], client_max_size=_BODY_BYTES)
     app.router.add_get("/", handlers.front)
     app.router.add_get("/ws", handlers.socket)
@@ -94,7 +92,7 @@ def make_app(
 
 
 class _Guard:
-    """Who may be asked for, and from which pages."""
+    """Decides which names of this server requests may use, and from which pages they may come."""
 
     def __init__(
         self, address: Callable[[], tuple[str, int]], allowed: list[str], has_asked: Callable[[Any], None]
@@ -123,7 +121,7 @@ class _Guard:
         return check
 
     def _objection(self, request: web.Request) -> str:
-        """Why this request is refused; empty if it is not."""
+        """Why the request is refused; empty if it is taken."""
         if not self._is_ours(request):
             return f"{request.host} is not the name of this server: use 127.0.0.1 and its port"
         origin = request.headers.get("Origin")
@@ -140,16 +138,16 @@ class _Guard:
         return name in names or name in self._named or _is_own_address(request, name, port)
 
     def _may_ask(self, request: web.Request, origin: str) -> bool:
-        """Whether a page of this origin may open the WebSocket or send a call: our own, allowed, or ComfyUI's."""
+        """Whether a page of this origin may open the WebSocket or send a call: this server's, allowed, or ComfyUI's."""
         return origin.lower() in self._allowed or urlsplit(origin.lower()).netloc == request.host.lower()
 
 
 def _is_own_address(request: web.Request, name: str, port: int) -> bool:
-    """Whether ``Host`` is the very address that the request arrived at: no foreign domain can be that."""
+    """Whether ``Host`` is the address that the request arrived at, which no foreign domain can be."""
     arrived = request.transport.get_extra_info("sockname") if request.transport is not None else None
-    host, _, given = name.rpartition(":")
+    host, _, named_port = name.rpartition(":")
     try:
-        return arrived is not None and given == str(port) and _address(host.strip("[]")) == _address(arrived[0])
+        return arrived is not None and named_port == str(port) and _address(host.strip("[]")) == _address(arrived[0])
     except ValueError:
         return False
 
@@ -165,14 +163,14 @@ def _is_upgrade(request: web.Request) -> bool:
 class _Handlers:
     """One method per route."""
 
-    def __init__(self, service: Service, watchers: Watchers, info: Callable[[], dict[str, Any]]) -> None:
-        self._service = service
+    def __init__(self, state: State, watchers: Watchers, info: Callable[[], dict[str, Any]]) -> None:
+        self._state = state
         self._watchers = watchers
         self._info = info
         self._web = _web_folder()
 
     async def front(self, request: web.Request) -> web.StreamResponse:
-        """The page; the WebSocket for the predecessor's panel, which asks for it here."""
+        """Serve the page; for the predecessor's panel, which opens its WebSocket here, the WebSocket."""
         if _is_upgrade(request):
             return await self._watchers.serve(request)
         index = self._web / "index.html"
@@ -181,45 +179,48 @@ class _Handlers:
         return _served(index)
 
     async def socket(self, request: web.Request) -> web.StreamResponse:
+        """Serve a WebSocket until it ends."""
         if not _is_upgrade(request):
-            return web.Response(status=426, text="this is a WebSocket\n", headers={"Upgrade": "websocket"})
+            return web.Response(status=426, text="open this address as a WebSocket\n", headers={"Upgrade": "websocket"})
         return await self._watchers.serve(request)
 
     async def file(self, request: web.Request) -> web.StreamResponse:
-        """A file of the page: nothing outside its folder, no listing."""
+        """Serve a file of the page: nothing outside its folder, no listing."""
         root = self._web.resolve()
         try:
             path = (root / unquote(request.match_info["path"])).resolve()
-            found = path.is_relative_to(root) and path.is_file()
+            is_served = path.is_relative_to(root) and path.is_file()
         except (OSError, ValueError):
-            found = False
-        if not found:
+            is_served = False
+        if not is_served:
             return web.Response(status=404, text="no such file\n")
         return _served(path)
 
     async def info(self, request: web.Request) -> web.StreamResponse:
+        """Serve the document about the daemon."""
         return web.json_response(self._info())
 
     async def metrics(self, request: web.Request) -> web.StreamResponse:
-        text, kind = await render(self._service, self._watchers, request.headers.get("Accept", ""))
+        """Serve the metrics in a format that the caller accepts."""
+        text, kind = await render(self._state, self._watchers, request.headers.get("Accept", ""))
         return web.Response(body=text, headers={"Content-Type": kind})
 
     async def health(self, request: web.Request) -> web.StreamResponse:
-        """Alive."""
+        """Answer 200 as long as the process lives."""
         return web.Response(text="ok\n")
 
     async def ready(self, request: web.Request) -> web.StreamResponse:
-        """Takes requests."""
-        accepting = self._service.pool.accepting
+        """Answer 200 if the daemon takes requests, 503 if it drains."""
+        accepting = self._state.pool.accepting
         return web.Response(text="ready\n" if accepting else "draining\n", status=200 if accepting else 503)
 
     async def call(self, request: web.Request) -> web.StreamResponse:
-        """A call of the protocol, from somebody who shows the token."""
+        """Run a call of the protocol for a caller that shows the token."""
         try:
-            self._service.check_token(_bearer(request))
+            self._state.access.check(_bearer(request))
             if request.content_type != "application/json":
                 raise BadRequest(f"content type {request.content_type!r}", "Send application/json")
-            answer = await InsideCaller(self._service, "status page").call(_decode(await request.read()))
+            answer = await InsideCaller(self._state, "status page").call(_decode(await request.read()))
             return web.json_response({"result": answer.result, "notes": answer.notes})
         except web.HTTPRequestEntityTooLarge:
             return _refusal(BadRequest(f"a body of more than {_BODY_BYTES} bytes", "Send less"))
@@ -237,15 +238,15 @@ class _Op(msgspec.Struct):
 
 
 def _decode(body: bytes) -> m.Call:
-    """A call that may come this way, with its types checked.
+    """Decode a call that may come by HTTP, and check its types.
 
     Raises:
-        BadRequest: says what is wrong with it.
+        BadRequest: names what is wrong.
     """
     try:
         op = msgspec.json.decode(body, type=_Op).op
         if op not in m.PAGE_OPS:
-            raise BadRequest(f"op {op!r} is not taken here", f"Use one of {', '.join(sorted(m.PAGE_OPS))}")
+            raise BadRequest(f"op {op!r} is not taken by HTTP", f"Use one of {', '.join(sorted(m.PAGE_OPS))}")
         call: m.Call = msgspec.json.decode(body, type=m.Call)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BadRequest(f"the call cannot be read: {error}", "See docs/protocol.md for the ops' fields") from error

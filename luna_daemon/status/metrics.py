@@ -1,4 +1,4 @@
-"""The daemon's figures for Prometheus, read from the service's state when they are asked for.
+"""The daemon's metrics for Prometheus, read from the state at each scrape.
 
 Names follow Prometheus' rules: base units, ``_total`` for what only grows. docs/monitoring.md lists them.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 from prometheus_client import CollectorRegistry
@@ -16,44 +16,51 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 
 from .. import __version__
+from ..control.state import State
 from ..core import WorkerState
 from ..pool.events import Histogram, base_name, model_name
-
-if TYPE_CHECKING:
-    from ..control.service import Service
-    from .watchers import Watchers
+from .watchers import Watchers
 
 Values = Mapping[tuple[str, ...], float]
-"""By the values of the labels."""
+"""Samples of a family by the values of their labels."""
 
 
-async def render(service: Service, watchers: Watchers, accept: str) -> tuple[bytes, str]:
-    """The exposition in the format that ``accept`` asks for, and its content type."""
-    # The state is read here, in one go; turning it into text takes longer and happens beside the event loop.
+async def render(state: State, watchers: Watchers, accept: str) -> tuple[bytes, str]:
+    """Render all metrics.
+
+    Args:
+        accept: the request's ``Accept`` header, which chooses the format.
+
+    Returns:
+        The exposition and its content type.
+    """
+    # The state is read here, in one go; making text of it takes longer and happens beside the event loop.
     registry = CollectorRegistry()
-    registry.register(_Collected(list(Collector(service, watchers).collect())))
+    registry.register(_Collected(list(Collector(state, watchers).collect())))
     encode, kind = choose_encoder(accept)
     return await asyncio.get_running_loop().run_in_executor(None, encode, registry), kind
 
 
 class _Collected:
-    """Families that have been made already."""
+    """A collector of families that are made already."""
 
     def __init__(self, families: list[Metric]) -> None:
         self._families = families
 
     def collect(self) -> list[Metric]:
+        """The families."""
         return self._families
 
 
 class Collector:
-    """Makes every family from the service's state: one pass, no state of its own."""
+    """Makes all families from the daemon's state in one pass."""
 
-    def __init__(self, service: Service, watchers: Watchers) -> None:
-        self._service = service
+    def __init__(self, state: State, watchers: Watchers) -> None:
+        self._state = state
         self._watchers = watchers
 
     def collect(self) -> Iterator[Metric]:
+        """The families."""
         yield from self._process()
         yield from self._requests()
         yield from self._queue()
@@ -65,18 +72,18 @@ class Collector:
         yield from self._clients()
 
     def _process(self) -> Iterator[Metric]:
-        service, process = self._service, psutil.Process()
+        state, process = self._state, psutil.Process()
         with process.oneshot():
             rss, times, threads = process.memory_info().rss, process.cpu_times(), process.num_threads()
         yield _gauge("luna_build_info", "The daemon's version; always 1.", {"version": __version__}, 1)
-        yield _gauge("luna_start_time_seconds", "When the daemon started, since 1970.", {}, service.born)
-        yield _gauge("luna_ready", "Whether it takes requests.", {}, int(service.pool.accepting))
+        yield _gauge("luna_start_time_seconds", "When the daemon started, since 1970.", {}, state.born)
+        yield _gauge("luna_ready", "Whether it takes requests.", {}, int(state.pool.accepting))
         yield _gauge("luna_process_resident_memory_bytes", "Memory of the control process.", {}, rss)
         yield _counter("luna_process_cpu_seconds", "CPU time of the control process.", {}, times.user + times.system)
         yield _gauge("luna_process_threads", "Threads of the control process.", {}, threads)
 
     def _requests(self) -> Iterator[Metric]:
-        events = self._service.events
+        events = self._state.events
         requests = CounterMetricFamily(
             "luna_requests", "Requests that have ended, by op and result: ok, cancelled or an error's code.",
             labels=["op", "result"],
@@ -91,19 +98,19 @@ class Collector:
         for (op, model), histogram in events.latencies.items():
             _add(latency, [op, model], histogram)
         yield latency
-        yield _gauge("luna_requests_in_flight", "Requests that wait or are computed.", {}, self._service.pool.in_flight)
-        yield _counter("luna_requests_coalesced", "Requests that joined an identical one.", {}, self._service.coalesced)
+        yield _gauge("luna_requests_in_flight", "Requests that wait or are computed.", {}, self._state.pool.in_flight)
+        yield _counter("luna_requests_coalesced", "Requests that joined an identical one.", {}, self._state.coalesced)
 
     def _queue(self) -> Iterator[Metric]:
-        service = self._service
-        yield _gauge("luna_queue_depth", "Requests that wait for a worker.", {}, len(service.pool.queue))
-        yield _gauge("luna_queue_limit", "Most that may wait.", {}, service.settings.queue_limit)
+        state = self._state
+        yield _gauge("luna_queue_depth", "Requests that wait for a worker.", {}, len(state.pool.queue))
+        yield _gauge("luna_queue_limit", "Most that may wait.", {}, state.settings.queue_limit)
         waits = HistogramMetricFamily("luna_queue_wait_seconds", "Time in the queue.", labels=[])
-        _add(waits, [], service.events.waits)
+        _add(waits, [], state.events.waits)
         yield waits
 
     def _workers(self) -> Iterator[Metric]:
-        pool, events = self._service.pool, self._service.events
+        pool, events = self._state.pool, self._state.events
         states = Counter(worker.state for worker in pool.workers)
         yield _gauges(
             "luna_workers", "Worker processes by state.", ["state"],
@@ -125,17 +132,17 @@ class Collector:
 
     def _models(self) -> Iterator[Metric]:
         held: Counter[tuple[str, ...]] = Counter()
-        for worker in self._service.pool.workers:
+        for worker in self._state.pool.workers:
             for key, nbytes in worker.models.items():
                 held[str(worker.number), key.partition(":")[0], model_name(key)] += nbytes
         yield _gauges("luna_model_bytes", "Weights of a model in a worker.", ["worker", "kind", "model"], held)
-        yield _gauge("luna_models_pinned", "Models that stay loaded.", {}, len(self._service.pool.pinned))
+        yield _gauge("luna_models_pinned", "Models that stay loaded.", {}, len(self._state.pool.pinned))
 
     def _caches(self) -> Iterator[Metric]:
-        stats = {"conditioning": self._service.cache.stats(), "lora": self._service.loras.stats()}
+        stats = {"conditioning": self._state.conditionings.stats(), "lora": self._state.loras.stats()}
 
         def of(name: str) -> Values:
-            return {(cache,): figures[name] for cache, figures in stats.items() if name in figures}
+            return {(cache,): numbers[name] for cache, numbers in stats.items() if name in numbers}
 
         yield _counters("luna_cache_hits", "Answers from a cache.", ["cache"], of("hits"))
         yield _counters("luna_cache_misses", "What a cache did not hold.", ["cache"], of("misses"))
@@ -145,8 +152,8 @@ class Collector:
         yield _gauges("luna_cache_limit_bytes", "Most memory of a cache.", ["cache"], of("max_bytes"))
 
     def _loras(self) -> Iterator[Metric]:
-        loras = self._service.loras.stats()["loras"]
-        figures: tuple[tuple[str, Any, str, str], ...] = (
+        loras = self._state.loras.stats()["loras"]
+        columns: tuple[tuple[str, Any, str, str], ...] = (
             ("hits", _counters, "luna_lora_hits", "How often a LoRA was served from the cache."),
             ("misses", _counters, "luna_lora_misses", "How often it had to be loaded."),
             ("bytes", _gauges, "luna_lora_bytes", "Memory of a LoRA."),
@@ -155,31 +162,31 @@ class Collector:
             ("clients", _gauges, "luna_lora_clients", "Clients that map it."),
             ("pinned", _gauges, "luna_lora_pinned", "Whether it stays."),
         )
-        for figure, family, name, text in figures:
-            values = {(base_name(lora),): facts[figure] for lora, facts in loras.items() if figure in facts}
+        for column, family, name, text in columns:
+            values = {(base_name(lora),): row[column] for lora, row in loras.items() if column in row}
             yield family(name, text, ["lora"], values)
 
     def _memory(self) -> Iterator[Metric]:
-        arena = self._service.memory.arena
-        figures = (0, 0, 0) if arena is None else (arena.bytes_used, arena.bytes_reserved, arena.max_bytes)
-        for figure, name, text in zip(
-            figures,
+        arena = self._state.memory.arena
+        sizes = (0, 0, 0) if arena is None else (arena.bytes_used, arena.bytes_reserved, arena.max_bytes)
+        for nbytes, name, text in zip(
+            sizes,
             ("used", "reserved", "limit"),
             ("Shared memory in use.", "Shared memory taken from the system.", "Most shared memory."),
         ):
-            yield _gauge(f"luna_arena_{name}_bytes", text, {}, figure)
-        gpus = self._service.gpus
-        for figure_name, name, text in (
+            yield _gauge(f"luna_arena_{name}_bytes", text, {}, nbytes)
+        gpus = self._state.gpus
+        for column, name, text in (
             ("used", "luna_gpu_memory_used_bytes", "VRAM in use, by every process."),
             ("free", "luna_gpu_memory_free_bytes", "VRAM that is free."),
             ("total", "luna_gpu_memory_total_bytes", "VRAM of the GPU."),
         ):
-            values: Values = {(str(gpu["index"]), gpu["name"], gpu["uuid"]): gpu[figure_name] for gpu in gpus}
+            values: Values = {(str(gpu["index"]), gpu["name"], gpu["uuid"]): gpu[column] for gpu in gpus}
             yield _gauges(name, text, ["gpu", "name", "uuid"], values)
 
     def _clients(self) -> Iterator[Metric]:
-        service = self._service
-        sessions = list(service.sessions.values())
+        state = self._state
+        sessions = list(state.sessions.values())
         yield _gauges(
             "luna_clients", "Connected clients by how tensors travel.", ["transport"],
             {("shared_memory",): sum(s.sees_arena for s in sessions),
@@ -192,9 +199,9 @@ class Collector:
         yield _counter(
             "luna_watchers_dropped", "WebSockets cut off for reading too slowly.", {}, self._watchers.dropped
         )
-        yield _counter("luna_client_fallbacks", "Calls that clients computed themselves.", {}, service.fallbacks)
+        yield _counter("luna_client_fallbacks", "Calls that clients computed themselves.", {}, state.fallbacks)
         yield _counter(
-            "luna_client_materialised", "Weights that clients had to load themselves.", {}, service.materialised
+            "luna_client_materialised", "Weights that clients had to load themselves.", {}, state.materialised
         )
 
 

@@ -1,4 +1,4 @@
-"""The WebSocket: who watches the daemon, and what is sent to them. A slow reader is dropped, never waited for.
+"""The WebSockets that watch the daemon, and what is sent to them. A slow reader is dropped, never waited for.
 
 Messages are JSON texts ``{"v": 1, "type": ..., "data": ...}``: see docs/monitoring.md.
 """
@@ -20,14 +20,14 @@ _VERSION = 1
 _STATUS_S = 1.0
 _FLUSH_S = 0.2
 _MOST_PER_FLUSH = 10
-"""Requests, and errors, told of per flush: 50 per second. Further requests are counted; all are in the status."""
+"""Requests, and errors, reported per flush: 50 per second. Further requests are counted; the status has them all."""
 _QUEUED = 64
-"""Messages that may wait for a reader; with more it is dropped."""
+"""Messages that may wait for a reader; with more the reader is dropped."""
 _SEND_S = 10.0
 """A reader that takes nothing for so long is dropped, however few messages wait."""
 _HEARTBEAT_S = 20.0
 _FRESH_S = 0.2
-"""A status is computed at most so often, however many ask."""
+"""A status is computed at most this often, however many ask."""
 _MOST_ASKED = 4096
 _KERNEL_BYTES = 64 << 10
 
@@ -54,7 +54,7 @@ class Watchers:
         return len(self._open)
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
-        """One WebSocket from its greeting to its end."""
+        """Serve a WebSocket until it ends."""
         if len(self._open) >= self.most:
             text = f"{self.most} watchers are connected, the most allowed (max_watchers)\n"
             full = web.Response(status=503, text=text, headers={"Retry-After": "10"})
@@ -70,14 +70,14 @@ class Watchers:
             async for message in websocket:
                 if message.type is WSMsgType.TEXT and _type_of(message.data) == "get_status":
                     self._send(watcher, self._status_text())
-                    await asyncio.sleep(_FRESH_S / 4)  # whoever asks without end waits; nobody else does
+                    await asyncio.sleep(_FRESH_S / 4)  # only a watcher that asks without end is slowed down
         finally:
             self._open.discard(watcher)
             watcher.stop()
         return websocket
 
     def hear(self, kind: str, data: dict[str, Any]) -> None:
-        """An event of the daemon; a listener of ``Events``."""
+        """Take an event of the daemon; a listener of ``Events``."""
         if not self._open:
             return
         if kind not in self._waiting:
@@ -88,7 +88,7 @@ class Watchers:
             self._left_out += 1
 
     async def run(self) -> None:
-        """Send the status every second and what has gathered, as long as somebody watches."""
+        """Send the status every second, and the events since the last time, as long as somebody watches."""
         next_status = 0.0
         while True:
             await asyncio.sleep(_FLUSH_S)
@@ -98,10 +98,10 @@ class Watchers:
                     next_status = time.monotonic() + _STATUS_S - _FLUSH_S / 2
                     self._send_all(self._status_text())
             except Exception:
-                logger.exception("watchers could not be told")
+                logger.exception("watchers could not be notified")
 
     def close(self) -> None:
-        """Hang up on all."""
+        """Drop all watchers."""
         for watcher in list(self._open):
             watcher.drop()
 
@@ -130,13 +130,13 @@ class Watchers:
     def _send(self, watcher: _Watcher, text: str) -> None:
         if watcher in self._open and not watcher.send(text):
             self.dropped += 1
-            logger.info("a watcher at %s reads too slowly and is dropped", watcher.remote)
+            logger.info("watcher at %s reads too slowly: dropped", watcher.remote)
             self._open.discard(watcher)
             watcher.drop()
 
 
 class _Watcher:
-    """One WebSocket and the texts that wait for it."""
+    """A WebSocket and the texts that wait to be sent."""
 
     def __init__(self, websocket: web.WebSocketResponse, request: web.Request) -> None:
         self.remote = request.remote
@@ -147,7 +147,7 @@ class _Watcher:
         self._stuck = False
 
     def start(self) -> None:
-        """Write from now on; what the system buffers is bounded too, else it would take megabytes to see who sleeps."""
+        """Send from now on. The system's buffer is bounded: it would hide a reader that sleeps for megabytes."""
         if self._request.transport is not None:
             kernel = self._request.transport.get_extra_info("socket")
             kernel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _KERNEL_BYTES)
@@ -161,21 +161,22 @@ class _Watcher:
         except asyncio.TimeoutError:
             self._stuck = True
         except ConnectionError:
-            pass  # it has gone; the reading side has seen it too
+            pass  # the side that reads has seen the end too
 
     def send(self, text: str) -> bool:
-        """Queue a text; false if it reads too slowly."""
+        """Queue a text; ``False`` if the reader is too slow for more."""
         if self._stuck or self._texts.full():
             return False
         self._texts.put_nowait(text)
         return True
 
     def stop(self) -> None:
+        """Send nothing more."""
         if self._writer is not None:
             self._writer.cancel()
 
     def drop(self) -> None:
-        """Cut it off: a goodbye would wait for it to read."""
+        """Disconnect at once: closing properly would wait for the reader."""
         self.stop()
         if self._request.transport is not None:
             self._request.transport.abort()
@@ -186,9 +187,9 @@ def _text(kind: str, data: dict[str, Any]) -> str:
 
 
 def _type_of(text: str) -> str:
-    """What a watcher asks for; an empty text if it is nothing that we know."""
+    """The type of message that a watcher sent; empty if the text is not such a message."""
     try:
-        asked = json.loads(text)
+        message = json.loads(text)
     except ValueError:
         return ""
-    return str(asked.get("type", "")) if isinstance(asked, dict) else ""
+    return str(message.get("type", "")) if isinstance(message, dict) else ""

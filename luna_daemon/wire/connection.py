@@ -1,6 +1,6 @@
-"""One asyncio connection that speaks LDP/1: the control process' side of a client or worker.
+"""An asyncio connection that speaks LDP/1: the control process' side of a client or worker.
 
-Inline payloads are received straight into a slot that the owner provides, and sent straight from one.
+Inline payloads are received straight into a slot that the peer provides, and sent straight from one.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ _MOST_QUEUED = 64
 
 
 class Peer(Protocol):
-    """Whoever owns a connection."""
+    """Takes the frames of a connection: a pending one, a client, or a worker."""
 
     def place(self, connection: Connection, nbytes: int) -> Slot:
-        """Memory for an inline payload that is about to arrive."""
+        """Memory for an inline payload that is about to arrive; raises ``LunaError`` to refuse the connection."""
         ...
 
     def received(self, connection: Connection, message: Message, payload: Slot | None) -> None:
-        """A whole frame. The receiver owns the payload slot."""
+        """Take a whole frame, and the use of its payload; raises ``LunaError`` to refuse the connection."""
         ...
 
     def lost(self, connection: Connection, why: str) -> None:
-        """The connection is gone."""
+        """Give up what the connection held: it is gone."""
         ...
 
 
@@ -49,7 +49,7 @@ class Connection(asyncio.BufferedProtocol):
     """Framing on an asyncio transport.
 
     Args:
-        peer: told of every frame.
+        peer: takes the frames; another one may take its place between two frames.
         max_header: most bytes of a message.
         max_payload: most inline bytes of a frame.
     """
@@ -80,6 +80,7 @@ class Connection(asyncio.BufferedProtocol):
     # --- asyncio's side ---
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Start: small frames leave at once, and slots are in use until the kernel has their bytes."""
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
         name = transport.get_extra_info("peername")
@@ -92,6 +93,7 @@ class Connection(asyncio.BufferedProtocol):
             transport.abort()
 
     def get_buffer(self, sizehint: int) -> memoryview:
+        """Where the next bytes belong: the payload's slot, or the buffer for messages."""
         if self._refused:
             return memoryview(self._buffer)
         if self._payload is not None:
@@ -99,6 +101,7 @@ class Connection(asyncio.BufferedProtocol):
         return memoryview(self._buffer)[self._have :]
 
     def buffer_updated(self, nbytes: int) -> None:
+        """Take the frames that are complete now."""
         if self._refused:
             return
         if self._payload is not None:
@@ -119,9 +122,11 @@ class Connection(asyncio.BufferedProtocol):
             self._refuse(InternalError.of(error))
 
     def eof_received(self) -> bool:
+        """Have the transport closed: no peer closes one side only."""
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Release every slot that was on its way, and tell the peer."""
         self._closing = True
         slots = [slot for _, held in self._outbox for slot in held] + self._sent_slots
         self._outbox.clear()
@@ -135,10 +140,12 @@ class Connection(asyncio.BufferedProtocol):
         self.peer.lost(self, str(exc) if exc else "closed")
 
     def pause_writing(self) -> None:
+        """Send nothing more until the other side has read."""
         self._paused = True
         self._paused_at = time.monotonic()
 
     def resume_writing(self) -> None:
+        """Go on with what is queued."""
         self._paused = False
         self._pump()
         self._read_on()

@@ -1,4 +1,4 @@
-"""The control process' shared memory: who gets a slot, when more is made, and what happens when there is none."""
+"""The control process' shared memory: when more of it is made, and what happens when there is none."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ _SIZES = 256
 
 
 class SharedMemory:
-    """Slots from the arena, if there is one.
+    """Hands out slots from the arena, if there is one.
 
     Args:
-        arena: ``None`` where there is none; ``why`` then says so.
+        arena: ``None`` where there is no shared memory.
+        why: the reason, in that case.
     """
 
     def __init__(self, arena: Arena | None, why: str) -> None:
@@ -31,15 +32,15 @@ class SharedMemory:
 
     @property
     def info(self) -> m.ArenaInfo | None:
-        """What ``welcome`` tells clients."""
+        """Where clients find the shared memory, for ``welcome``; ``None`` where there is none."""
         return m.ArenaInfo(str(self.arena.folder), "nonce") if self.arena is not None else None
 
     def try_allocate(self, nbytes: int) -> Slot | None:
-        """A slot from the memory there is."""
+        """A slot from the memory that is made already; ``None`` if it is full."""
         return self.arena.try_allocate(nbytes) if self.arena is not None else None
 
     async def allocate(self, nbytes: int) -> Slot | None:
-        """A slot, making more memory if need be; ``None`` when it is full."""
+        """A slot, for which more memory is made if need be; ``None`` if the limit is reached."""
         slot = self.try_allocate(nbytes)
         if slot is None and self.arena is not None:
             await self.grow(nbytes)
@@ -47,7 +48,7 @@ class SharedMemory:
         return slot
 
     async def grow(self, nbytes: int) -> None:
-        """Make room for ``nbytes``, off the event loop: the pages are made, which takes a while."""
+        """Make memory for ``nbytes`` off the event loop: the system provides every page, which takes a while."""
         async with self._growing:
             if self.arena is None or time.monotonic() < self._full_until:
                 return
@@ -60,24 +61,24 @@ class SharedMemory:
             except LimitExceeded as error:
                 if self._full_until == 0.0:
                     logger.warning("%s: tensors go by the socket", error.message)
-                # Not asked again at once: to find out costs as much as to fill what is left.
+                # Not tried again at once: finding out takes as long as filling the memory that is left.
                 self._full_until = time.monotonic() + _FULL_S
                 return
             self._full_until = 0.0
             self.arena.add(*made)
 
-    def foretell(self, key: tuple[Any, ...]) -> Slot | None:
-        """A slot for a result as large as the last one of the same call."""
+    def predict(self, key: tuple[Any, ...]) -> Slot | None:
+        """A slot for a result as large as the last one of the same call; ``None`` if that is unknown."""
         nbytes = self._sizes.get(key, 0)
         return self.try_allocate(nbytes) if nbytes else None
 
     def learn(self, key: tuple[Any, ...], nbytes: int) -> None:
-        """How large the result of a call was."""
+        """Remember how many bytes the result of a call had, for ``predict``."""
         self._sizes[key] = nbytes
         if len(self._sizes) > _SIZES:
             del self._sizes[next(iter(self._sizes))]
 
     def tidy(self) -> None:
-        """Give memory back that has not been used for a minute."""
+        """Give memory back to the system that has not been used for a minute."""
         if self.arena is not None:
             self.arena.trim(_TRIM_S)

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from luna_daemon.config import load_settings
+from luna_daemon.control.access import Access
+from luna_daemon.control.peers import ClientPeer
 from luna_daemon.control.service import Service
+from luna_daemon.control.state import State
 from luna_daemon.core import PROTOCOL_VERSION
 from luna_daemon.files.resolver import ModelResolver
 from luna_daemon.wire import messages as m
@@ -78,10 +81,11 @@ class Target:
     def _make(self) -> Service:
         settings = load_settings({"max_tensor_mb": 1, "arena_client_mb": 2, "max_header_mb": 1, "queue_limit": 8}, {})
         arena = open_arena(self.folder / "arena", 1, 64 << 20)
-        return Service(
-            settings, Pool(settings, self.folder), ModelResolver(settings), SharedMemory(arena, ""), "token", "nowhere",
-            lambda service: {}, lambda: None, dict, lambda: "token",
-        )  # fmt: skip
+        access = Access("token", "nowhere", lambda: "token")
+        return Service(State(
+            settings, Pool(settings, self.folder), ModelResolver(settings), SharedMemory(arena, ""), access,
+            lambda state: {}, lambda: None, dict,
+        ))  # fmt: skip
 
     def run(self, data: bytes) -> None:
         """One input."""
@@ -98,14 +102,13 @@ class Target:
         connection.connection_made(wire)
         if who & 3:
             self._push(connection, encode_frame(m.Hello(PROTOCOL_VERSION, "token", "client", "fuzz", 1)))
-            session = service.sessions[connection]
-            session.sees_arena = bool(who & 2)
+            assert isinstance(connection.peer, ClientPeer)
+            connection.peer.session.sees_arena = bool(who & 2)
         self._push(connection, b"".join(_frames(data)) if who & 4 else data)
         for _ in range(4):  # what was put off: slots, hashes
             await asyncio.sleep(0)
-        session_or_none = service.sessions.get(connection)
-        if session_or_none is not None:
-            session_or_none.said_bye = True
+        if isinstance(connection.peer, ClientPeer):
+            connection.peer.session.said_bye = True
         connection.connection_lost(None)
         for _ in range(4):
             await asyncio.sleep(0)
@@ -123,21 +126,21 @@ class Target:
             at += size
 
     def _check(self) -> None:
-        service = self.service
+        state = self.service.state
         assert not self.problems, self.problems
-        assert service.errors.get("internal", 0) == 0, "an error got out"
-        assert not service.sessions and not service.pool.queue, "a client that left is still there"
-        service.patches.clear()
-        service.loras.clear()
-        service.cache.clear()
-        service.pool._served.clear()
-        used = service.memory.arena.bytes_used if service.memory.arena else 0
+        assert not any(result == "internal" for _, result in state.events.results), "an error got out"
+        assert not state.sessions and not state.pool.queue, "a client that left is still there"
+        state.patches.clear()
+        state.loras.clear()
+        state.conditionings.clear()
+        state.pool._served.clear()
+        used = state.memory.arena.bytes_used if state.memory.arena else 0
         assert used == 0, f"{used} bytes of shared memory are nobody's"
 
     def _close(self) -> None:
         self.service.close()
-        if self.service.memory.arena is not None:
-            self.service.memory.arena.close()
+        if self.service.state.memory.arena is not None:
+            self.service.state.memory.arena.close()
         self.loop.run_until_complete(asyncio.sleep(0))
         gc.collect()
 

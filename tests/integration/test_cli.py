@@ -298,18 +298,18 @@ def test_stop_lets_running_requests_finish(terminal: Terminal) -> None:
         slow.communicate()
 
 
-def test_port_in_use_ends_with_2_and_names_the_process(terminal: Terminal) -> None:
+def test_port_in_use_ends_with_3_and_names_the_process(terminal: Terminal) -> None:
     """A second daemon, and a port that another program holds: one line that says who to look for."""
     served = terminal.serve()
     second = terminal.ask("serve")
-    assert (second.returncode, second.stdout) == (2, "")
+    assert (second.returncode, second.stdout) == (3, "")
     assert f"another Luna Daemon of yours (pid {served.process.pid})" in second.stderr
     assert served.process.poll() is None
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         third = terminal.ask("serve", "--port", str(other.getsockname()[1]))
-    assert third.returncode == 2
+    assert third.returncode == 3
     assert f"(pid {os.getpid()})" in third.stderr
     assert len(third.stderr.splitlines()) == 1
 

@@ -12,8 +12,11 @@ import pytest
 
 from luna_daemon.config import load_settings
 from luna_daemon.control import service as service_module
+from luna_daemon.control.access import Access
 from luna_daemon.control.computing import cache_key
+from luna_daemon.control.peers import ClientPeer
 from luna_daemon.control.service import Service
+from luna_daemon.control.state import State
 from luna_daemon.core import PROTOCOL_VERSION
 from luna_daemon.files.resolver import ModelResolver
 from luna_daemon.pool.work import Piece
@@ -23,6 +26,7 @@ from luna_daemon.wire.channel import Channel
 from luna_daemon.wire.frame import encode_call
 from luna_daemon.wire.shared_memory import SharedMemory
 from luna_daemon.workers import WorkerPool
+from tests.waiting import wait_until_async
 
 
 @asynccontextmanager
@@ -31,17 +35,18 @@ async def served(folder):
     settings = load_settings({"arena_dir": folder / "arena", "max_tensor_mb": 64}, {})
     arena = open_arena(settings.arena_dir, 1, 256 << 20)
     info = {"text": "x" * 100_000}
-    service = Service(
-        settings, WorkerPool(settings, folder), ModelResolver(settings), SharedMemory(arena, ""), "token", "nowhere",
-        lambda service: info, lambda: None, dict, lambda: "another",
-    )  # fmt: skip
+    access = Access("token", "nowhere", lambda: "another")
+    service = Service(State(
+        settings, WorkerPool(settings, folder), ModelResolver(settings), SharedMemory(arena, ""), access,
+        lambda state: info, lambda: None, dict,
+    ))  # fmt: skip
     server = await asyncio.get_running_loop().create_server(service.connect, "127.0.0.1", 0)
     try:
         yield service, server.sockets[0].getsockname()[1]
     finally:
         server.close()
         service.close()
-        await asyncio.sleep(0.05)
+        await wait_until_async(lambda: not service.state.sessions, what="every session has ended")
         arena.close()
 
 
@@ -49,7 +54,7 @@ class Peer:
     """A blocking client, to be used in a thread."""
 
     def __init__(self, port: int) -> None:
-        self.sock = socket.create_connection(("127.0.0.1", port), timeout=5)
+        self.sock = socket.create_connection(("127.0.0.1", port), timeout=30)
         self.channel = Channel(self.sock)
 
     def hello(self) -> Peer:
@@ -58,7 +63,7 @@ class Peer:
         return self
 
     def receive(self) -> m.Message:
-        received = self.channel.receive(5)
+        received = self.channel.receive(30)
         assert received is not None
         return received[0]
 
@@ -69,7 +74,7 @@ def test_a_stranger_who_says_nothing(tmp_path, monkeypatch):
 
     async def main():
         async with served(tmp_path) as (_, port):
-            with socket.create_connection(("127.0.0.1", port), timeout=5) as sock:
+            with socket.create_connection(("127.0.0.1", port), timeout=30) as sock:
                 assert await asyncio.to_thread(sock.recv, 1) == b""
 
     asyncio.run(main())
@@ -77,20 +82,21 @@ def test_a_stranger_who_says_nothing(tmp_path, monkeypatch):
 
 def test_who_reads_nothing_is_cut_off(tmp_path, monkeypatch):
     """A peer that has read nothing for a minute is cut off, and what waited for it is forgotten; others stay."""
-    monkeypatch.setattr(service_module, "_STALL_S", 0.3)
 
     async def main():
         async with served(tmp_path) as (service, port):
             lazy, busy = [await asyncio.to_thread(Peer(port).hello) for _ in range(2)]
             for number in range(1, 200):
                 lazy.channel.send(m.Request(number, encode_call(m.Info())))
-            await asyncio.sleep(0.2)
+            stalled = next(iter(service.state.sessions.values())).connection
+            await wait_until_async(lambda: stalled.stalled_s, what="the peer's answers pile up")
             service.tidy()
-            assert len(service.sessions) == 2 and service.unsent, "not yet"
-            await asyncio.sleep(0.4)
-            service.tidy()
-            await asyncio.sleep(0.05)
-            assert [session.connection.remote for session in service.sessions.values()] == [
+            assert len(service.state.sessions) == 2 and service.unsent, "a minute has not passed"
+            monkeypatch.setattr(service_module, "_STALL_S", 0.1)
+            await wait_until_async(
+                lambda: service.tidy() or len(service.state.sessions) == 1, what="the peer is cut off"
+            )
+            assert [session.connection.remote for session in service.state.sessions.values()] == [
                 str(busy.sock.getsockname())
             ]
             assert not service.unsent
@@ -109,13 +115,13 @@ def test_a_bug_of_ours_is_answered_and_logged(tmp_path, monkeypatch, caplog):
     async def main():
         async with served(tmp_path) as (service, port):
             peer = await asyncio.to_thread(Peer(port).hello)
-            monkeypatch.setattr(service, "collect_info", broken)
+            monkeypatch.setattr(service.state, "collect_info", broken)
             peer.channel.send(m.Request(1, encode_call(m.Info())))
             answer = await asyncio.to_thread(peer.receive)
             assert (answer.id, answer.code) == (1, "internal") and "a bug" in answer.message
             peer.channel.send(m.Request(2, encode_call(m.Ping())))
             assert isinstance(await asyncio.to_thread(peer.receive), m.Reply)
-            monkeypatch.setattr(service, "_from_client", broken)
+            monkeypatch.setattr(ClientPeer, "received", broken)
             peer.channel.send(m.Request(3, encode_call(m.Ping())))
             answer = await asyncio.to_thread(peer.receive)
             assert (answer.id, answer.code) == (0, "internal") and "a bug" in answer.message
@@ -124,8 +130,8 @@ def test_a_bug_of_ours_is_answered_and_logged(tmp_path, monkeypatch, caplog):
             async def fails():
                 raise KeyError("in the background")
 
-            service.spawn(fails())
-            await asyncio.sleep(0.01)
+            service.state.spawn(fails())
+            await wait_until_async(lambda: "in the background" in caplog.text)
 
     with caplog.at_level(logging.ERROR, "luna_daemon"):
         asyncio.run(main())
@@ -145,8 +151,8 @@ def test_strangers_make_nobody_allocate(tmp_path):
             call = msgspec.Raw(msgspec.msgpack.encode({"op": "lora.check", "name": "x" * (4 << 20)}))
             await asyncio.to_thread(peer.channel.send, m.Request(1, call))
             assert isinstance(await asyncio.to_thread(peer.receive), m.Reply)
-            await asyncio.sleep(0.01)
-            assert [len(connection._buffer) for connection in service.sessions] == [64 << 10]
+            (connection,) = service._connections
+            await wait_until_async(lambda: len(connection._buffer) == 64 << 10, what="the large buffer is given back")
             peer.channel.close()
 
     asyncio.run(main())
@@ -158,8 +164,9 @@ def test_slots_asked_for_by_who_left(tmp_path, answered):
 
     async def main():
         async with served(tmp_path) as (service, port):
+            arena = service.state.memory.arena
             peer = await asyncio.to_thread(Peer(port).hello)
-            peer.channel.send(m.Request(1, encode_call(m.ArenaProof(service.memory.arena.nonce, process_space()))))
+            peer.channel.send(m.Request(1, encode_call(m.ArenaProof(arena.nonce, process_space()))))
             assert isinstance(await asyncio.to_thread(peer.receive), m.Reply)
             peer.channel.send(m.Request(2, encode_call(m.Alloc(48 << 20))))
             if answered:
@@ -167,11 +174,11 @@ def test_slots_asked_for_by_who_left(tmp_path, answered):
                 assert isinstance(answer, m.Reply), answer
                 peer.channel.send(m.Bye())
             peer.channel.close()
-            for _ in range(100):
-                await asyncio.sleep(0.02)
-                if not service.sessions and service.memory.arena.bytes_reserved and not service.memory.arena.bytes_used:
-                    return
-            raise AssertionError(f"{service.memory.arena.bytes_used} bytes are still in use")
+            arena = service.state.memory.arena
+            await wait_until_async(
+                lambda: not service.state.sessions and arena.bytes_reserved and not arena.bytes_used,
+                what=lambda: f"{arena.bytes_used} bytes are still in use",
+            )
 
     asyncio.run(main())
 
@@ -181,15 +188,18 @@ def test_a_conditioning_is_kept_by_all_that_determines_it(tmp_path):
 
     async def main():
         async with served(tmp_path) as (service, _):
+            state = service.state
             spec = m.LoadSpec("clip:x", "clip", "sd15", (), "cpu", "auto")
             call = m.ClipEncode(m.ModelRef("clip", name="x"), text="a")
 
             def key(data: bytes, dtype: str = "uint8") -> bytes | None:
                 slot = Slot.on_heap(len(data))
                 slot.view[:] = data
-                return cache_key(service, spec, call, [Piece(m.TensorRef(dtype, (len(data),), len(data), 0), slot)])
+                return cache_key(
+                    service.state, spec, call, [Piece(m.TensorRef(dtype, (len(data),), len(data), 0), slot)]
+                )
 
-            keys = [cache_key(service, spec, call, []), key(b"one"), key(b"two"), key(b"one", "int8"), key(b"")]
+            keys = [cache_key(state, spec, call, []), key(b"one"), key(b"two"), key(b"one", "int8"), key(b"")]
             assert len(set(keys)) == 5 and None not in keys and key(b"one") == keys[1]
             assert key(bytes(2 << 20)) is None
 

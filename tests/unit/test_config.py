@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from luna_daemon.config import CLIP_G_PATH, CLIP_L_PATH, VAE_PATH, NamedModel, Settings, load_settings
+from luna_daemon.config import CLIP_G_PATH, CLIP_L_PATH, RELOADABLE, VAE_PATH, NamedModel, Settings, load_settings
 from luna_daemon.core import ConfigError, ServiceType
 from luna_daemon.daemon_server import LunaDaemon
 
@@ -116,14 +116,46 @@ def test_named_models_of_toml_and_environment(tmp_path):
 
 
 def test_allowed_origins(tmp_path):
-    """A list in luna.toml, separated by spaces or commas in the environment; LunaDaemon hands them on."""
+    """A list in luna.toml, separated by spaces or commas in the environment."""
     here, there = "https://pictures.example", "http://10.0.0.1:8188"
     text = 'allowed_origins = ["HTTPS://Pictures.example", "http://10.0.0.1:8188"]'
     assert load_settings({}, {}, _toml(tmp_path, text)).allowed_origins == [here, there]
     for value in (f"{here} {there}", f"{here},{there}", f" {here}, {there} "):
         assert load_settings({}, {"LUNA_ALLOWED_ORIGINS": value}).allowed_origins == [here, there]
-    daemon = LunaDaemon(allowed_origins=[here, there], environ={})
-    assert load_settings({}, daemon._environment("")).allowed_origins == [here, there]
+
+
+def test_settings_reach_a_daemon_in_another_process_as_they_are(tmp_path):
+    """What ``LunaDaemon`` was given beats the environment of the child, whose command line goes first."""
+    given = {
+        "allowed_origins": ["https://pictures.example", "http://10.0.0.1:8188"],
+        "comfyui_args": ["--fp32-vae", "a b"],
+        "model_dirs": [tmp_path, Path("here")],
+        "models": {"mine": NamedModel(vae=["a, b"]), "other": {"clip": ["t5"]}},
+        "service_type": ServiceType.VAE_ONLY,
+        "vae_path": "",
+        "idle_timeout_sec": 0.25,
+        "arena": False,
+    }
+    daemon = LunaDaemon(environ={}, **given)
+    environ = {"LUNA_SERVICE_TYPE": "clip", "LUNA_QUEUE_LIMIT": "7", **daemon._environment("")}
+    child = load_settings({}, environ)
+    assert {name: getattr(child, name) for name in given} == {name: getattr(daemon.settings, name) for name in given}
+    assert child.model_dirs == [tmp_path, Path.cwd() / "here"] and child.vae_path == "" and child.queue_limit == 7
+    assert load_settings({"vae_path": "mine"}, environ).vae_path == "mine"
+
+
+@pytest.mark.parametrize("text", ["not JSON", '{"port": "x"}', '{"prot": 1}'])
+def test_overrides_of_another_process_that_cannot_be_taken(text):
+    """Refused like any other source."""
+    with pytest.raises(ConfigError):
+        load_settings({}, {"LUNA_OVERRIDES": text})
+
+
+def test_a_field_says_whether_a_running_daemon_takes_it():
+    """What sockets, shared memory and clients were told is bound needs a new start."""
+    live = {name for name, field in Settings.model_fields.items() if RELOADABLE in field.metadata}
+    assert {"queue_limit", "models", "model_dirs", "lora_copy", "log_level"} <= live
+    assert live.isdisjoint({"host", "port", "tls_cert", "arena_mb", "max_tensor_mb", "vae_device", "backend"})
 
 
 # --- what is refused ---

@@ -141,9 +141,9 @@ def test_another_users(place, path, monkeypatch):
 def test_a_group_with_others(place, monkeypatch):
     """A group of one's own, as many systems give each user, is no stranger."""
     (place.root / "comfy").chmod(0o775)
-    monkeypatch.setattr(comfy_roots, "_has_only_us", lambda group: True)
+    monkeypatch.setattr(comfy_roots, "_is_private", lambda group: True)
     check(place.id())
-    monkeypatch.setattr(comfy_roots, "_has_only_us", lambda group: False)
+    monkeypatch.setattr(comfy_roots, "_is_private", lambda group: False)
     with pytest.raises(ComfyRefused, match="is writable by group"):
         check(place.id())
 
@@ -153,8 +153,8 @@ def test_groups_as_the_system_has_them():
     import pwd
 
     stranger = next(user for user in pwd.getpwall() if user.pw_uid not in (0, os.getuid()))
-    assert not comfy_roots._has_only_us(stranger.pw_gid)
-    assert comfy_roots._has_only_us(4_000_000)
+    assert not comfy_roots._is_private(stranger.pw_gid)
+    assert comfy_roots._is_private(4_000_000)
 
 
 def test_a_link_on_the_way_that_others_may_change(place, tmp_path):
@@ -195,7 +195,7 @@ def test_a_circle_of_links(place, tmp_path):
     ("changes", "why"),
     [({"root": "ComfyUI"}, "not absolute"), ({"python": "python3"}, "not absolute"), ({"root": ""}, "not absolute"),
      ({"root": "/no/such"}, "/no/such"), ({"python": "/no/such"}, "/no/such"), ({"root": "/tmp\0"}, "not absolute"),
-     ({"version": "0.3.64"}, r"runs ComfyUI 0\.3\.64, but the files in .* are 0\.8\.0")],
+     ({"version": "0.3.64"}, r"runs ComfyUI 0\.3\.64, but the files in .* are of 0\.8\.0")],
 )  # fmt: skip
 def test_what_is_not_there(place, changes, why):
     with pytest.raises(ComfyRefused, match=why):

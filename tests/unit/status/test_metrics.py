@@ -1,4 +1,4 @@
-"""The figures for Prometheus, from a service's state: names, labels, values, and that labels stay few and quiet."""
+"""The figures for Prometheus, from the daemon's state: names, labels, values, and that labels stay few and quiet."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from luna_daemon.config import load_settings
-from luna_daemon.control.service import Service
+from luna_daemon.control.access import Access
+from luna_daemon.control.state import State
 from luna_daemon.files.resolver import ModelResolver
 from luna_daemon.pool.process import WorkerProcess
 from luna_daemon.status.metrics import render
@@ -20,19 +21,19 @@ GPU = {"index": 1, "name": 'RTX "6000"', "uuid": "GPU-1", "total": 48 << 30, "us
 
 
 @pytest.fixture
-def service(tmp_path) -> Service:
-    """A service that nobody has connected to, without shared memory."""
+def state(tmp_path) -> State:
+    """The state of a daemon that nobody has connected to, without shared memory."""
     settings = load_settings({}, {})
     pool = WorkerPool(settings, tmp_path)
-    return Service(
-        settings, pool, ModelResolver(settings), SharedMemory(None, "off"), "token", "nowhere",
-        lambda service: {}, lambda: None, lambda: {}, lambda: "token",
-    )  # fmt: skip
+    access = Access("token", "nowhere", lambda: "token")
+    return State(
+        settings, pool, ModelResolver(settings), SharedMemory(None, "off"), access, lambda state: {}, lambda: None, dict
+    )
 
 
-def figures(service: Service, accept: str = "") -> dict[tuple[str, ...], float]:
+def figures(state: State, accept: str = "") -> dict[tuple[str, ...], float]:
     """Every sample by its name and the values of its labels, in the order of their names."""
-    text, _ = asyncio.run(render(service, WATCHERS, accept))
+    text, _ = asyncio.run(render(state, WATCHERS, accept))
     return {
         (sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(text.decode())
@@ -52,9 +53,9 @@ class Watching:
 WATCHERS = Watching()
 
 
-def test_a_daemon_that_has_done_nothing(service):
+def test_a_daemon_that_has_done_nothing(state):
     """Every plain figure is there from the start, so that rates do not begin with a gap."""
-    found = figures(service)
+    found = figures(state)
     for name in ("luna_queue_depth", "luna_client_fallbacks_total", "luna_arena_used_bytes", "luna_requests_in_flight"):
         assert found[(name,)] == 0
     assert found["luna_queue_wait_seconds_count",] == 0 and found["luna_ready",] == 1
@@ -62,37 +63,37 @@ def test_a_daemon_that_has_done_nothing(service):
     assert (found["luna_watchers",], found["luna_watchers_dropped_total",]) == (3, 2)
 
 
-def test_gpus(service):
+def test_gpus(state):
     """By number, name and UUID, whatever the name holds."""
-    service.gpus = [GPU, {**GPU, "index": 0, "uuid": "GPU-0", "used": 0}]
-    found = figures(service)
+    state.gpus = [GPU, {**GPU, "index": 0, "uuid": "GPU-0", "used": 0}]
+    found = figures(state)
     assert found["luna_gpu_memory_used_bytes", "1", 'RTX "6000"', "GPU-1"] == 12 << 30
     assert found["luna_gpu_memory_used_bytes", "0", 'RTX "6000"', "GPU-0"] == 0
     assert found["luna_gpu_memory_total_bytes", "1", 'RTX "6000"', "GPU-1"] == 48 << 30
 
 
-def test_workers_and_their_models(service, tmp_path):
+def test_workers_and_their_models(state, tmp_path):
     """Models of one name in one worker are summed: two files of one name are no error of the scrape."""
     worker = WorkerProcess(4, "diffusers@cpu", "cpu", 1, {}, tmp_path / "log")
     worker.models = {"vae:ae:01": 100, "vae:ae:02": 50, "clip:ae:03": 7}
     worker.rss = 1000
-    service.pool.workers.append(worker)
-    found = figures(service)
+    state.pool.workers.append(worker)
+    found = figures(state)
     assert found["luna_model_bytes", "vae", "ae", "4"] == 150 and found["luna_model_bytes", "clip", "ae", "4"] == 7
     assert found["luna_workers", "starting"] == 1
     assert found["luna_worker_resident_memory_bytes", "cpu", "4"] == 1000
 
 
-def test_events_become_counters(service):
+def test_events_become_counters(state):
     """Results by op, restarts and crashes by key, events by name."""
-    events = service.events
+    events = state.events
     events.request("vae.decode", "ae", 0.3)
     events.request("vae.decode", "ae", 700.0, "worker_crashed")
     events.scaling("worker_started", 1, "diffusers@cpu")
     events.worker_crashed(1, "diffusers@cpu", "killed")
     events.scaling("worker_started", 2, "diffusers@cpu")
     events.waits.add(2.0)
-    found = figures(service)
+    found = figures(state)
     assert found["luna_requests_total", "vae.decode", "ok"] == 1
     assert found["luna_requests_total", "vae.decode", "worker_crashed"] == 1
     assert found["luna_request_duration_seconds_count", "ae", "vae.decode"] == 1
@@ -102,15 +103,15 @@ def test_events_become_counters(service):
     assert found["luna_queue_wait_seconds_sum",] == 2.0
 
 
-def test_loras_without_their_folders(service, monkeypatch):
+def test_loras_without_their_folders(state, monkeypatch):
     """A LoRA that was named by its path is shown by its name; figures that its cache does not have are left out."""
     loras = {
         "/home/me/style.safetensors": {"bytes": 5, "hits": 1, "last_used": 9.0, "load_s": 0.5, "pinned": True},
         "ink/wash": {"bytes": 6, "hits": 2, "last_used": 8.0},
     }
     stats = {"entries": 2, "bytes": 11, "max_bytes": 100, "hits": 3, "misses": 2, "loras": loras}
-    monkeypatch.setattr(service, "loras", SimpleNamespace(stats=lambda: stats))
-    found = figures(service)
+    monkeypatch.setattr(state, "loras", SimpleNamespace(stats=lambda: stats))
+    found = figures(state)
     assert found["luna_lora_hits_total", "style.safetensors"] == 1 and found["luna_lora_bytes", "ink/wash"] == 6
     assert found["luna_lora_load_seconds", "style.safetensors"] == 0.5
     assert found["luna_lora_pinned", "style.safetensors"] == 1
