@@ -57,6 +57,7 @@ class TrayUnavailable(LunaError):
     """No icon can be shown on this machine."""
 
     code = "tray"
+    exit_code = 2
 
 
 class TrayRunning(LunaError):

@@ -283,7 +283,7 @@ def tray(
     """Show a tray icon that starts, watches and stops the daemon."""
     logs.set_up()
     from ..daemon_server import LunaDaemon
-    from ..tray_app import TrayRunning, TrayUnavailable, run_tray
+    from ..tray_app import run_tray
 
     def daemon() -> LunaDaemon:
         return LunaDaemon(
@@ -292,11 +292,7 @@ def tray(
             model_dirs=model_dir or None, runtime_dir=runtime_dir,
         )  # fmt: skip
 
-    try:
-        run_tray(daemon)
-    except (TrayUnavailable, TrayRunning) as error:
-        typer.echo(f"luna-daemon: {error}", err=True)
-        raise typer.Exit(1 if isinstance(error, TrayRunning) else 2) from None
+    run_tray(daemon)
 
 
 def _end_of(client: DaemonClient, pid: int) -> Callable[[], bool]:

@@ -261,12 +261,11 @@ def _shared_memory(settings: Settings) -> Check:
 def _daemon(settings: Settings) -> tuple[dict[str, Any], Check]:
     """Ask the running daemon for its ``info``; empty if none answers."""
     from ..client import DaemonClient
-    from ..system.runtime import dial_host, runtime_folder
+    from ..system.runtime import runtime_folder
 
-    address = dial_host(settings.host)
     folder = runtime_folder(settings.port, settings.runtime_dir).parent
     try:
-        with DaemonClient(address, settings.port, runtime_dir=folder, name="luna-daemon doctor") as client:
+        with DaemonClient(settings.host, settings.port, runtime_dir=folder, name="luna-daemon doctor") as client:
             info = client.get_daemon_info()
     except DaemonConnectionError as error:
         return {}, Check("daemon", "warning", error.message, error.hint)

@@ -46,12 +46,12 @@ def client_for(host: str | None, port: int | None, config: Path | None, runtime_
     """
     from ..client import DaemonClient
     from ..config import load_settings
-    from ..system.runtime import dial_host, runtime_folder
+    from ..system.runtime import runtime_folder
 
     settings = load_settings({"host": host, "port": port, "runtime_dir": runtime_dir}, config_file=config)
     # With the folder given, the client need not load the settings again, which it would do without --config.
     folder = runtime_folder(settings.port, settings.runtime_dir).parent
-    return DaemonClient(dial_host(settings.host), settings.port, runtime_dir=folder, name="luna-daemon")
+    return DaemonClient(settings.host, settings.port, runtime_dir=folder, name="luna-daemon")
 
 
 def dial(host: str | None, port: int | None, config: Path | None, runtime_dir: Path | None) -> DaemonClient:
