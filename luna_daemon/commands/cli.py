@@ -228,7 +228,7 @@ def doctor(
 ) -> None:  # fmt: skip
     """Check machine and settings, and say how to fix each problem.
 
-    Give the options that 'serve' is to be given: what they mean is checked.
+    Takes the options of 'serve', and checks what 'serve' would do with them.
     """
     from .doctor import examine
 

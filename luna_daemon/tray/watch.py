@@ -65,7 +65,8 @@ class Watch:
         self._clock = clock
         self._wishes: queue.SimpleQueue[Wish] = queue.SimpleQueue()
         self._client = _client(self.settings)
-        self._ours: LunaDaemon | None = None
+        self._started: LunaDaemon | None = None
+        """The daemon that this tray started, until its end has been observed."""
         self._backoff = Backoff(_FIRST_RESTART_S, _MOST_RESTART_S, clock)
         self._up_since = 0.0
         self._heard = clock()
@@ -113,8 +114,8 @@ class Watch:
 
     def _look(self) -> None:
         view = judge(self.view, self._sight())
-        if self._ours is not None and self._ours.exit_code is not None:
-            self._ours = None  # its end has been judged: from now on another daemon is observed
+        if self._started is not None and self._started.exit_code is not None:
+            self._started = None  # its end has been judged: from now on another daemon is observed
         if view.crashed and not self.view.crashed:
             self._backoff.failed(view.detail)
         if view.state is TrayState.RUNNING and self._backoff.failures and self._clock() - self._up_since > _STABLE_S:
@@ -133,14 +134,14 @@ class Watch:
             self._heard = self._clock()
             return Sight(info)
         silent_s = self._clock() - self._heard
-        exit_code = self._ours.exit_code if self._ours is not None else None
-        if self._ours is not None and exit_code is None:
+        exit_code = self._started.exit_code if self._started is not None else None
+        if self._started is not None and exit_code is None:
             return Sight(alive=True, silent_s=silent_s)
         pid = read_facts(self.settings.port, self.settings.runtime_dir).get("pid")
         if pid is None:
             return Sight(exit_code=exit_code)
-        gone = has_ended(pid, runtime_folder(self.settings.port, self.settings.runtime_dir))
-        return Sight(alive=not gone, silent_s=silent_s, exit_code=exit_code, left_behind=gone)
+        ended = has_ended(pid, runtime_folder(self.settings.port, self.settings.runtime_dir))
+        return Sight(alive=not ended, silent_s=silent_s, exit_code=exit_code, left_behind=ended)
 
     def _info(self) -> Mapping[str, Any] | None:
         info: Mapping[str, Any] | None = self._ask(m.Info())
@@ -167,7 +168,7 @@ class Watch:
         try:
             daemon = self._make()
             self._aim(daemon.settings)
-            self._ours = daemon.start()
+            self._started = daemon.start()
         except (LunaError, OSError) as error:
             if again:
                 self._backoff.failed(str(error))
@@ -185,9 +186,9 @@ class Watch:
     def _stop(self) -> None:
         """Drain the daemon; kill the process if this tray started it and it does not end in time."""
         self._show(View(TrayState.STOPPING, info=self.view.info))
-        if self._ours is not None and self._ours.exit_code is None:
-            self._ours.stop()
-            self._ours = None
+        if self._started is not None and self._started.exit_code is None:
+            self._started.stop()
+            self._started = None
         elif self._ask(m.Shutdown()) is None and self._sight().alive:
             self._show(View(TrayState.ERROR, SILENT))
             return

@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from luna_daemon.client import DaemonClient
+from luna_daemon.config import load_settings
 from luna_daemon.core import LunaError
 from luna_daemon.system.runtime import has_ended, read_facts
 from luna_daemon.tray.icon import COLOURS
@@ -407,10 +408,9 @@ def test_the_predecessors_arguments_reach_the_daemon(desk: Desk) -> None:
     desk.start("--device", "cpu", "--vae-precision", "fp32", "--clip-precision", "bf16", "--service-type", "vae_only")
     info = wait_for(desk.info)
     assert (info["service_type"], info["queue"]["limit"]) == ("vae", 7)
-    environ = psutil.Process(info["pid"]).environ()
-    given = {name: environ.get(f"LUNA_{name}") for name in ("VAE_DEVICE", "CLIP_DEVICE", "VAE_PRECISION")}
-    assert given == {"VAE_DEVICE": "cpu", "CLIP_DEVICE": "cpu", "VAE_PRECISION": "fp32"}
-    assert environ["LUNA_CLIP_PRECISION"] == "bf16"
+    settings = load_settings({}, psutil.Process(info["pid"]).environ())
+    assert (settings.vae_device, settings.clip_device) == ("cpu", "cpu")
+    assert (settings.vae_precision, settings.clip_precision) == ("fp32", "bf16")
 
 
 # --- with a menu ---
