@@ -30,7 +30,7 @@ bench-comfy: $(READY)  ## measure inside a real ComfyUI: COMFYUI_PATH and COMFYU
 soak: $(READY)  ## sixteen clients and a fault every twenty seconds, for SOAK_S seconds (600)
 	$(PY) benchmarks/soak.py
 
-lint: $(READY)  ## style, types, import directions, spelling; sizes of the modules
+lint: $(READY)  ## style, types, import directions, spelling; the shape of the package
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy

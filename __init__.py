@@ -1,7 +1,7 @@
-"""The ComfyUI node pack's entry: ``luna_daemon`` is the package, ``nodes`` holds the nodes.
+"""Entry of the ComfyUI node pack: ``luna_daemon`` is the package, ``nodes`` holds the nodes.
 
 ComfyUI loads this file with its folder's path as the module's name; tests and tools import it under other names, and
-without ComfyUI. Nodes import ``luna_daemon`` absolutely, so that there is one such module whichever way it is found.
+without ComfyUI. Nodes import ``luna_daemon`` absolutely, so that only one module of that name exists.
 """
 
 import importlib.util
@@ -18,15 +18,15 @@ WEB_DIRECTORY = "./web" if os.path.isdir(os.path.join(_HERE, "web")) else None
 
 
 def _is_installed() -> bool:
-    """Whether the package is found; a bare folder of its name, as an uninstall may leave, is not it."""
+    """Whether the package is found; a bare folder of that name, as an uninstall may leave, does not count."""
     spec = importlib.util.find_spec("luna_daemon")
     return spec is not None and spec.origin is not None
 
 
 def _become_the_package() -> None:
-    """A checkout named ``luna_daemon`` was imported from the folder around it: the package inside is meant."""
-    place = os.path.join(_HERE, "luna_daemon")
-    spec = importlib.util.spec_from_file_location(__name__, os.path.join(place, "__init__.py"))
+    """Load the package inside in place of this file: a checkout named ``luna_daemon`` was imported from outside."""
+    path = os.path.join(_HERE, "luna_daemon", "__init__.py")
+    spec = importlib.util.spec_from_file_location(__name__, path)
     if spec is not None and spec.loader is not None:
         package = importlib.util.module_from_spec(spec)
         sys.modules[__name__] = package

@@ -82,7 +82,9 @@ class DaemonClient:
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self.fallbacks = 0
-        """Calls that a local model answered, not yet told to the daemon."""
+        """Calls that a local model answered, not yet reported to the daemon."""
+        self._materialised = 0
+        """Models of shells whose weights were loaded in this process, not yet reported to the daemon."""
 
     def link(self) -> Link:
         """The live connection."""
@@ -168,17 +170,29 @@ class DaemonClient:
         return self._plain(m.Shutdown())
 
     def report(self, fallbacks: int = 0, materialised: int = 0) -> None:
-        """Tell the daemon what was done without it."""
+        """Have the daemon add to its statistics what was done without it.
+
+        Args:
+            fallbacks: calls that a local model answered.
+            materialised: models of shells whose weights were loaded in a client.
+        """
         self.call(m.Report(fallbacks, materialised))
 
-    def tell_fallbacks(self) -> None:
-        """Tell the daemon, now that it answers, how often a local model had to step in."""
-        if self.fallbacks:
-            count, self.fallbacks = self.fallbacks, 0
+    def count_materialised(self) -> None:
+        """Count a model of a shell whose weights were loaded in this process, and report it as soon as possible."""
+        self._materialised += 1
+        self.report_pending()
+
+    def report_pending(self) -> None:
+        """Report what was done without the daemon; if it cannot take that now, a later call reports it."""
+        fallbacks, materialised = self.fallbacks, self._materialised
+        if fallbacks or materialised:
+            self.fallbacks = self._materialised = 0
             try:
-                self.report(fallbacks=count)
-            except LunaError:  # told with a later answer; the one that is here must not be lost
-                self.fallbacks += count
+                self.report(fallbacks, materialised)
+            except LunaError:  # whoever calls this has an answer, which must not be lost
+                self.fallbacks += fallbacks
+                self._materialised += materialised
 
     def _plain(self, call: m.Call) -> dict[str, Any]:
         result: dict[str, Any] = self.call(call).result

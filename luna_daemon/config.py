@@ -1,8 +1,7 @@
-"""Settings: the names users know as defaults of one typed object.
+"""Settings: one typed object, from the command line, ``LUNA_*`` variables, ``luna.toml``, or the defaults below.
 
-Edit the constants below, or better leave them and use ``luna.toml``, ``LUNA_*`` environment variables or the command
-line. Precedence: command line, environment, ``luna.toml``, this file. Every setting is a field of ``Settings``; its
-environment variable is ``LUNA_`` plus its name in capitals (``LUNA_PORT``, ``LUNA_MAX_VAE_WORKERS``).
+The sources are listed by precedence. The constants below may be edited, but the other sources are better. Every setting
+is a field of ``Settings``; its environment variable is ``LUNA_`` and the field's name in capitals (``LUNA_PORT``).
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -70,17 +69,12 @@ _PATHS = (
     "tls_cert", "tls_key",
 )  # fmt: skip
 _MAY_BE_EMPTY = ("vae_path", "clip_l_path", "clip_g_path")
-"""Set to nothing these mean "none"; other variables that are set to nothing count as not set."""
-_PATHS_OF_ENV = os.pathsep
-_NOT_SETTINGS = {
-    "LUNA_CONFIG",
-    "LUNA_OVERRIDES",
-    "LUNA_START_FROM_COMFYUI",
-    "LUNA_START_ID",
-    "LUNA_TLS_CA",
-    "LUNA_TOKEN",
+"""Settings whose variable may be empty and then means "no file"; other empty variables count as not set."""
+_NOT_SETTINGS = (
+    "LUNA_CONFIG", "LUNA_OVERRIDES", "LUNA_START_FROM_COMFYUI", "LUNA_START_ID", "LUNA_TLS_CA", "LUNA_TOKEN",
     "LUNA_TOKEN_FILE",
-}
+)  # fmt: skip
+"""Variables that other parts of the package read."""
 
 
 class NamedModel(BaseModel):
@@ -97,12 +91,13 @@ class NamedModel(BaseModel):
 
 
 class Settings(BaseSettings):
-    """Everything that can be set. Sizes carry their unit in the name."""
+    """Everything that can be set; the name of a size or a time ends with its unit."""
 
     model_config = SettingsConfigDict(env_prefix="LUNA_", extra="forbid", frozen=True, protected_namespaces=())
     toml_path: ClassVar[Path | None] = None
     """The ``luna.toml`` that ``load_settings`` found, if any."""
     environ: ClassVar[Mapping[str, str] | None] = None
+    """The environment that ``load_settings`` was given."""
 
     host: str = Field(
         DAEMON_HOST, min_length=1, description="Address to listen on; anything but loopback is reachable by others."
@@ -112,7 +107,9 @@ class Settings(BaseSettings):
     tls_cert: Path | None = Field(
         None, description="PEM certificate: both ports speak TLS, as they should beyond this machine."
     )
-    tls_key: Path | None = Field(None, description="Its private key, where tls_cert does not hold it.")
+    tls_key: Path | None = Field(
+        None, description="Private key of the certificate, if tls_cert does not contain the key."
+    )
     service_type: Live[ServiceType] = Field(ServiceType.FULL, description="full, vae or clip: which work is accepted.")
     config_only: Live[bool] = Field(
         False, description="Serve only models named in the configuration, no files by path."
@@ -127,7 +124,7 @@ class Settings(BaseSettings):
         [], description="Folders, besides ComfyUI's, whose model files clients may use."
     )
     comfyui_path: Path | None = Field(None, description="ComfyUI's folder; COMFYUI_PATH is read too.")
-    comfyui_python: Path | None = Field(None, description="The interpreter that runs it; COMFYUI_PYTHON is read too.")
+    comfyui_python: Path | None = Field(None, description="Interpreter that runs ComfyUI; COMFYUI_PYTHON is read too.")
     comfyui_args: Annotated[list[str], NoDecode] = Field(
         [], description="ComfyUI's own flags for workers, such as --fp32-vae."
     )
@@ -156,7 +153,9 @@ class Settings(BaseSettings):
     queue_threshold: Live[int] = Field(
         QUEUE_THRESHOLD, ge=1, description="Waiting requests before another worker starts."
     )
-    scale_up_delay_sec: Live[float] = Field(SCALE_UP_DELAY_SEC, ge=0, description="How long they must have waited.")
+    scale_up_delay_sec: Live[float] = Field(
+        SCALE_UP_DELAY_SEC, ge=0, description="How long the requests must have waited for that."
+    )
     idle_timeout_sec: Live[float] = Field(
         IDLE_TIMEOUT_SEC, ge=0.1, description="Idle time after which memory is given back."
     )
@@ -167,21 +166,21 @@ class Settings(BaseSettings):
     vram_safety_margin_gb: Live[float] = Field(
         VRAM_SAFETY_MARGIN_GB, ge=0, description="VRAM left free when scaling up."
     )
-    model_memory_gb: Live[float] = Field(0.0, ge=0, description="Most weights held per device; 0 is no limit of ours.")
+    model_memory_gb: Live[float] = Field(0.0, ge=0, description="Most weights held per device; 0 is no limit.")
 
     max_watchers: int = Field(64, ge=0, description="Most open status pages and other WebSockets.")
     allowed_origins: Annotated[list[str], NoDecode] = Field(
         [], description="Pages of other addresses that may use the WebSocket, as https://host:port."
     )
     log_json: bool = Field(False, description="Log one JSON object per line.")
-    log_file: Path | None = Field(None, description="Log to this file too; it is rotated at 5 MB, two old ones kept.")
+    log_file: Path | None = Field(None, description="Log to this file too; rotated at 5 MB, two old files are kept.")
 
     queue_limit: Live[int] = Field(256, ge=1, description="Waiting requests before clients are told to come back.")
     max_clients: Live[int] = Field(256, ge=1, description="Most connections.")
     max_header_mb: int = Field(8, ge=1, le=64, description="Largest message without its tensors.")
     max_tensor_mb: int = Field(4096, ge=1, description="Largest tensor, and most bytes of one request.")
     arena: bool = Field(True, description="Use shared memory on one host.")
-    arena_dir: Path | None = Field(None, description="Where it lies; /dev/shm on Linux.")
+    arena_dir: Path | None = Field(None, description="Folder of the shared memory; /dev/shm on Linux.")
     arena_mb: int = Field(0, ge=0, description="Most shared memory; 0 is half of what its folder has free.")
     arena_client_mb: int = Field(2048, ge=1, description="Most shared memory held for one client.")
     conditioning_cache_mb: Live[int] = Field(512, ge=0, description="Answers to repeated prompts; 0 turns it off.")
@@ -203,6 +202,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """List the sources by precedence, as pydantic-settings asks for them."""
         sources: list[PydanticBaseSettingsSource] = [init_settings]
         sources.append(InitSettingsSource(settings_cls, _from_environ(settings_cls, cls.environ or {})))
         if cls.toml_path is not None:
@@ -212,7 +212,7 @@ class Settings(BaseSettings):
     @field_validator(*_PATHS)
     @classmethod
     def _absolute(cls, value: Path | list[Path] | None) -> Path | list[Path] | None:
-        """``~`` is the home folder; a relative path belongs to the folder of ``luna.toml``, or to the current one."""
+        """Expand ``~``, and take relative paths from the folder of ``luna.toml``, or else from the current folder."""
         base = cls.toml_path.parent if cls.toml_path else Path.cwd()
         if isinstance(value, list):
             return [base / path.expanduser() for path in value]
@@ -223,11 +223,11 @@ class Settings(BaseSettings):
     def _origins(cls, value: list[str]) -> list[str]:
         for origin in value:
             if not re.fullmatch(r"https?://[^\s/?#@]+", origin, re.IGNORECASE):
-                raise ValueError(f"{origin!r} is no origin; write http://host:port or https://host, without a path")
+                raise ValueError(f"{origin!r} is not an origin: write http://host:port or https://host, without a path")
         return [origin.lower() for origin in value]
 
     def named_models(self) -> dict[str, NamedModel]:
-        """All models that have a name; the one of VAE_PATH and CLIP_*_PATH is named after ``model_type``."""
+        """Give all models by name; the model of ``vae_path`` and ``clip_*_path`` is named after ``model_type``."""
         clips = [path for path in (self.clip_l_path, self.clip_g_path) if path]
         vaes = [self.vae_path] if self.vae_path else []
         return {self.model_type: NamedModel(vae=vaes, clip=clips, type=self.model_type), **self.models}
@@ -244,10 +244,10 @@ def load_settings(
         overrides: the command line; ``None`` values are ignored.
         environ: ``os.environ`` by default. Its ``LUNA_OVERRIDES``, a JSON document by which one process starts a
             daemon in another, counts as a command line.
-        config_file: ``LUNA_CONFIG`` or ``./luna.toml`` by default; one that is named must exist.
+        config_file: ``LUNA_CONFIG`` or ``./luna.toml`` by default; a file that is named must exist.
 
     Raises:
-        ConfigError: names the setting, its value and what is allowed.
+        ConfigError: a setting is wrong; names the setting, the value and what is allowed.
     """
     environ = os.environ if environ is None else environ
     path = _find_toml(environ, config_file)
@@ -255,13 +255,13 @@ def load_settings(
     bound = type("Settings", (Settings,), {"toml_path": path, "environ": environ, "__module__": __name__})
     try:
         explicit = {**json.loads(environ.get("LUNA_OVERRIDES") or "{}"), **(overrides or {})}
-        given = {key: _from_here(key, value) for key, value in explicit.items() if value is not None}
-        settings: Settings = bound(**given)
+        options = {key: _from_here(key, value) for key, value in explicit.items() if value is not None}
+        settings: Settings = bound(**options)
     except ValidationError as error:
         raise ConfigError(_explain(error), "See docs/configuration.md for every setting") from error
     except ValueError as error:
         where = path or "environment"
-        raise ConfigError(f"{where}: {error}", "Mend the file, or name another with --config") from error
+        raise ConfigError(f"{where}: {error}", "Fix the file, or name another with --config") from error
     return settings
 
 
@@ -276,35 +276,27 @@ def _find_toml(environ: Mapping[str, str], config_file: Path | None) -> Path | N
 
 
 def _from_environ(cls: type[BaseSettings], environ: Mapping[str, str]) -> dict[str, Any]:
-    """Settings from ``LUNA_*``; a name that is none of ours is warned about, since it is likely a slip."""
+    """Read settings from ``LUNA_*`` variables; a variable that is not a setting is likely a slip: warn about it."""
     values: dict[str, Any] = {}
     fields = cls.model_fields
     for variable, text in environ.items():
         name = variable[5:].lower()
-        if not variable.startswith("LUNA_") or variable in _NOT_SETTINGS:
+        if not variable.startswith("LUNA_") or variable in _NOT_SETTINGS or not (text or name in _MAY_BE_EMPTY):
             continue
-        if not text and name not in _MAY_BE_EMPTY:
+        if name in fields:
+            values[name] = _from_here(name, _PARSERS.get(name, str)(text))
             continue
-        if name not in fields:
-            close = difflib.get_close_matches(name, fields, n=1)
-            meant = f"; did you mean LUNA_{close[0].upper()}?" if close else ""
-            logger.warning("%s is no setting and is ignored%s", variable, meant)
-        elif name in ("model_dirs", "comfyui_roots"):
-            values[name] = _from_here(name, [part for part in text.split(_PATHS_OF_ENV) if part])
-        elif name == "comfyui_args":
-            values[name] = shlex.split(text)
-        elif name == "allowed_origins":
-            values[name] = text.replace(",", " ").split()
-        elif name in _PATHS:
-            values[name] = _from_here(name, text)
-        elif name == "models":
-            values[name] = _models_from_json(text)
-        else:
-            values[name] = text
+        close = difflib.get_close_matches(name, fields, n=1)
+        meant = f"; did you mean LUNA_{close[0].upper()}?" if close else ""
+        logger.warning("%s is not a setting and is ignored%s", variable, meant)
     for name in ("comfyui_path", "comfyui_python"):
         if environ.get(name.upper()):
             values.setdefault(name, _from_here(name, environ[name.upper()]))
     return values
+
+
+def _folders(text: str) -> list[str]:
+    return [folder for folder in text.split(os.pathsep) if folder]
 
 
 def _models_from_json(text: str) -> Any:
@@ -314,8 +306,18 @@ def _models_from_json(text: str) -> Any:
         raise ConfigError(f"LUNA_MODELS is not JSON: {error}", "Better name models in luna.toml") from error
 
 
+_PARSERS: Mapping[str, Callable[[str], Any]] = {
+    "model_dirs": _folders,
+    "comfyui_roots": _folders,
+    "comfyui_args": shlex.split,
+    "allowed_origins": lambda text: text.replace(",", " ").split(),
+    "models": _models_from_json,
+}
+"""How the text of an environment variable becomes a value, where pydantic does not know."""
+
+
 def _from_here(name: str, value: Any) -> Any:
-    """A path that was not read from ``luna.toml`` belongs to the current folder."""
+    """Make a path absolute that was not read from ``luna.toml``: from the current folder."""
     if name not in _PATHS or not isinstance(value, (str, Path, list, tuple)):
         return value
     if isinstance(value, (list, tuple)):
@@ -324,6 +326,7 @@ def _from_here(name: str, value: Any) -> Any:
 
 
 def _explain(error: ValidationError) -> str:
+    """Put every problem that pydantic found into words: setting, value and what is allowed."""
     parts = []
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .client import Answer, DaemonClient, get_client
-from .core import BadRequest, Busy, LunaError, ModelKind, RequestCancelled, logger
+from .core import BadRequest, Busy, LunaError, ModelKind, ModelNotFound, RequestCancelled, logger
 from .files.identity import file_id
 from .wire import messages as m
 from .wire.link import IsCancelled, OnProgress
@@ -25,22 +25,123 @@ __all__ = ["DaemonCLIP", "DaemonVAE"]
 
 T = TypeVar("T")
 _MOST_BUSY_S = 5.0
+"""Longest wait before a full queue is asked again, whatever the daemon suggests."""
 
 
-class _Source:
-    """The local model, loaded when it is first needed; all clones of a proxy share it."""
+class Fallback:
+    """Decides call by call whether the daemon or a local model answers; logs each change once, and counts it.
 
-    def __init__(self, source: Any) -> None:
+    Args:
+        name: how log lines name the object that is computed for, such as ``DaemonVAE``.
+        source: a loaded local model, or a callable that loads one when it is needed; ``None`` for none.
+        client: connection to the daemon; the module's default client if ``None``.
+    """
+
+    def __init__(self, name: str, source: Any, client: DaemonClient | None) -> None:
+        self._name = name
         self._source = source
-        self._lock = threading.Lock()
-        self.away = False
-        """Whether the daemon was away at the last call."""
+        self._client = client
+        self._lock = threading.RLock()
+        self._away = False
+        self.loaded: Any = None
+        """The local model, once it has been needed."""
 
-    def get(self) -> Any:
+    @property
+    def client(self) -> DaemonClient:
+        """The connection to the daemon."""
+        return self._client or get_client()
+
+    @property
+    def has_local(self) -> bool:
+        """Whether there is a local model, loaded or not."""
+        return self._source is not None
+
+    def send(
+        self,
+        call: m.Call,
+        tensors: Sequence[torch.Tensor] = (),
+        on_progress: OnProgress | None = None,
+        is_cancelled: IsCancelled | None = None,
+    ) -> Answer:
+        """Call the daemon; while its queue is full, wait and ask again: a local copy would fill the device further.
+
+        Raises:
+            RequestCancelled: ``is_cancelled`` returned ``True``.
+            LunaError: the daemon's error.
+        """
+        while True:
+            try:
+                answer = self.client.call(call, tensors, on_progress=on_progress, is_cancelled=is_cancelled)
+            except Busy as busy:
+                _wait(min(busy.retry_after_s, _MOST_BUSY_S), is_cancelled)
+                continue
+            for note in answer.notes:
+                logger.warning("%s: %s", self._name, note)
+            return answer
+
+    def run(
+        self,
+        remote: Callable[[], T],
+        local: Callable[[Any], T],
+        before_local: Callable[[LunaError], None] = lambda error: None,
+    ) -> T:
+        """The daemon's answer; or the local model's, where the daemon's error allows that (``LunaError.local_ok``).
+
+        Args:
+            remote: asks the daemon.
+            local: computes the same with the local model.
+            before_local: called with the daemon's error before the local model is loaded.
+
+        Raises:
+            LunaError: the daemon's error, where the local model may not step in or there is none.
+        """
+        try:
+            result = remote()
+        except LunaError as error:
+            if not error.local_ok or not self.has_local:
+                raise
+            if not self._away:
+                self._away = True
+                logger.warning("%s: the local model steps in: %s", self._name, error)
+            before_local(error)
+            return self.compute_locally(local)
+        if self._away:
+            self._away = False
+            logger.warning("%s: the daemon is back and is used again", self._name)
+        self.client.report_pending()
+        return result
+
+    def compute_locally(self, local: Callable[[Any], T]) -> T:
+        """Compute with the local model, and count it as a call that the daemon did not answer."""
+        self.client.fallbacks += 1
+        return local(self.local_model())
+
+    def local_model(self) -> Any:
+        """The local model, loaded once.
+
+        Raises:
+            ModelNotFound: there is none.
+        """
         with self._lock:
-            if callable(self._source) and not hasattr(self._source, "encode"):
-                self._source = self._source()
-            return self._source
+            if self._source is None:
+                raise ModelNotFound(f"{self._name} has no local model to step in", "Give source")
+            if self.loaded is None:
+                loads = callable(self._source) and not hasattr(self._source, "encode")
+                self.loaded = self._source() if loads else self._source
+            return self.loaded
+
+    def release(self) -> None:
+        """Forget the loaded model; the next need loads it again."""
+        with self._lock:
+            self.loaded = None
+
+
+def _wait(seconds: float, is_cancelled: IsCancelled | None) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if is_cancelled is not None and is_cancelled():
+            raise RequestCancelled("the caller cancelled the request")
+        time.sleep(0.05)
 
 
 class _Proxy:
@@ -49,25 +150,24 @@ class _Proxy:
     Args:
         source: a loaded local model, or a callable that loads one when it is needed; ``None`` for none.
         kind: VAE or CLIP.
-        type: name of the model in the daemon's configuration, or with ``files`` its family.
+        type_: name of the model in the daemon's configuration, or with ``files`` its family.
         files: the model's files, below the daemon's model folders; instead of the name.
         client: the module's default client if ``None``.
     """
 
     def __init__(
-        self, source: Any, kind: ModelKind, type: str, files: Sequence[Path | str], client: DaemonClient | None
+        self, source: Any, kind: ModelKind, type_: str, files: Sequence[Path | str], client: DaemonClient | None
     ) -> None:
-        self._source = None if source is None else _Source(source)
-        self._client = client
+        self._fallback = Fallback(type(self).__name__, source, client)
         self._properties: dict[str, Any] | None = None
         self.on_progress: OnProgress | None = None
-        """Told of loading and tiles while a call runs."""
+        """Called on loading and tiles while a call runs."""
         self.is_cancelled: IsCancelled | None = None
         """Asked while a call waits; ``True`` stops it."""
         if files:
-            self.model = m.ModelRef(kind.value, files=tuple(file_id(Path(file)) for file in files), type=type)
+            self.model = m.ModelRef(kind.value, files=tuple(file_id(Path(file)) for file in files), type=type_)
         else:
-            self.model = m.ModelRef(kind.value, name=type)
+            self.model = m.ModelRef(kind.value, name=type_)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # ComfyUI deep-copies model options that hold a VAE: the connection and the local model stay one.
@@ -75,57 +175,25 @@ class _Proxy:
 
     @property
     def client(self) -> DaemonClient:
-        return self._client or get_client()
+        """The connection to the daemon."""
+        return self._fallback.client
 
     def properties(self) -> dict[str, Any]:
-        """Facts of the model (``latent_channels``, ``downscale_ratio``, ``encoders`` ...); loads it in the daemon."""
+        """Properties of the model (``latent_channels``, ``downscale_ratio``, ``encoders`` ...); the daemon loads it.
+
+        Raises:
+            LunaError: the daemon's error; no local model steps in.
+        """
         if self._properties is None:
             self._properties = self._send(m.ModelLoad(self.model)).result
         return self._properties
 
     def _send(self, call: m.Call, tensors: Sequence[torch.Tensor] = ()) -> Answer:
-        """Call the daemon; a full queue is waited for, since a local copy would make a full device fuller."""
-        while True:
-            try:
-                answer = self.client.call(call, tensors, on_progress=self.on_progress, is_cancelled=self.is_cancelled)
-            except Busy as busy:
-                self._sleep(min(busy.retry_after_s, _MOST_BUSY_S))
-                continue
-            for note in answer.notes:
-                logger.warning("%s: %s", type(self).__name__, note)
-            return answer
-
-    def _sleep(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            if self.is_cancelled is not None and self.is_cancelled():
-                raise RequestCancelled("the caller cancelled the request")
-            time.sleep(0.05)
-
-    def _either(self, remote: Callable[[], T], local: Callable[[Any], T]) -> T:
-        """The daemon's answer, or the local model's where that may step in."""
-        try:
-            result = remote()
-        except LunaError as error:
-            if not error.local_ok or self._source is None:
-                raise
-            return self._step_in(self._source, error, local)
-        if self._source is not None and self._source.away:
-            self._source.away = False
-            logger.warning("%s: the daemon is back and is used again", type(self).__name__)
-        self.client.tell_fallbacks()
-        return result
+        return self._fallback.send(call, tensors, self.on_progress, self.is_cancelled)
 
     def _compute(self, call: m.Call, tensor: torch.Tensor, local: Callable[[Any], torch.Tensor]) -> torch.Tensor:
-        """``_either`` of a call with one tensor in and one out."""
-        return self._either(lambda: self._send(call, [tensor]).tensors[0], local)
-
-    def _step_in(self, source: _Source, error: LunaError, local: Callable[[Any], T]) -> T:
-        if not source.away:
-            source.away = True
-            logger.warning("%s: the local model steps in: %s", type(self).__name__, error)
-        self.client.fallbacks += 1
-        return local(source.get())
+        """A call with one tensor in and one out."""
+        return self._fallback.run(lambda: self._send(call, [tensor]).tensors[0], local)
 
 
 class DaemonVAE(_Proxy):
@@ -268,15 +336,15 @@ class DaemonCLIP(_Proxy):
         """
         if return_word_ids or options:
             asked = ["return_word_ids"] * return_word_ids + list(options)
-            if self._source is None:
+            if not self._fallback.has_local:
                 raise BadRequest(f"tokenize({', '.join(asked)}) is not served by the daemon", "Give source_clip")
-            return dict(self._source.get().tokenize(text, return_word_ids=return_word_ids, **options))
+            return dict(self._fallback.local_model().tokenize(text, return_word_ids=return_word_ids, **options))
 
         def remote() -> dict[str, Any]:
             tokens = self._send(m.ClipTokenize(self.model, text)).result["tokens"]
             return {name: [[tuple(pair) for pair in chunk] for chunk in chunks] for name, chunks in tokens.items()}
 
-        return self._either(remote, lambda clip: dict(clip.tokenize(text)))
+        return self._fallback.run(remote, lambda clip: dict(clip.tokenize(text)))
 
     def encode_from_tokens(
         self, tokens: dict[str, Any], return_pooled: bool | str = False, return_dict: bool = False
@@ -299,7 +367,7 @@ class DaemonCLIP(_Proxy):
                 return found
             return (found["cond"], found["pooled_output"]) if return_pooled else found["cond"]
 
-        return self._either(
+        return self._fallback.run(
             remote,
             lambda clip: self._layered(clip).encode_from_tokens(
                 tokens, return_pooled=return_pooled, return_dict=return_dict
@@ -325,7 +393,7 @@ class DaemonCLIP(_Proxy):
             answer = self._send(m.ClipEncode(self.model, text=text, layer=self.layer_idx))
             return dict(zip(answer.result["names"], answer.tensors))["cond"]
 
-        return self._either(remote, lambda clip: self._layered(clip).encode_from_tokens(clip.tokenize(text)))
+        return self._fallback.run(remote, lambda clip: self._layered(clip).encode_from_tokens(clip.tokenize(text)))
 
     def _layered(self, clip: Any) -> Any:
         """The local model with this proxy's clip skip."""

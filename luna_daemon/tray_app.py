@@ -1,7 +1,7 @@
 """The tray icon: ``luna-daemon tray``, or ``python luna_daemon/tray_app.py`` from any folder.
 
-It holds nothing of the daemon's work: the daemon is a process of its own that ``tray_watch`` starts and looks after,
-``tray_state`` decides what is shown, ``tray_icon`` draws it, and this module gives it to pystray.
+The daemon is a process of its own: ``tray.watch`` starts and observes the process, ``tray.state`` decides what is
+shown, ``tray.icon`` draws the image, and this module passes both to pystray. On Linux pystray needs GTK.
 """
 
 if __name__ == "__main__" and not __package__:
@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 import webbrowser
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,31 +34,46 @@ from .daemon_server import LunaDaemon
 from .system.runtime import dial_host, page_address, state_folder
 from .system.script import run_command
 from .tray.icon import draw_icon
-from .tray.state import Action, Entry, Preferences, View, figures, menu, notice, title
+from .tray.state import Action, Entry, Preferences, View, menu, notice, statistics, title
 from .tray.watch import Watch, Wish
-from .tray.x11 import IconLoop, TrayUnavailable, is_plain_x11, wait_for_a_panel
 
 __all__ = ["Tray", "TrayRunning", "TrayUnavailable", "run_tray"]
 
 _NAME = "Luna Daemon"
 _NOTICE_LETTERS = 250
-"""Windows takes 255 for a notification."""
-_FIGURES_S = 5.0
-"""A menu is built anew for changed figures only so often: some desktops close an open one then."""
+"""Windows shows at most 255 characters of a notification."""
+_STATISTICS_S = 5.0
+"""Least time between two menus that differ in statistics only: some desktops close an open menu that is replaced."""
+_ON_LINUX = sys.platform not in ("win32", "darwin")
+_GTK_BACKENDS = ("appindicator", "gtk")
+"""pystray's backends with a menu on Linux, the better one first. Its third, plain X11, has no menu."""
+_INSTALL_GTK = (
+    "Install python3-gi and gir1.2-gtk-3.0, which an environment made with 'python -m venv --system-site-packages' "
+    "finds; or pip install PyGObject"
+)
+
+
+class TrayUnavailable(LunaError):
+    """No icon can be shown on this machine."""
+
+    code = "tray"
 
 
 class TrayRunning(LunaError):
-    """This user has an icon already."""
+    """This user has a tray icon already."""
 
     code = "tray"
 
 
 def run_tray(make: Callable[[], LunaDaemon]) -> None:
-    """Show the icon, with the daemon that ``make`` gives, until the user chooses Exit.
+    """Show the icon until the user chooses Exit.
+
+    Args:
+        make: gives the daemon to start, with the settings of the moment.
 
     Raises:
-        TrayUnavailable: no display, no pystray, no tray.
-        TrayRunning: this user has one already.
+        TrayUnavailable: no display, no pystray, no GTK, or no session bus.
+        TrayRunning: this user has a tray icon already.
         ConfigError: a setting is wrong.
     """
     first = make()
@@ -69,12 +84,12 @@ def run_tray(make: Callable[[], LunaDaemon]) -> None:
 
 
 class Tray:
-    """The icon and what its menu does. Everything slow is asked of the watch.
+    """The icon and the actions of its menu; the watch does, in its own thread, everything that takes time.
 
     Args:
-        pystray: the module, loaded with a display at hand.
+        pystray: the module; importing pystray opens the display.
         first, make: as for ``Watch``.
-        folder: where the menu's ticks are kept.
+        folder: holds the file with the menu's ticks.
     """
 
     def __init__(self, pystray: Any, first: LunaDaemon, make: Callable[[], LunaDaemon], folder: Path) -> None:
@@ -82,34 +97,35 @@ class Tray:
         self._file = folder / "tray.json"
         self._preferences = Preferences.load(self._file)
         self._watch = Watch(first, make, lambda: self._preferences.restart, self._show)
-        self._watching = threading.Thread(target=self._watch.run, name="watch over the daemon", daemon=True)
+        self._watching = threading.Thread(target=self._watch.run, name="tray watch", daemon=True)
         self._view = View()
-        self._told = ""
+        self._notified = ""
         self._entries: list[Entry] = []
         self._menu_made = 0.0
         self._closing = False
         self._gone = False
         """The icon's loop has ended."""
-        # Backends without a menu (plain X11) know no transparency either.
-        self._transparent = bool(pystray.Icon.HAS_MENU)
-        self._icon = pystray.Icon(_NAME, self._image(), title(self._view), pystray.Menu(self._items))
-        self._loop = IconLoop(self._icon) if is_plain_x11(pystray) else None
+        self._icon = pystray.Icon(_NAME, draw_icon(self._view.state), title(self._view), pystray.Menu(self._items))
 
     def run(self) -> None:
-        """Show the icon until Exit, SIGTERM, or the end of the desktop."""
+        """Show the icon until Exit, SIGTERM, or the end of the desktop session.
+
+        Raises:
+            TrayUnavailable: the desktop does not take the icon.
+        """
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
         try:
             self._icon.run(self._begin)
         except Exception as error:
-            # Once we are closing, what a desktop without notifications complains about does not matter.
-            if not self._closing:
-                raise TrayUnavailable(f"the tray icon cannot be shown: {error}") from error
+            if not self._closing:  # afterwards a desktop without notifications complains, which does not matter
+                cure = "GTK needs a session bus (DBUS_SESSION_BUS_ADDRESS)" if _ON_LINUX else ""
+                raise TrayUnavailable(f"the tray icon cannot be shown ({error})", cure) from error
         finally:
             self._gone = True
             if self._watching.ident is None:  # pystray's thread waits for a loop that never began
                 self._icon._mark_ready()
-            if not self._closing:  # the desktop went first
+            if not self._closing:  # the desktop ended before the tray
                 self._leave()
             if self._watching.ident is not None:
                 self._watching.join(self._watch.settings.drain_timeout_sec + 10)
@@ -117,47 +133,37 @@ class Tray:
     def _begin(self, icon: Any) -> None:
         if self._gone:
             return
-        self._set("visible", True)
+        self._icon.visible = True
         logger.info("the tray icon is shown")
         self._watching.start()
         while self._watching.is_alive() and not self._gone:
             self._watching.join(0.1)
-        if not self._gone:  # the watch ends when the user leaves; without its loop the icon cannot be told
-            self._at_icon(icon.stop)
+        if not self._gone:  # the watch ends at Exit; an icon whose loop has ended cannot be stopped any more
+            icon.stop()
 
     def _on_signal(self, number: int, frame: object) -> None:
         if not self._gone:
             self._leave()
 
-    def _set(self, name: str, value: Any) -> None:
-        self._at_icon(lambda: setattr(self._icon, name, value))
-
-    def _at_icon(self, task: Callable[[], object]) -> None:
-        """Change the icon; from any thread."""
-        if self._loop is not None:
-            self._loop.do(task)
-        else:
-            task()
-
     # --- showing ---
 
     def _show(self, view: View) -> None:
-        """Bring the icon up to date; on the watch's thread."""
+        """Update icon, tooltip and menu, and notify the user; called on the watch's thread."""
         before, self._view = self._view, view
         if self._gone:
             return
         if view.state is not before.state:
             logger.info("%s", title(view))
-            self._set("icon", self._image())
+            self._icon.icon = draw_icon(view.state)
         if title(view) != title(before):
-            self._set("title", title(view))
+            self._icon.title = title(view)
         self._update_menu()
-        self._tell(notice(before, view, self._preferences.restart))
+        self._notify(notice(before, view, self._preferences.restart))
 
     def _update_menu(self) -> None:
         entries, shown = self._menu(), self._entries
-        others = [[entry for entry in of if entry.action is not Action.STATUS] for of in (entries, shown)]
-        soon = time.monotonic() - self._menu_made < _FIGURES_S
+        others = [[line for line in lines if line.action is not Action.STATUS] for lines in (entries, shown)]
+        soon = time.monotonic() - self._menu_made < _STATISTICS_S
         if entries == shown or (others[0] == others[1] and soon):
             return
         self._entries, self._menu_made = entries, time.monotonic()
@@ -166,14 +172,11 @@ class Tray:
     def _menu(self) -> list[Entry]:
         return menu(self._view, self._preferences, self._watch.log.is_file())
 
-    def _image(self) -> Any:
-        return draw_icon(self._view.state, self._transparent)
-
-    def _tell(self, text: str) -> None:
-        if not text or text == self._told:
+    def _notify(self, text: str) -> None:
+        if not text or text == self._notified:
             return
-        self._told = text
-        logger.info("told the user: %s", text)
+        self._notified = text
+        logger.info("notified the user: %s", text)
         if self._icon.HAS_NOTIFICATION:
             try:
                 self._icon.notify(text[:_NOTICE_LETTERS], _NAME)
@@ -210,8 +213,8 @@ class Tray:
         elif action is Action.STOP:
             self._watch.wish(Wish.STOP)
         elif action is Action.STATUS:
-            self._told = ""  # asked for: told again
-            self._tell(figures(self._view.info) if self._view.info is not None else self._view.detail)
+            self._notified = ""  # the user asks: show the same text again
+            self._notify(statistics(self._view.info) if self._view.info is not None else self._view.detail)
         elif action is Action.OPEN_PAGE:
             _in_background(webbrowser.open, self._page())
         elif action is Action.OPEN_LOG:
@@ -232,68 +235,49 @@ class Tray:
         self._watch.wish(Wish.EXIT_AND_STOP if self._preferences.stop_on_exit else Wish.EXIT)
 
 
-# --- the surroundings -------------------------------------------------------------------------------------------
+# --- the desktop ------------------------------------------------------------------------------------------------
 
 
 def _load_pystray() -> Any:
-    """Give pystray with a backend that works here.
+    """Import pystray with a backend that works on this desktop.
 
     Raises:
-        TrayUnavailable: says what is missing.
+        TrayUnavailable: no backend works; says what is missing.
     """
-    linux = sys.platform not in ("win32", "darwin")
-    if linux and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+    if _ON_LINUX and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         raise TrayUnavailable(
             "no display for a tray icon (neither DISPLAY nor WAYLAND_DISPLAY is set)",
-            "Use 'luna-daemon serve' on a machine without one",
+            "Use 'luna-daemon serve' on a machine without a display",
         )
     if not (importlib.util.find_spec("pystray") and importlib.util.find_spec("PIL")):
         raise TrayUnavailable("the tray icon needs pystray and Pillow", "pip install luna-daemon[tray]")
-    pystray = _first_backend(_backends(linux))
-    logging.getLogger("pystray").setLevel(logging.CRITICAL)  # it logs tracebacks about a panel that restarts
-    if is_plain_x11(pystray):
-        wait_for_a_panel()
-    return pystray
+    return _first_backend(_GTK_BACKENDS if _ON_LINUX else (sys.platform,))
 
 
-def _backends(linux: bool) -> list[str | None]:
-    """Which of pystray's to try, in this order; ``None`` is its own choice.
-
-    On Linux its own choice ends at the first that is half installed, and the two with a menu end without a session bus.
-    """
-    if not linux or os.environ.get("PYSTRAY_BACKEND"):
-        return [None]
-    folder = os.environ.get("XDG_RUNTIME_DIR")
-    bus = os.environ.get("DBUS_SESSION_BUS_ADDRESS") or (folder and (Path(folder) / "bus").exists())
-    return ["appindicator", "gtk", "xorg"] if bus else ["xorg"]
-
-
-def _first_backend(names: list[str | None]) -> Any:
-    """The module with the first backend that works.
+def _first_backend(names: Sequence[str]) -> Any:
+    """Import pystray with the first backend that works, or with the one of them that ``PYSTRAY_BACKEND`` names.
 
     Raises:
-        TrayUnavailable: none does; says what the last one lacks.
+        TrayUnavailable: no backend works; says what the last one lacks.
     """
-    why = ""
-    for name in names:
-        if name is not None:
-            os.environ["PYSTRAY_BACKEND"] = name
+    chosen, why = os.environ.get("PYSTRAY_BACKEND", ""), ""
+    for name in (chosen,) if chosen in names else names:
+        os.environ["PYSTRAY_BACKEND"] = name
         try:
             return importlib.import_module("pystray")
-        except Exception as error:  # each backend has its own ways to say that something is missing
-            why = " ".join(str(error).split()) or type(error).__name__
-        finally:
-            if name is not None:
-                del os.environ["PYSTRAY_BACKEND"]
-    raise TrayUnavailable(f"no display for a tray icon: {why}", "Use 'luna-daemon serve' on a machine without one")
+        except Exception as error:  # each backend raises something else where a library is missing
+            why = " ".join(str(error).removeprefix("this platform is not supported: ").split()) or repr(error)
+    if _ON_LINUX:
+        raise TrayUnavailable(f"the tray icon needs GTK 3 with its Python bindings ({why})", _INSTALL_GTK)
+    raise TrayUnavailable(f"the tray icon cannot be shown ({why})", "Use 'luna-daemon serve'")
 
 
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
-    """Hold this user's one place for a tray icon.
+    """Hold the lock that allows one tray icon per user.
 
     Raises:
-        TrayRunning: it is taken.
+        TrayRunning: another tray holds the lock.
     """
     from filelock import FileLock, Timeout
 
@@ -302,7 +286,7 @@ def _only_one(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise TrayRunning(
-            "a tray icon of yours is shown already", "Look for it in the panel, or choose Exit in its menu"
+            "this user's tray icon is shown already", "Look for the icon in the panel, or choose Exit in its menu"
         ) from error
     try:
         yield
@@ -312,7 +296,7 @@ def _only_one(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _log_into(path: Path) -> Iterator[None]:
-    """Keep what is logged in a file as well: most trays have no terminal."""
+    """Write the log to a file as well: most trays have no terminal."""
     handler = logging.handlers.RotatingFileHandler(path, maxBytes=1 << 20, backupCount=1, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
     logging.getLogger().addHandler(handler)
@@ -323,25 +307,25 @@ def _log_into(path: Path) -> Iterator[None]:
         handler.close()
 
 
-def _in_background(what: Callable[[Any], object], of: Any) -> None:
-    """Some openers return only when what they opened is closed."""
-    threading.Thread(target=what, args=(of,), daemon=True).start()
+def _in_background(function: Callable[[Any], object], argument: Any) -> None:
+    """Call a function in a thread: some openers return only when what they opened is closed."""
+    threading.Thread(target=function, args=(argument,), daemon=True).start()
 
 
 def _open_file(path: Path) -> None:
-    """Show a file in whatever the desktop shows such files with."""
+    """Open a file with the desktop's program for such files."""
     if sys.platform == "win32":
-        os.startfile(path)  # noqa: S606 (the log of our own daemon)
+        os.startfile(path)  # noqa: S606 (the daemon's log)
         return
     opener = shutil.which("open" if sys.platform == "darwin" else "xdg-open")
     if opener is None:
-        logger.warning("nothing here opens files (xdg-open is missing): the log is %s", path)
+        logger.warning("xdg-open is not installed: the log is %s", path)
         return
     subprocess.run([opener, str(path)], stdin=subprocess.DEVNULL, check=False)
 
 
 def main() -> None:
-    """``python luna_daemon/tray_app.py``: the same as ``luna-daemon tray``."""
+    """Run ``luna-daemon tray`` with the arguments of ``python luna_daemon/tray_app.py``."""
     run_command("tray", *sys.argv[1:])
 
 

@@ -6,7 +6,7 @@ import asyncio
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable
 from pathlib import Path
 
 from .config import Settings
@@ -29,7 +29,7 @@ from .core import (
 from .files.identity import load_bytes
 from .pool import launch, policy
 from .pool.events import Events, model_name
-from .pool.process import WorkerProcess
+from .pool.process import Spawn, WorkerProcess, spawn
 from .pool.supervisor import Backoff
 from .pool.work import Waiter, Work
 from .system.gpu import free_vram
@@ -56,9 +56,23 @@ class WorkerPool:
         settings: limits, devices, timeouts.
         logs: folder for what workers print.
         events: told of workers and models that come and go.
+        clock: monotonic seconds.
+        sleep: waits between two looks at the workers.
+        spawn: starts a worker's process.
+        free_vram: free bytes of a GPU, by device.
     """
 
-    def __init__(self, settings: Settings, logs: Path, events: Events | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        logs: Path,
+        events: Events | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        spawn: Spawn = spawn,
+        free_vram: Callable[[str], int | None] = free_vram,
+    ) -> None:
         self.settings = settings
         self.logs = logs
         self.events = events or Events()
@@ -69,6 +83,7 @@ class WorkerPool:
         self.retries = 0
         self.crashes = 0
         self.accepting = True
+        self._clock, self._sleep, self._launch, self._free_vram = clock, sleep, spawn, free_vram
         self._closing = False
         self._sizes: dict[str, int] = {}
         """Bytes of models that have been loaded before: float16 files may become float32 weights."""
@@ -96,10 +111,10 @@ class WorkerPool:
         self.accepting, self._closing = False, True
         for work in self._drop_all():
             work.fail(ShuttingDown("the daemon is shutting down", "The local model can step in"))
-        end = time.monotonic() + drain_s
+        end = self._clock() + drain_s
         # The queue too: a request that is tried again, after its worker ran out of memory, is there for a moment.
-        while (self.queue or any(worker.work for worker in self.workers)) and time.monotonic() < end:
-            await asyncio.sleep(0.02)
+        while (self.queue or any(worker.work for worker in self.workers)) and self._clock() < end:
+            await self._sleep(0.02)
         for work in self._drop_all():
             work.fail(ShuttingDown("the daemon had to stop before this request was done"))
         if self._ticker is not None:
@@ -117,11 +132,10 @@ class WorkerPool:
         await self._until_ended(everybody)
         self.workers.clear()
 
-    @staticmethod
-    async def _until_ended(workers: list[WorkerProcess]) -> None:
-        end = time.monotonic() + _END_S
-        while not all(worker.exited() for worker in workers) and time.monotonic() < end:
-            await asyncio.sleep(0.01)
+    async def _until_ended(self, workers: list[WorkerProcess]) -> None:
+        end = self._clock() + _END_S
+        while not all(worker.exited() for worker in workers) and self._clock() < end:
+            await self._sleep(0.01)
 
     # --- work ---
 
@@ -140,7 +154,7 @@ class WorkerPool:
         backoff = self._backoffs.get(key)
         if backoff is not None and backoff.wait_s and not self._of_key(key):
             raise backoff.error()
-        if comfy is not None and time.monotonic() - self._outdated.get(comfy, -math.inf) < _OUTDATED_S:
+        if comfy is not None and self._clock() - self._outdated.get(comfy, -math.inf) < _OUTDATED_S:
             raise launch.unlike(comfy, next((worker.versions for worker in self._of_key(key)), {}))
         if len(self.queue) >= self.settings.queue_limit:
             self._make_place(work)
@@ -213,7 +227,7 @@ class WorkerPool:
         """Hand out what can be handed out now."""
         if not self.queue:
             return
-        now = time.monotonic()
+        now = self._clock()
         running = Counter(worker.work.client for worker in self.workers if worker.work is not None)
         pending = [policy.Pending(work.priority, work.client, now - work.born) for work in self.queue]
         queued = Counter(launch.same_place(work.spec) for work in self.queue)
@@ -261,22 +275,22 @@ class WorkerPool:
         # "auto" is known once a worker of this key has looked at the machine.
         device = next((worker.device for worker in self.workers if worker.key == key), work.spec.device)
         used = [worker.threads for worker in self.workers if worker.device == "cpu"]
-        free = free_vram(device)
+        free = self._free_vram(device)
         if free is not None:
             free -= int(self.settings.vram_safety_margin_gb * (1 << 30))
         threads = launch.threads_of(key, device, self.settings)
         return policy.has_room(device, launch.CORES, used, threads, free, work.load_bytes)
 
     def _backoff(self, key: str) -> Backoff:
-        return self._backoffs.setdefault(key, Backoff())
+        return self._backoffs.setdefault(key, Backoff(clock=self._clock))
 
     def _spawn(self, key: str, work: Work) -> None:
         self._numbers += 1
         log = self.logs / f"worker-{self._numbers}.log"
         worker = None
         try:
-            worker, python = launch.new_worker(self._numbers, key, work.spec, self.settings, log)
-            worker.start(python, *self._address)
+            worker, python = launch.new_worker(self._numbers, key, work.spec, self.settings, log, self._clock)
+            worker.start(python, *self._address, self._launch)
         except (OSError, ConfigError) as error:
             if worker is not None:
                 worker.kill()
@@ -304,8 +318,8 @@ class WorkerPool:
             )
             return
         self._jobs += 1
-        self._served[work.client] = time.monotonic()
-        self.waits.append(time.monotonic() - work.born)
+        self._served[work.client] = self._clock()
+        self.waits.append(self._clock() - work.born)
         self.events.waits.add(self.waits[-1])
         for gone in going:
             self.events.scaling("model_evicted", worker.number, worker.key, model=model_name(gone))
@@ -333,7 +347,7 @@ class WorkerPool:
 
     def received(self, worker: WorkerProcess, message: m.Message, payload: Slot | None) -> None:
         """A message of a worker; takes over the payload."""
-        worker.heard = time.monotonic()
+        worker.heard = self._clock()
         if isinstance(message, m.WorkerReady):
             worker.ready(message)
             self.events.scaling("worker_ready", worker.number, worker.key, seconds=round(worker.started_s, 3))
@@ -361,7 +375,7 @@ class WorkerPool:
         for work in [work for work in self.queue if self.key_of(work) == worker.key]:
             comfy = work.spec.comfy
             if comfy is not None and not any(launch.fits(work.spec, w.versions) for w in self._of_key(worker.key)):
-                self._outdated[comfy] = time.monotonic()
+                self._outdated[comfy] = self._clock()
                 self.queue.remove(work)
                 work.fail(launch.unlike(comfy, worker.versions))
 
@@ -470,15 +484,16 @@ class WorkerPool:
 
     async def _tick(self) -> None:
         while True:
-            await asyncio.sleep(_TICK_S)
+            await self._sleep(_TICK_S)
             try:
-                self._watch(time.monotonic())
+                self.watch()
                 self.schedule()
             except Exception:
                 logger.exception("the pool's tick failed")
 
-    def _watch(self, now: float) -> None:
+    def watch(self) -> None:
         """Look after every worker: late, silent, idle; and give waiting callers a sign of life."""
+        now = self._clock()
         signs = now >= self._next_sign
         if signs:
             self._next_sign = now + _SIGN_OF_LIFE_S

@@ -1,4 +1,4 @@
-"""The nodes of this pack, by class id."""
+"""Nodes of this pack, by class id."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ComfyUI around this pack, reached when a node needs it: importing the pack needs neither ComfyUI nor torch."""
+"""Access to the ComfyUI around this pack at the time of a call: importing the pack needs neither ComfyUI nor torch."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import importlib
 import sys
 from typing import Any
 
-__all__ = ["ANY", "choices", "embeddings", "module", "names", "node_class", "path", "server"]
-
 
 class _AnyType(str):
-    """A type that every link accepts: ComfyUI compares types with ``!=``."""
+    """Type that every link accepts: ComfyUI compares types with ``!=``."""
 
     __slots__ = ()
 
@@ -22,17 +20,17 @@ ANY = _AnyType("*")
 
 
 def module(name: str) -> Any:
-    """A module of ComfyUI, such as ``folder_paths`` or ``comfy.sd``."""
+    """Import a module of ComfyUI, such as ``folder_paths`` or ``comfy.sd``."""
     return importlib.import_module(name)
 
 
 def server() -> Any:
-    """ComfyUI's ``PromptServer``; ``None`` if there is none, as in a script."""
+    """Return ComfyUI's ``PromptServer``; ``None`` in a script, which has no server."""
     return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
 def names(folder: str) -> list[str]:
-    """Files of a model folder as ComfyUI's loaders list them; none if there is no such folder, or no ComfyUI."""
+    """List a model folder's files as ComfyUI's loaders do; empty without such a folder, or without ComfyUI."""
     paths = sys.modules.get("folder_paths")
     if paths is None:
         return []
@@ -43,27 +41,27 @@ def names(folder: str) -> list[str]:
 
 
 def path(folder: str, name: str) -> str:
-    """The full path of one of ``names(folder)``.
+    """Find the full path of one of ``names(folder)``.
 
     Raises:
-        FileNotFoundError: in ComfyUI's words.
+        FileNotFoundError: there is no such file; the message is ComfyUI's.
     """
-    found: str = module("folder_paths").get_full_path_or_raise(folder, name)
-    return found
+    full: str = module("folder_paths").get_full_path_or_raise(folder, name)
+    return full
 
 
 def embeddings() -> list[str]:
-    """Folders of textual inversions."""
+    """List the folders of textual inversions."""
     return list(module("folder_paths").get_folder_paths("embeddings"))
 
 
 def node_class(name: str) -> Any:
-    """A node class by its id, of ComfyUI or of any pack; ``None`` if it is not there (yet: packs load in any order)."""
+    """Find a node class of ComfyUI or any pack by its id; ``None`` if absent, or not loaded yet."""
     return getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {}).get(name)
 
 
 def choices(name: str, widget: str) -> list[str]:
-    """What a node lets its user choose; empty if there is no such node."""
+    """List the options of a node's widget; empty if there is no such node."""
     node = node_class(name)
     if node is None:
         return []

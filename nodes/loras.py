@@ -1,4 +1,4 @@
-"""LoRA files: found by the name that a user writes, read once per machine, applied as ComfyUI does."""
+"""LoRA files: found by the name in a prompt, read once per machine, applied as ComfyUI does."""
 
 from __future__ import annotations
 
@@ -13,28 +13,26 @@ from luna_daemon.core import BadRequest, LunaError, logger
 from . import host
 from .lora_tags import LoraTag
 
-__all__ = ["apply_lora", "apply_loras", "find_lora", "read_lora"]
-
 
 def find_lora(name: str, files: list[str] | None = None) -> str:
-    """The file that a tag means: its whole name, without the ending, without the folder, or a part that only one has.
+    """Find the file that a tag names, with or without ending and folder, or by a part that only one file's name has.
 
     Raises:
-        BadRequest: none or several; names them.
+        BadRequest: no file fits, or several do; the message names close or fitting ones.
     """
     files = host.names("loras") if files is None else files
     if name in files:
         return name
     wanted = _plain(name)
     for reading in (str, _stem, os.path.basename, lambda file: os.path.basename(_stem(file))):
-        found = [file for file in files if reading(_plain(file)) == wanted]
-        if found:
-            return _only(name, found)
-    found = [file for file in files if wanted in _plain(file)]
-    if not found:
+        matches = [file for file in files if reading(_plain(file)) == wanted]
+        if matches:
+            return _only(name, matches)
+    matches = [file for file in files if wanted in _plain(file)]
+    if not matches:
         close = difflib.get_close_matches(wanted, [_stem(_plain(file)) for file in files], n=3)
-        raise BadRequest(f"there is no LoRA named {name!r}", f"Close to it: {', '.join(close)}" if close else "")
-    return _only(name, found)
+        raise BadRequest(f"there is no LoRA named {name!r}", f"Similar names: {', '.join(close)}" if close else "")
+    return _only(name, matches)
 
 
 def _plain(name: str) -> str:
@@ -45,16 +43,16 @@ def _stem(name: str) -> str:
     return os.path.splitext(name)[0]
 
 
-def _only(name: str, found: list[str]) -> str:
-    if len(found) > 1:
-        raise BadRequest(f"{name!r} may mean {', '.join(found)}", "Write more of the one that is meant")
-    return found[0]
+def _only(name: str, matches: list[str]) -> str:
+    if len(matches) > 1:
+        raise BadRequest(f"{name!r} may mean {', '.join(matches)}", "Write more of the name")
+    return matches[0]
 
 
 def read_lora(path: str) -> dict[str, Any]:
-    """A LoRA's state dict: mapped from what the daemon keeps in RAM for all, else read as ComfyUI reads it.
+    """Read a LoRA's state dict from the daemon's RAM, or as ComfyUI does if the daemon does not give it.
 
-    Tensors are the caller's own: what is written to one is seen by nobody else.
+    The tensors are the caller's own: nobody else sees what is written to them.
     """
     try:
         return get_client().load_lora(os.path.abspath(path))
@@ -69,15 +67,15 @@ def _from_disk(path: str) -> dict[str, Any]:
 
 
 def apply_lora(model: Any, clip: Any, weights: dict[str, Any], strength_model: float, strength_clip: float) -> Any:
-    """``(model, clip)`` with a LoRA, as ComfyUI's own loader applies it; either may be ``None``."""
+    """Apply a LoRA as ComfyUI's own loader does; returns ``(model, clip)``, of which either may be ``None``."""
     return host.module("comfy.sd").load_lora_for_models(model, clip, weights, strength_model, strength_clip)
 
 
 def apply_loras(model: Any, clip: Any, loras: Iterable[LoraTag]) -> tuple[Any, Any]:
-    """``(model, clip)`` with all of them, in their order.
+    """Apply LoRAs in their order; returns ``(model, clip)``.
 
     Raises:
-        BadRequest: one is not there.
+        BadRequest: no file, or more than one, has a LoRA's name.
     """
     for lora in loras:
         path = host.path("loras", find_lora(lora.name))

@@ -1,4 +1,4 @@
-"""VAEs and text encoders for the loader nodes: the daemon's, or ComfyUI's own, as the mode says."""
+"""VAEs and text encoders for the loader nodes: computed by the daemon or by ComfyUI itself, as ``daemon_mode`` says."""
 
 from __future__ import annotations
 
@@ -11,11 +11,6 @@ from luna_daemon.core import DaemonConnectionError, ModelLoadError, logger
 
 from . import host
 
-__all__ = [
-    "AUTO", "FORCE_DAEMON", "FORCE_LOCAL", "MODES", "check_mode", "clip_of", "clip_types", "load_clip",
-    "load_from_checkpoint", "load_vae", "vae_files", "vae_names", "vae_of",
-]  # fmt: skip
-
 AUTO, FORCE_DAEMON, FORCE_LOCAL = MODES = ("auto", "force_daemon", "force_local")
 _PIXEL_SPACE = "pixel_space"
 _FEW_TYPES = ["stable_diffusion", "sdxl", "sd3", "flux"]
@@ -24,10 +19,10 @@ T = TypeVar("T")
 
 
 def check_mode(mode: str) -> bool:
-    """Whether a daemon answers now.
+    """Check that the mode can be kept; returns whether a daemon answers and the mode allows it.
 
     Raises:
-        DaemonConnectionError: none does, and the mode needs one.
+        DaemonConnectionError: no daemon answers, and the mode needs one.
     """
     if mode == FORCE_LOCAL:
         return False
@@ -45,21 +40,21 @@ def check_mode(mode: str) -> bool:
 
 
 def vae_names() -> list[str]:
-    """As the stock VAELoader lists them, names without a file of their own (``taesd``) included."""
+    """List VAEs as the stock VAELoader does, names that stand for other files (``taesd``) included."""
     return host.choices("VAELoader", "vae_name") or host.names("vae")
 
 
 def clip_types() -> list[str]:
-    """The families of all stock loaders of text encoders, each once."""
-    found = [*host.choices("CLIPLoader", "type"), *host.choices("DualCLIPLoader", "type")]
-    return list(dict.fromkeys(found)) or _FEW_TYPES
+    """List the model families of all stock loaders of text encoders, each once."""
+    families = [*host.choices("CLIPLoader", "type"), *host.choices("DualCLIPLoader", "type")]
+    return list(dict.fromkeys(families)) or _FEW_TYPES
 
 
 def vae_files(name: str) -> list[str]:
-    """The file of a VAE, or the two of a TAESD; none for ``pixel_space``.
+    """Find the file of a VAE, or the two of a TAESD; none for ``pixel_space``.
 
     Raises:
-        FileNotFoundError: no such VAE.
+        FileNotFoundError: there is no such VAE.
     """
     if name == _PIXEL_SPACE:
         return []
@@ -74,18 +69,16 @@ def vae_files(name: str) -> list[str]:
     return [host.path("vae", name)]
 
 
-# --- loading ---
-
-
-def _shells() -> ModuleType:
-    """Imported when the first one is made: it is a good part of the package."""
-    from luna_daemon.shells import build
-
-    return build
+# --- loading by name or file, as a mode says ---
 
 
 def load_vae(name: str, mode: str = AUTO) -> Any:
-    """A VAE by a name of ``vae_names``."""
+    """Load a VAE by a name of ``vae_names``.
+
+    Raises:
+        FileNotFoundError: there is no such VAE.
+        ModelLoadError: the daemon cannot serve this VAE, and the mode needs the daemon.
+    """
 
     def stock() -> Any:
         return host.node_class("VAELoader")().load_vae(name)[0]
@@ -93,78 +86,63 @@ def load_vae(name: str, mode: str = AUTO) -> Any:
     files = vae_files(name)
     if not files:
         return stock()
-    return _as_mode_says(f"VAE {name!r}", mode, stock, lambda source: _shells().make_vae(files, source=source))
+    return _load(f"VAE {name!r}", mode, stock, lambda source: _shells().make_vae(files, source=source))
 
 
 def load_clip(paths: Sequence[str], family: str, mode: str = AUTO) -> Any:
-    """Text encoders by their files, in the loader's order; ``family`` is one of ``clip_types``."""
+    """Load text encoders by their files, in the order of the stock loaders.
 
-    def stock() -> Any:
-        sd = host.module("comfy.sd")
-        kind = getattr(sd.CLIPType, family.upper(), sd.CLIPType.STABLE_DIFFUSION)
-        return sd.load_clip(ckpt_paths=list(paths), embedding_directory=host.embeddings(), clip_type=kind)
+    Args:
+        paths: one to four files.
+        family: one of ``clip_types``.
+        mode: one of ``MODES``.
 
-    def shell(source: Any) -> Any:
-        return _shells().make_clip(paths, family, source=source, embedding_directory=host.embeddings())
-
-    return _as_mode_says(f"text encoder {', '.join(paths)}", mode, stock, shell)
+    Raises:
+        ModelLoadError: the daemon cannot serve these files, and the mode needs the daemon.
+    """
+    shells, embeddings = _shells(), host.embeddings()
+    return _load(
+        f"text encoder {', '.join(paths)}",
+        mode,
+        lambda: shells.load_local_clip(paths, family, embeddings),
+        lambda source: shells.make_clip(paths, family, source=source, embedding_directory=embeddings),
+    )
 
 
 def load_from_checkpoint(path: str, mode: str = AUTO) -> tuple[Any, Any]:
-    """``(clip, vae)`` that a checkpoint carries; ``None`` for what it does not."""
-
-    def stock() -> tuple[Any, Any]:
-        found = host.module("comfy.sd").load_checkpoint_guess_config(
-            path, output_model=False, embedding_directory=host.embeddings()
-        )
-        return found[1], found[2]
-
-    def shell(source: Any) -> tuple[Any, Any]:
-        return _shells().make_from_checkpoint(path, embedding_directory=host.embeddings(), source=source)
-
-    return _as_mode_says(f"checkpoint {path}", mode, stock, shell)
-
-
-# --- for objects that are loaded already: if the daemon is away ComfyUI loads the files anew, theirs stay untouched ---
-
-
-def vae_of(files: Sequence[str], checkpoint: bool) -> Any:
-    """The daemon's VAE of these files.
+    """Load ``(clip, vae)`` of a checkpoint; ``None`` for a part that the checkpoint does not carry.
 
     Raises:
-        ModelLoadError: they hold none.
+        ModelLoadError: the daemon cannot serve this file, and the mode needs the daemon.
     """
-    return _carried(files[0], 1) if checkpoint else _shells().make_vae(files)
+    shells, embeddings = _shells(), host.embeddings()
+    pair: tuple[Any, Any] = _load(
+        f"checkpoint {path}",
+        mode,
+        lambda: shells.load_local_checkpoint(path, embeddings),
+        lambda source: shells.make_from_checkpoint(path, embedding_directory=embeddings, source=source),
+    )
+    return pair
 
 
-def clip_of(files: Sequence[str], family: str, checkpoint: bool) -> Any:
-    """The daemon's text encoders of these files.
+def _load(what: str, mode: str, local: Callable[[], T], shell: Callable[[Any], T]) -> T:
+    """Load by the daemon, by ComfyUI, or by ComfyUI where the daemon cannot serve the file.
 
-    Raises:
-        ModelLoadError: they hold none.
+    Args:
+        what: the model, for the warning.
+        mode: one of ``MODES``.
+        local: loads the model into this process.
+        shell: makes an object that the daemon computes for, given the function that loads a local model in its place.
     """
-    if checkpoint:
-        return _carried(files[0], 0)
-    return _shells().make_clip(files, family, embedding_directory=host.embeddings())
-
-
-def _carried(path: str, place: int) -> Any:
-    found = _shells().make_from_checkpoint(path, embedding_directory=host.embeddings())[place]
-    if found is None:
-        raise ModelLoadError(f"{path} carries no {('text encoders', 'VAE')[place]}")
-    return found
-
-
-def _as_mode_says(what: str, mode: str, stock: Callable[[], T], shell: Callable[[Any], T]) -> T:
     if mode == FORCE_LOCAL:
-        return stock()
+        return local()
     try:
-        return shell(_refuse if mode == FORCE_DAEMON else stock)
+        return shell(_refuse if mode == FORCE_DAEMON else local)
     except ModelLoadError as error:
         if mode == FORCE_DAEMON:
             raise
         logger.warning("%s is loaded by ComfyUI, without the daemon: %s", what, error)
-        return stock()
+        return local()
 
 
 def _refuse() -> Any:
@@ -172,3 +150,40 @@ def _refuse() -> Any:
         f"the daemon did not compute it and no local model may step in: daemon_mode is {FORCE_DAEMON}",
         f"Look at the daemon's log, or choose {AUTO}",
     )
+
+
+# --- the daemon's counterpart of an object that a stock loader has loaded: see the tunnel ---
+
+
+def vae_of(files: Sequence[str], checkpoint: bool) -> Any:
+    """Make the daemon's VAE of these files; while the daemon is away ComfyUI loads the files again.
+
+    Raises:
+        ModelLoadError: the files hold no VAE.
+    """
+    return _carried(files[0], 1) if checkpoint else _shells().make_vae(files)
+
+
+def clip_of(files: Sequence[str], family: str, checkpoint: bool) -> Any:
+    """Make the daemon's text encoders of these files; while the daemon is away ComfyUI loads the files again.
+
+    Raises:
+        ModelLoadError: the files hold no text encoders.
+    """
+    if checkpoint:
+        return _carried(files[0], 0)
+    return _shells().make_clip(files, family, embedding_directory=host.embeddings())
+
+
+def _carried(path: str, place: int) -> Any:
+    part = _shells().make_from_checkpoint(path, embedding_directory=host.embeddings())[place]
+    if part is None:
+        raise ModelLoadError(f"{path} carries no {('text encoders', 'VAE')[place]}")
+    return part
+
+
+def _shells() -> ModuleType:
+    """Import the package's larger part only when the first model is loaded."""
+    from luna_daemon.shells import build
+
+    return build

@@ -1,20 +1,24 @@
-"""What stands on an output that this pack does not serve: it says so as soon as a node uses it."""
+"""Placeholder on an output that this pack does not serve: any use of the placeholder raises an error that says so."""
 
 from __future__ import annotations
 
 from typing import Any, NoReturn
 
-__all__ = ["NotServed"]
-
 
 class NotServed:
-    """Fails on any use, with what to do instead.
+    """Value that raises an error on any use, with what to do instead.
 
-    It is an ``AttributeError``, as of any object without the attribute, so that ComfyUI may look it over.
+    Args:
+        output: the name of the node's output.
+        why: why the output is empty, and the alternative.
+
+    Raises:
+        AttributeError: an attribute is read, so that ComfyUI's ``hasattr`` works.
+        TypeError: the value is called or indexed.
     """
 
     def __init__(self, output: str, why: str) -> None:
-        self._text = f"output {output!r} holds nothing: {why}"
+        self._text = f"output {output!r} is empty: {why}"
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(self._text)

@@ -1,8 +1,8 @@
-"""The panel's way to the daemon: ``/luna/*`` of this ComfyUI, so that it works wherever ComfyUI does.
+"""Proxy for the panel: ``/luna/*`` on ComfyUI's own server, so that the panel works wherever ComfyUI does.
 
-The daemon's token stays on the server. Who may change something by this way is the setting ``Luna.AllowChanges``, which
-is looked up here for each call; ComfyUI itself lets everybody who reaches it change its settings, so that it guards
-against mishaps and curious visitors, not against whoever can send this ComfyUI any request.
+The daemon's token stays on the server. The setting ``Luna.AllowChanges`` says who may change something, and is looked
+up for each call. Everybody who reaches a ComfyUI can change that ComfyUI's settings, so the setting guards against
+mishaps and curious visitors, not against an attacker who can send requests to ComfyUI.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from luna_daemon.wire.link import tls_towards
 from luna_daemon.wire.messages import PAGE_OPS
 from luna_daemon.wire.tls import no_handshake
 
-__all__ = ["ALLOW", "FORWARD", "Panel", "install"]
-
 ALLOW, FORWARD = "Luna.AllowChanges", "Luna.ForwardFreeMemory"
 LOCAL, ALL, OFF = "local", "all", "off"
 _CONNECT_S, _SILENCE_S, _RETRY_S, _CALL_S = 3.0, 5.0, 1.0, 600.0
 _MESSAGE_BYTES = 16 << 20
 _FREE = ("/free", "/api/free")
 _FORWARDED = ("Forwarded", "X-Forwarded-For", "X-Real-IP")
+_UNREACHABLE = (LunaError, aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError)
+"""What asking the daemon may raise: no daemon, no connection, or an answer that is not JSON."""
 
 
 def install(server: Any) -> Panel:
-    """Add the routes, and look at ``/free``, before ComfyUI's server starts.
+    """Add the routes, and the middleware for ``/free``, before ComfyUI's server starts.
 
     Args:
         server: ComfyUI's ``PromptServer``.
@@ -48,7 +48,11 @@ def install(server: Any) -> Panel:
 
 
 class Panel:
-    """The routes' handlers."""
+    """Handlers of the routes.
+
+    Args:
+        server: ComfyUI's ``PromptServer``.
+    """
 
     def __init__(self, server: Any) -> None:
         self._server = server
@@ -57,16 +61,16 @@ class Panel:
     # --- reading ---
 
     async def info(self, request: web.Request) -> web.Response:
-        """The daemon's ``info`` as JSON; 503 while it is away."""
+        """Answer with the daemon's ``info`` as JSON; 503 while no daemon answers."""
         try:
             base, _, tls = _daemon()
             async with _session(tls) as session, session.get(f"{base}/api/info") as answer:
                 return web.json_response(await answer.json(), status=answer.status)
-        except (LunaError, aiohttp.ClientError, OSError, ValueError) as error:
+        except _UNREACHABLE as error:
             return _refusal(503, _away(error))
 
     async def socket(self, request: web.Request) -> web.WebSocketResponse:
-        """The daemon's messages as they come; ``away`` while there are none. Nothing is taken from the browser."""
+        """Relay the daemon's messages, or ``away`` while no daemon answers. What the browser sends is ignored."""
         browser = web.WebSocketResponse(heartbeat=20.0, max_msg_size=4096)
         await browser.prepare(request)
         feeder = asyncio.get_running_loop().create_task(_feed(browser))
@@ -80,24 +84,17 @@ class Panel:
     # --- changing ---
 
     async def call(self, request: web.Request) -> web.Response:
-        """One of ``PAGE_OPS`` with its fields, with the daemon's token; as the daemon's own ``/api/call`` answers."""
+        """Pass one of ``PAGE_OPS`` on with the daemon's token; the answer is that of the daemon's ``/api/call``."""
         if not self._may_change(request):
-            hint = "See Luna in ComfyUI's settings"
-            return _refusal(
-                403, AuthenticationError("this ComfyUI does not let the panel change anything from here", hint)
-            )
+            text = "this ComfyUI does not let the panel change anything from here"
+            return _refusal(403, AuthenticationError(text, "See Luna in ComfyUI's settings"))
         try:
-            body = json.loads(await request.text()) if request.content_type == "application/json" else None
-        except ValueError:
-            body = None
-        op = body.get("op") if isinstance(body, dict) else None
-        if not isinstance(op, str) or op not in PAGE_OPS:
-            return _refusal(
-                400, BadRequest(f"op {op!r} is not taken here", f"Use one of {', '.join(sorted(PAGE_OPS))}")
-            )
+            body = await _call_in(request)
+        except BadRequest as error:
+            return _refusal(400, error)
         try:
             answer, status = await _ask(body)
-        except (LunaError, aiohttp.ClientError, OSError, ValueError) as error:
+        except _UNREACHABLE as error:
             return _refusal(503, _away(error))
         return web.json_response(answer, status=status)
 
@@ -106,7 +103,7 @@ class Panel:
         return choice == ALL or (choice == LOCAL and _is_local(request))
 
     def _setting(self, request: web.Request, name: str, default: Any) -> Any:
-        """A setting of the user who asks. One that ComfyUI does not know has none."""
+        """Look up a setting of the requesting user; ``None`` for a user that ComfyUI does not know."""
         try:
             return self._server.user_manager.settings.get_settings(request).get(name, default)
         except web.HTTPException:
@@ -115,7 +112,7 @@ class Panel:
     # --- "free memory" ---
 
     def middleware(self) -> Any:
-        """Hears of ``/free`` after ComfyUI has answered it."""
+        """Make a middleware that acts on ``/free`` after ComfyUI has answered it."""
 
         @web.middleware
         async def after_free(request: web.Request, handler: Any) -> web.StreamResponse:
@@ -127,31 +124,47 @@ class Panel:
         return after_free
 
     async def _forward(self, request: web.Request) -> None:
-        wanted = json.loads(await request.text())
-        frees = wanted.get("unload_models") or wanted.get("free_memory")
+        body = json.loads(await request.text())
+        frees = body.get("unload_models") or body.get("free_memory")
         if frees and self._setting(request, FORWARD, False) is True:
             task = asyncio.get_running_loop().create_task(_free())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
 
+async def _call_in(request: web.Request) -> dict[str, Any]:
+    """The call in a request's body.
+
+    Raises:
+        BadRequest: the body is not JSON, or names no op of the page.
+    """
+    try:
+        body = json.loads(await request.text()) if request.content_type == "application/json" else None
+    except ValueError:
+        body = None
+    op = body.get("op") if isinstance(body, dict) else None
+    if not isinstance(body, dict) or not isinstance(op, str) or op not in PAGE_OPS:
+        raise BadRequest(f"op {op!r} is not one of the panel's", f"Use one of {', '.join(sorted(PAGE_OPS))}")
+    return body
+
+
 async def _free() -> None:
     try:
         answer, status = await _ask({"op": "models.unload"})
         why = "" if status == 200 else answer.get("message", "")
-    except (LunaError, aiohttp.ClientError, OSError, ValueError) as error:
+    except _UNREACHABLE as error:
         why = str(_away(error))
     if why:
         logger.warning("the daemon's models were not unloaded along with ComfyUI's: %s", why)
 
 
 async def _feed(browser: web.WebSocketResponse) -> None:
-    """Pass the daemon's messages on, for as long as the browser listens."""
+    """Relay the daemon's messages until the browser closes, connecting again when the daemon goes away."""
     while not browser.closed:
         try:
             await _relay(browser)
             why: Exception = DaemonConnectionError("the daemon closed the connection")
-        except (LunaError, aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+        except _UNREACHABLE as error:
             why = error
         try:
             await browser.send_json({"v": 1, "type": "away", "data": {"message": str(_away(why))}})
@@ -170,7 +183,7 @@ async def _relay(browser: web.WebSocketResponse) -> None:
 
 
 async def _ask(body: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """The daemon's answer to a call, and its HTTP status."""
+    """The daemon's answer to a call, and the answer's HTTP status."""
     base, token, tls = _daemon()
     headers = {"Authorization": f"Bearer {token}"}
     async with _session(tls) as session, session.post(f"{base}/api/call", json=body, headers=headers) as answer:
@@ -184,10 +197,11 @@ def _session(tls: ssl.SSLContext | None) -> aiohttp.ClientSession:
 
 
 def _daemon() -> tuple[str, str, ssl.SSLContext | None]:
-    """Where the daemon's HTTP is, its token and its TLS, looked up each time: a daemon that starts anew has others.
+    """Address of the daemon's HTTP port, token and TLS context, looked up each time: a restart changes them.
 
     Raises:
-        ConfigError, AuthenticationError: as they say.
+        ConfigError: a setting is wrong.
+        AuthenticationError: the token or the certificate cannot be read.
     """
     client = get_client()
     port = read_facts(client.port, client.runtime_dir).get("ws_port") or load_settings().ws_port
@@ -197,17 +211,17 @@ def _daemon() -> tuple[str, str, ssl.SSLContext | None]:
 
 
 def _away(error: Exception) -> LunaError:
-    """What to say of a daemon that cannot be reached."""
+    """Word the reason why the daemon cannot be reached."""
     if isinstance(error, LunaError):
         return error
     if isinstance(error, aiohttp.WSServerHandshakeError):
-        return DaemonConnectionError(f"the daemon does not let the panel watch (HTTP {error.status})")
+        return DaemonConnectionError(f"the daemon refuses the panel's WebSocket (HTTP {error.status})")
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         return no_handshake(error.certificate_error)
     if isinstance(error, aiohttp.ClientConnectorSSLError):
         return no_handshake(error.os_error)
     if isinstance(error, asyncio.TimeoutError):
-        return DaemonConnectionError("the daemon is there, but does not answer")
+        return DaemonConnectionError("the daemon accepts connections, but does not answer")
     return DaemonConnectionError("no Luna Daemon answers", "Start it with 'luna-daemon serve'")
 
 
@@ -216,7 +230,7 @@ def _refusal(status: int, error: LunaError) -> web.Response:
 
 
 def _is_local(request: web.Request) -> bool:
-    """Whether the browser runs on this machine: not where a proxy on it speaks for others."""
+    """Whether the browser runs on this machine, and no proxy on this machine speaks for another."""
     if any(name in request.headers for name in _FORWARDED):
         return False
     return is_loopback(request.remote or "")

@@ -1,6 +1,6 @@
-"""Warnings of the package as toasts in ComfyUI's window: that a local model steps in, that the daemon is back, and why.
+"""Warnings of the package as toasts in ComfyUI's window, such as "the local model steps in", and why.
 
-Every warning of ``luna_daemon`` is written for its user, so all of them are shown, as the event ``luna.toast``.
+Every warning of ``luna_daemon`` is written for the user, so all of them are shown, as the event ``luna.toast``.
 """
 
 from __future__ import annotations
@@ -8,8 +8,6 @@ from __future__ import annotations
 import logging
 
 from . import host
-
-__all__ = ["ToastHandler", "show_warnings", "toast"]
 
 _NAME = "luna.toast"
 _SEVERITY = ((logging.ERROR, "error"), (logging.WARNING, "warn"))
@@ -25,13 +23,14 @@ def toast(detail: str, severity: str = "info") -> bool:
 
 
 class ToastHandler(logging.Handler):
-    """Sends what is logged as a toast."""
+    """Log handler that sends each warning and error as a toast."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.set_name(_NAME)
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Send a log record as a toast."""
         try:
             severity = next(name for level, name in _SEVERITY if record.levelno >= level)
             toast(record.getMessage(), severity)
@@ -40,7 +39,7 @@ class ToastHandler(logging.Handler):
 
 
 def show_warnings() -> None:
-    """From now on warnings of ``luna_daemon`` are toasts too; doing it twice is doing it once."""
+    """Show warnings of ``luna_daemon`` as toasts from now on; a second call changes nothing."""
     logger = logging.getLogger("luna_daemon")
     if all(handler.get_name() != _NAME for handler in logger.handlers):
         logger.addHandler(ToastHandler())

@@ -1,4 +1,4 @@
-"""``python watcher.py PID HOST PORT RUNTIME_DIR``: ends a daemon once process PID has ended. A script of its own."""
+"""Script that stops a daemon once process PID has ended: ``python watcher.py PID HOST PORT RUNTIME_DIR``."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import sys
 import time
 from pathlib import Path
 
-__all__ = ["main"]
-
 _PAUSE_S = 0.5
 
 
 def main(pid: int, host: str, port: int, runtime_dir: str) -> None:
-    """Wait for the process to end, then have the daemon end."""
+    """Wait for the process to end, then shut the daemon down."""
     import psutil
 
     from luna_daemon.client import DaemonClient

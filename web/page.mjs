@@ -1,4 +1,4 @@
-// The daemon's own page. It is no `.js` file: ComfyUI imports each of those below this folder, and this is not for it.
+// The daemon's own page. An `.mjs` file, because ComfyUI imports every `.js` file below this folder.
 
 import { mount } from "./luna/app.js";
 import { link } from "./luna/link.js";
@@ -13,9 +13,9 @@ followSystem(panel.root);
 link(new URL("ws", location.href), panel.store);
 
 /**
- * Ask the daemon to change something, with the token that the user is asked for once per browser session.
+ * Send a change to the daemon, with the token that the user enters once per browser session.
  * @param {object} body the op and its fields
- * @returns {Promise<object|null>} the answer, or null if the user gave no token
+ * @returns {Promise<object|null>} the answer, or null if the user entered no token
  */
 async function call(body) {
   const token = sessionStorage.getItem(TOKEN) ?? (await askForToken(panel.root));

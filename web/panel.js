@@ -1,5 +1,5 @@
-// ComfyUI's side: the tab in the sidebar with its badge, the settings, and toasts. ComfyUI imports this file by itself;
-// it imports the other `.js` files below this folder as well, which do nothing until they are asked to.
+// Extension of ComfyUI's window: the tab in the sidebar with a badge, the settings, and toasts. ComfyUI imports every
+// `.js` file below this folder by itself; all the others do nothing when imported.
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
@@ -11,8 +11,8 @@ import { followComfyUI } from "./luna/theme.js";
 
 const TAB = "luna";
 const TOAST_MS = 8000;
-/** Errors of the daemon itself. What only concerns a request is said by the node that made it. */
-const TOLD = new Set(["worker_crashed", "out_of_memory", "poison"]);
+/** Errors of the daemon itself. The node that sent a request shows what concerns that request only. */
+const SHOWN = new Set(["worker_crashed", "out_of_memory", "poison"]);
 
 const SETTINGS = [
   {
@@ -23,26 +23,27 @@ const SETTINGS = [
       { text: "Nobody", value: "off" },
     ],
     defaultValue: "local", category: ["Luna", "Panel", "Changes"],
-    tooltip: "The daemon serves every instance on its machine: a change concerns all of them. The server checks it.",
+    tooltip: "The daemon serves every ComfyUI on the machine, so a change concerns all of them. The server enforces this.",
   },
   {
     id: "Luna.ForwardFreeMemory", name: "Unload the daemon's models too when ComfyUI frees memory", type: "boolean",
     defaultValue: false, category: ["Luna", "Daemon", "Free memory"],
-    tooltip: "Other instances use the same models; they load again at the next request.",
+    tooltip: "Other ComfyUIs share these models. A model is loaded again at the next request for it.",
   },
   {
     id: "Luna.ShowErrors", name: "Show errors of the daemon as toasts", type: "boolean", defaultValue: true,
     category: ["Luna", "Panel", "Errors"],
+    tooltip: "A crashed worker or a lack of memory, for example. Errors of a request are shown on the node in any case.",
   },
   {
-    id: "Luna.StartFromComfyUI", name: "Start the daemon with ComfyUI, if none runs", type: "combo",
+    id: "Luna.StartFromComfyUI", name: "Start a daemon with ComfyUI if none is running", type: "combo",
     options: [
       { text: "No", value: "off" },
-      { text: "Yes; it ends with ComfyUI", value: "with_comfyui" },
-      { text: "Yes; it stays", value: "independent" },
+      { text: "Yes, and stop it when ComfyUI ends", value: "with_comfyui" },
+      { text: "Yes, and leave it running", value: "independent" },
     ],
     defaultValue: "off", category: ["Luna", "Daemon", "Start"],
-    tooltip: "From the next start of ComfyUI on. The variable LUNA_START_FROM_COMFYUI goes first.",
+    tooltip: "Takes effect when ComfyUI starts. The environment variable LUNA_START_FROM_COMFYUI takes precedence.",
   },
 ];
 
@@ -61,7 +62,7 @@ function setup() {
     receive(message) {
       store.receive(message);
       const { type, data } = message;
-      if (type === "error" && TOLD.has(data.code) && app.extensionManager.setting.get("Luna.ShowErrors")) {
+      if (type === "error" && SHOWN.has(data.code) && app.extensionManager.setting.get("Luna.ShowErrors")) {
         toast("error", sentence(type, data));
       }
     },
@@ -69,7 +70,7 @@ function setup() {
   });
 }
 
-/** ComfyUI calls this more often than it opens the tab. */
+/** Show the panel in the tab; ComfyUI calls this more often than the tab is opened. */
 function render(container) {
   if (panel?.container === container) return;
   destroy();
@@ -87,7 +88,7 @@ function destroy() {
   panel = null;
 }
 
-/** Ask the daemon to change something, by way of this ComfyUI, which holds the token and knows who may. */
+/** Send a change to the daemon by way of ComfyUI's server, which adds the token and checks who may. */
 async function call(body) {
   const answer = await api.fetchApi("/luna/call", {
     method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body),
@@ -99,7 +100,7 @@ function toast(severity, detail) {
   app.extensionManager?.toast?.add({ severity, summary: "Luna Daemon", detail, life: TOAST_MS });
 }
 
-/** What waits or runs; `!` where the daemon was there and is not any more. */
+/** Set the tab's badge: the number of requests in flight, or `!` after the daemon has gone away. */
 function showBadge({ link: state, info }) {
   const tab = app.extensionManager?.getSidebarTabs?.().find(({ id }) => id === TAB);
   if (!tab) return;

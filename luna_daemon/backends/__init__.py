@@ -25,7 +25,7 @@ def _diffusers(options: Mapping[str, Any]) -> Backend:
 
 
 def _comfy(options: Mapping[str, Any]) -> Backend:
-    from .comfy import ComfyBackend
+    from .comfy.backend import ComfyBackend
 
     return ComfyBackend(Path(options["root"]), options["device"], options["flags"])
 
@@ -33,14 +33,17 @@ def _comfy(options: Mapping[str, Any]) -> Backend:
 BACKENDS: dict[str, Callable[[Mapping[str, Any]], Backend]] = {
     "echo": _echo, "diffusers": _diffusers, "comfy": _comfy,
 }  # fmt: skip
-"""Names to makers; the heavy import happens inside the maker."""
+"""Names to makers, which import what their backend needs."""
 
 
 def make_backend(name: str, options: Mapping[str, Any] | None = None) -> Backend:
-    """The backend of that name; ``options`` are its own (ComfyUI's folder and flags).
+    """Make a backend.
+
+    Args:
+        options: what the backend of this name needs: ``root``, ``device`` and ``flags`` for ``comfy``.
 
     Raises:
-        ConfigError: names those there are.
+        ConfigError: no backend has this name, or ``options`` do not lead to ComfyUI.
     """
     if name not in BACKENDS:
         raise ConfigError(f"backend {name!r} does not exist", f"Use one of {', '.join(BACKENDS)}")

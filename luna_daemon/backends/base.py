@@ -24,7 +24,7 @@ class Model(Protocol):
     """Bytes of weights held in memory."""
 
     def properties(self) -> dict[str, Any]:
-        """Plain facts about it."""
+        """The model's attributes as plain data."""
         ...
 
 
@@ -32,15 +32,31 @@ class VaeModel(Model, Protocol):
     """A loaded VAE. Results are float32 on the CPU, contiguous."""
 
     def properties(self) -> dict[str, Any]:
-        """Plain facts: ``latent_channels``, ``downscale_ratio``, ``upscale_ratio``, ``dtype``, ``device`` ..."""
+        """Attributes: ``latent_channels``, ``downscale_ratio``, ``upscale_ratio``, ``dtype``, ``device``, ``class``."""
         ...
 
     def encode(self, pixels: torch.Tensor, tiling: Tiling | None, step: Step) -> tuple[torch.Tensor, list[str]]:
-        """Encode ``[B,H,W,C]`` float32 in 0..1 to latents ``[B,C,h,w]``; also notes for the caller."""
+        """Encode ``[B,H,W,C]`` float32 in 0..1.
+
+        Returns:
+            Latents ``[B,C,h,w]``; notes for the caller.
+
+        Raises:
+            BadRequest: pixels or tiles that the model does not take.
+            OutOfMemory: no room on the device, even for tiles.
+        """
         ...
 
     def decode(self, latents: torch.Tensor, tiling: Tiling | None, step: Step) -> tuple[torch.Tensor, list[str]]:
-        """Decode latents ``[B,C,h,w]`` to ``[B,H,W,C]`` float32 in 0..1; also notes for the caller."""
+        """Decode latents ``[B,C,h,w]`` of any float dtype.
+
+        Returns:
+            Pixels ``[B,H,W,C]`` in 0..1; notes for the caller.
+
+        Raises:
+            BadRequest: latents or tiles that the model does not take.
+            OutOfMemory: no room on the device, even for tiles.
+        """
         ...
 
 
@@ -48,7 +64,7 @@ class TextModel(Model, Protocol):
     """One or more text encoders that make one conditioning. Results are float32 on the CPU, contiguous."""
 
     def properties(self) -> dict[str, Any]:
-        """Plain facts: ``encoders``, ``cond_dim``, ``pooled_dim``, ``dtype``, ``device``, ``class``."""
+        """Attributes: ``encoders``, ``cond_dim``, ``pooled_dim``, ``dtype``, ``device``, ``class``."""
         ...
 
     def tokenize(self, text: str) -> Tokens:
@@ -56,7 +72,19 @@ class TextModel(Model, Protocol):
         ...
 
     def encode(self, tokens: Tokens, layer: int | None, unprojected: bool) -> dict[str, torch.Tensor]:
-        """Encode to ``{"cond": [1,T,D], "pooled_output": [1,P]}``."""
+        """Encode tokens.
+
+        Args:
+            layer: the hidden layer to take, negative from the end; ``None`` is the family's own.
+            unprojected: leave out the pooled vector's projection.
+
+        Returns:
+            ``{"cond": [1,T,D], "pooled_output": [1,P]}``.
+
+        Raises:
+            BadRequest: tokens or a layer that the model does not have.
+            OutOfMemory: no room on the device.
+        """
         ...
 
 
@@ -70,13 +98,14 @@ class Backend(Protocol):
         ...
 
     def devices(self) -> list[str]:
-        """Devices it can use, best first: ``cuda:0`` ... ``cpu``."""
+        """Devices that the backend can use, best first: ``cuda:0`` ... ``cpu``."""
         ...
 
     def load(self, spec: LoadSpec) -> Model:
         """Load a model.
 
         Raises:
+            ConfigError: no such device, precision or family.
             ModelLoadError: the files are not a model of this kind, truncated, or of an unknown layout.
             OutOfMemory: no room on the device.
         """

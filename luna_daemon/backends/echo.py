@@ -1,4 +1,4 @@
-"""The diagnostic backend: no model and no torch. It times the way of a request, and nothing else."""
+"""The diagnostic backend, without models and torch: what a request costs apart from computing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SLICE_S = 0.02
 
 
 class EchoModel:
-    """Answers a fixed pattern of the size asked for."""
+    """Answers with as many bytes as are asked for."""
 
     nbytes = 0
 
@@ -20,10 +20,11 @@ class EchoModel:
         self._answer = memoryview(b"")
 
     def properties(self) -> dict[str, Any]:
+        """The class, and nothing else."""
         return {"class": "echo"}
 
     def echo(self, nbytes: int, seconds: float, step: Step) -> memoryview:
-        """``nbytes`` bytes, after ``seconds`` of pretended work that can be cancelled and shows progress."""
+        """Return ``nbytes`` zeros, after ``seconds`` of pretended work that shows progress and can be cancelled."""
         end = time.monotonic() + seconds
         slices = max(1, round(seconds / _SLICE_S))
         for done in range(slices if seconds else 0):
@@ -35,15 +36,18 @@ class EchoModel:
 
 
 class EchoBackend:
-    """Loads nothing."""
+    """Loads the echo model, whatever is asked for."""
 
     name = "echo"
 
     def versions(self) -> dict[str, str]:
+        """Nothing decides bits here."""
         return {}
 
     def devices(self) -> list[str]:
+        """The CPU."""
         return ["cpu"]
 
     def load(self, spec: LoadSpec) -> EchoModel:
+        """Make an echo model."""
         return EchoModel()

@@ -23,7 +23,7 @@ def _load(kind: ModelKind, files: Sequence[Path | str], type: str, device: str, 
     return make_backend("diffusers").load(spec)
 
 
-def _no_step(done: int, total: int) -> None:
+def _ignore(done: int, total: int) -> None:
     """Local calls show no progress."""
 
 
@@ -31,26 +31,30 @@ class LocalVAE:
     """A VAE in this process, with ``DaemonVAE``'s methods.
 
     Args:
-        files: its file, or the two of a split TAESD.
+        files: the VAE's file, or the two of a split TAESD.
         device, precision: as in the settings.
 
     Raises:
-        ModelLoadError: not a VAE.
+        ConfigError, ModelLoadError, OutOfMemory: see ``Backend.load``.
     """
 
     def __init__(self, *files: Path | str, device: str = "auto", precision: str = "auto") -> None:
         self.model = _load(ModelKind.VAE, files, "", device, precision)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Encode ``[B,H,W,C]`` in 0..1 to latents ``[B,C,h,w]``; raises as ``VaeModel.encode``."""
         return self._run(self.model.encode, pixels, None)
 
     def decode(self, samples: torch.Tensor) -> torch.Tensor:
+        """Decode latents ``[B,C,h,w]`` to pixels ``[B,H,W,C]`` in 0..1; raises as ``VaeModel.decode``."""
         return self._run(self.model.decode, samples, None)
 
     def encode_tiled(self, pixels: torch.Tensor, **tiling: int) -> torch.Tensor:
+        """Encode in tiles of ``tile_x``, ``tile_y`` and ``overlap`` pixels."""
         return self._run(self.model.encode, pixels, Tiling(**tiling))
 
     def decode_tiled(self, samples: torch.Tensor, **tiling: int) -> torch.Tensor:
+        """Decode in tiles of ``tile_x``, ``tile_y`` and ``overlap`` latent units."""
         return self._run(self.model.decode, samples, Tiling(**tiling))
 
     @staticmethod
@@ -58,8 +62,8 @@ class LocalVAE:
         import torch
 
         with torch.inference_mode():
-            out: torch.Tensor = work(tensor, tiling, _no_step)[0]
-        return out
+            result: torch.Tensor = work(tensor, tiling, _ignore)[0]
+        return result
 
 
 class LocalCLIP:
@@ -68,6 +72,10 @@ class LocalCLIP:
     Args:
         files: the encoders' files.
         type: family (``sd15``, ``sdxl``, ``sd3``, ``flux``).
+        device, precision: as in the settings.
+
+    Raises:
+        ConfigError, ModelLoadError, OutOfMemory: see ``Backend.load``.
     """
 
     def __init__(self, *files: Path | str, type: str = "sdxl", device: str = "auto", precision: str = "auto") -> None:
@@ -75,26 +83,31 @@ class LocalCLIP:
         self.layer_idx: int | None = None
 
     def clone(self) -> LocalCLIP:
+        """Another object with the same weights and a layer of its own."""
         other = LocalCLIP.__new__(LocalCLIP)
         other.__dict__.update(self.__dict__)
         return other
 
     def clip_layer(self, layer_idx: int) -> None:
+        """Take a hidden layer's output from now on: -1 is the last, -2 the penultimate."""
         self.layer_idx = layer_idx
 
     def tokenize(self, text: str) -> dict[str, Any]:
+        """Split a prompt into weighted chunks per encoder."""
         return dict(self.model.tokenize(text))
 
     def encode_from_tokens(
         self, tokens: dict[str, Any], return_pooled: bool | str = False, return_dict: bool = False
     ) -> Any:
+        """Encode to ``cond`` ``[1,T,D]``, and ``pooled`` ``[1,P]`` if asked; see ``TextModel.encode``."""
         import torch
 
         with torch.inference_mode():
-            found = self.model.encode(tokens, self.layer_idx, return_pooled == "unprojected")
+            encoded = self.model.encode(tokens, self.layer_idx, return_pooled == "unprojected")
         if return_dict:
-            return found
-        return (found["cond"], found["pooled_output"]) if return_pooled else found["cond"]
+            return encoded
+        return (encoded["cond"], encoded["pooled_output"]) if return_pooled else encoded["cond"]
 
     def encode(self, text: str) -> Any:
+        """Encode a prompt to ``cond`` ``[1,T,D]``."""
         return self.encode_from_tokens(self.tokenize(text))

@@ -1,7 +1,7 @@
-"""The ``luna-daemon`` command: run the daemon, and ask, fill, measure and stop a running one.
+"""The ``luna-daemon`` command: runs the daemon, and queries, reloads, measures and stops a running one.
 
-``serve`` must listen as fast as it can, so what only other commands need is imported inside them. Facts go to
-stdout, everything else to stderr.
+``serve`` must listen as fast as it can, so each command imports inside itself what only that command needs. Results go
+to stdout, everything else to stderr.
 """
 
 from __future__ import annotations
@@ -18,8 +18,27 @@ import typer
 from .. import __version__
 from ..core import AuthenticationError, DaemonConnectionError, LunaError, logger
 from ..system import logs
-from ..system.units import count
-from .terminal import LOADED, Bar, loaded_rows, print_json, show_checks, show_status, tables
+from ..system.ports import answers
+from . import models
+from .lora import lora_app
+from .options import (
+    AsJson,
+    Backend,
+    ComfyUI,
+    ComfyUIPython,
+    Config,
+    Device,
+    Host,
+    ModelDirs,
+    Port,
+    Precision,
+    Runtime,
+    Service,
+    WsPort,
+    client_for,
+    dial,
+)
+from .terminal import print_json, show_checks, show_status
 
 if TYPE_CHECKING:
     from ..client import DaemonClient
@@ -33,49 +52,18 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-_HOST = typer.Option(metavar="HOST", help="Address of the daemon [127.0.0.1].")
-_PORT = typer.Option(metavar="PORT", help="Port of the daemon [19283].")
-_WS_PORT = typer.Option(metavar="PORT", help="Port of its status page [19284].")
-_CONFIG = typer.Option(metavar="FILE", help="Configuration file [luna.toml in this folder].")
-_RUNTIME = typer.Option("--runtime-dir", metavar="FOLDER", help="Folder of its token [one per user].")
-_COMFYUI = typer.Option(metavar="FOLDER", help="ComfyUI's folder [COMFYUI_PATH].")
-_COMFYUI_PYTHON = typer.Option(metavar="FILE", help="The interpreter that runs it [COMFYUI_PYTHON].")
-_MODEL_DIR = typer.Option(metavar="FOLDER", help="A folder with models; may be repeated.")
-_DEVICE = typer.Option(metavar="DEVICE", help="auto, cpu, cuda:1 or a GPU's UUID [auto].")
-_BACKEND = typer.Option(metavar="NAME", help="What runs the models: auto, comfy or diffusers [auto].")
-_SERVICE = typer.Option(metavar="NAME", help="What work to accept: full, vae or clip [full].")
-_PRECISION = typer.Option(metavar="NAME", help="auto, fp32, fp16 or bf16 [auto].")
 _LOG_LEVEL = typer.Option(metavar="LEVEL", help="DEBUG, INFO, WARNING or ERROR [INFO].")
 _LOG_JSON = typer.Option("--log-json", help="Log one JSON object per line.")
 _LOG_FILE = typer.Option(metavar="FILE", help="Log to this file too, rotated at 5 MB.")
-_INTERVAL = typer.Option(metavar="SECONDS", help="How often it is drawn anew.", min=0.1)
-_ONCE = typer.Option("--once", help="Print one picture and end.")
-_KIND = typer.Option(metavar="KIND", help="What to load of it: vae, clip or all.")
-_PIN = typer.Option("--pin", help="Keep it loaded until it is unloaded.")
-_TIMEOUT = typer.Option(metavar="SECONDS", help="How long to wait for its end.", min=0)
+_INTERVAL = typer.Option(metavar="SECONDS", help="Time between two updates.", min=0.1)
+_ONCE = typer.Option("--once", help="Print the tables once and end.")
+_TIMEOUT = typer.Option(metavar="SECONDS", help="Longest wait for the daemon's end.", min=0)
 _ROUNDS = typer.Option(metavar="COUNT", help="How often each call is timed.", min=1)
-_RENEW = typer.Option("--renew", help="Make another; whoever has the old one is locked out.")
-_JSON = typer.Option("--json", help="Print one JSON document and nothing else.")
-
-Host = Annotated[str | None, _HOST]
-Port = Annotated[int | None, _PORT]
-WsPort = Annotated[int | None, _WS_PORT]
-Config = Annotated[Path | None, _CONFIG]
-Runtime = Annotated[Path | None, _RUNTIME]
-ComfyUI = Annotated[Path | None, _COMFYUI]
-ComfyUIPython = Annotated[Path | None, _COMFYUI_PYTHON]
-ModelDirs = Annotated[list[Path] | None, _MODEL_DIR]
-Device = Annotated[str | None, _DEVICE]
-Backend = Annotated[str | None, _BACKEND]
-Precision = Annotated[str | None, _PRECISION]
-Service = Annotated[str | None, _SERVICE]
-AsJson = Annotated[bool, _JSON]
+_RENEW = typer.Option("--renew", help="Make a new token; clients that have the old one are refused.")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command; ends with 0, 1 (no daemon, or it said no), 2 (wrong usage or setting) or 3 (port in use)."""
-    from . import lora  # noqa: F401 (adds its commands)
-
+    """Run the command; ends with 0, 1 (no daemon, or an error), 2 (wrong usage or setting) or 3 (port in use)."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
         app(arguments, prog_name="luna-daemon")
@@ -87,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(error.exit_code) from None
 
 
-def _say_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"luna-daemon {__version__}")
         raise typer.Exit
@@ -96,7 +84,7 @@ def _say_version(wanted: bool) -> None:
 @app.callback()
 def _common(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_say_version, is_eager=True)
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
     logging.basicConfig(format="luna-daemon: %(message)s", level=logging.WARNING)
@@ -104,24 +92,14 @@ def _common(
 
 @app.command()
 def serve(
-    host: Host = None,
-    port: Port = None,
-    ws_port: WsPort = None,
-    config: Config = None,
-    comfyui: ComfyUI = None,
-    comfyui_python: ComfyUIPython = None,
-    model_dir: ModelDirs = None,
-    vae_device: Device = None,
-    clip_device: Device = None,
-    backend: Backend = None,
-    service_type: Service = None,
-    log_level: Annotated[str | None, _LOG_LEVEL] = None,
-    log_json: Annotated[bool, _LOG_JSON] = False,
-    log_file: Annotated[Path | None, _LOG_FILE] = None,
-    runtime_dir: Runtime = None,
-) -> None:
+    host: Host = None, port: Port = None, ws_port: WsPort = None, config: Config = None,
+    comfyui: ComfyUI = None, comfyui_python: ComfyUIPython = None, model_dir: ModelDirs = None,
+    vae_device: Device = None, clip_device: Device = None, backend: Backend = None, service_type: Service = None,
+    log_level: Annotated[str | None, _LOG_LEVEL] = None, log_json: Annotated[bool, _LOG_JSON] = False,
+    log_file: Annotated[Path | None, _LOG_FILE] = None, runtime_dir: Runtime = None,
+) -> None:  # fmt: skip
     """Run the daemon until Ctrl-C or 'luna-daemon stop'."""
-    logs.set_up(log_json)  # the settings may warn already
+    logs.set_up(log_json)  # loading the settings may log warnings
     from ..daemon_server import LunaDaemon
 
     daemon = LunaDaemon(
@@ -140,8 +118,8 @@ def status(
     host: Host = None, port: Port = None, ws_port: WsPort = None, config: Config = None,
     runtime_dir: Runtime = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Show what the running daemon does and holds."""
-    with _dial(host, port, config, runtime_dir) as client:
+    """Show what the running daemon does and which models it holds."""
+    with dial(host, port, config, runtime_dir) as client:
         info = client.get_daemon_info()
         if as_json:
             print_json(info)
@@ -155,81 +133,19 @@ def top(
     once: Annotated[bool, _ONCE] = False,
     host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
 ) -> None:  # fmt: skip
-    """Watch the daemon: q or Ctrl-C ends it."""
+    """Show a live view of the daemon; q or Ctrl-C quits."""
     from .top import print_once, watch
 
     if once or not sys.stdout.isatty():
-        with _dial(host, port, config, runtime_dir) as client:
+        with dial(host, port, config, runtime_dir) as client:
             print_once(client.get_daemon_info(), f"{client.host}:{client.port}")
     else:
-        with _client(host, port, config, runtime_dir) as client:
+        with client_for(host, port, config, runtime_dir) as client:
             watch(client, interval)
 
 
-@app.command()
-def models(
-    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
-    as_json: AsJson = False,
-) -> None:  # fmt: skip
-    """List the models by name, and those loaded."""
-    with _dial(host, port, config, runtime_dir) as client:
-        listing = client.models()
-    if as_json:
-        print_json(listing)
-        return
-    named = [
-        (name, model["type"], kind, "\n".join(model[kind]))
-        for name, model in listing["named"].items()
-        for kind in ("vae", "clip")
-        if model[kind]
-    ]
-    tables(("Named", "name type kind files", named), ("Loaded", LOADED, loaded_rows(listing)))
-
-
-@app.command()
-def warm(
-    name: Annotated[str, typer.Argument(help="A name that 'luna-daemon models' lists.")],
-    kind: Annotated[str, _KIND] = "all",
-    pin: Annotated[bool, _PIN] = False,
-    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
-    as_json: AsJson = False,
-) -> None:  # fmt: skip
-    """Load a model before the first request needs it."""
-    from ..wire.messages import ModelRef
-
-    loaded = {}
-    with _dial(host, port, config, runtime_dir) as client:
-        for one in _kinds(client, name, kind):
-            with Bar(f"{name} ({one})") as bar:
-                loaded[one] = client.warm(ModelRef(one, name), pin, bar.progress)
-        info = client.get_daemon_info()
-    if as_json:
-        print_json({"model": name, "pinned": pin, "loaded": loaded})
-        return
-    for one, properties in loaded.items():
-        # Which of its kind was pinned before is not told: then nothing is promised.
-        pinned_before = any(key.startswith(f"{one}:") for key in info["models"]["pinned"])
-        until = "" if pinned_before else f" until it has been idle for {info['idle_timeout_s']:g} s; --pin keeps it"
-        typer.echo(f"{name} ({one}) is loaded{' and pinned' if pin else until}")
-        tables(("", "property value", [(key, str(value)) for key, value in properties.items()]))
-
-
-@app.command()
-def unload(
-    name: Annotated[str | None, typer.Argument(help="A model's name.", show_default="all models")] = None,
-    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
-    as_json: AsJson = False,
-) -> None:  # fmt: skip
-    """Give the memory of one model, or of all, back."""
-    from ..wire.messages import ModelRef, ModelUnload
-
-    with _dial(host, port, config, runtime_dir) as client:
-        refs = [ModelRef(kind, name) for kind in _kinds(client, name, "all")] if name else [None]
-        gone = sum(client.call(ModelUnload(ref)).result["unloaded"] for ref in refs)
-    if as_json:
-        print_json({"unloaded": gone})
-    else:
-        typer.echo(f"unloaded {count(gone, 'model')}")
+for command in (models.models, models.warm, models.unload):
+    app.command()(command)
 
 
 @app.command()
@@ -238,22 +154,22 @@ def token(
     host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Print the token that lets clients in."""
+    """Print the token that clients show the daemon."""
     from ..system.runtime import find_token
     from ..wire.messages import TokenRenew
 
-    with _dial(host, port, config, runtime_dir) as client:
+    with dial(host, port, config, runtime_dir) as client:
         if renew:
             client.call(TokenRenew())
-        found = find_token(client.port, client.runtime_dir, {})
-    if not found:
+        text = find_token(client.port, client.runtime_dir, {})
+    if not text:
         raise AuthenticationError(
-            f"the token of {client.host}:{client.port} is not on this machine", "Ask on the daemon's own"
+            f"the token of {client.host}:{client.port} is not on this machine", "Run this on the daemon's machine"
         )
     if as_json:
-        print_json({"token": found, "renewed": renew})
+        print_json({"token": text, "renewed": renew})
     else:
-        typer.echo(found)
+        typer.echo(text)
 
 
 @app.command()
@@ -261,17 +177,17 @@ def reload(
     host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Take new settings without a stop."""
+    """Apply changed settings without a restart."""
     from ..wire.messages import Reload
 
-    with _dial(host, port, config, runtime_dir) as client:
-        found = client.call(Reload()).result
+    with dial(host, port, config, runtime_dir) as client:
+        changes = client.call(Reload()).result
     if as_json:
-        print_json(found)
+        print_json(changes)
         return
-    typer.echo(f"taken: {', '.join(found['taken']) or 'nothing has changed'}")
-    if found["restart"]:
-        typer.echo(f"only after a restart: {', '.join(found['restart'])}")
+    typer.echo(f"applied: {', '.join(changes['taken']) or 'nothing has changed'}")
+    if changes["restart"]:
+        typer.echo(f"needs a restart: {', '.join(changes['restart'])}")
 
 
 @app.command()
@@ -282,22 +198,22 @@ def stop(
 ) -> None:  # fmt: skip
     """Let running requests finish, then end the daemon."""
     began = time.monotonic()
-    with _dial(host, port, config, runtime_dir) as client:
+    with dial(host, port, config, runtime_dir) as client:
         info = client.get_daemon_info()
         client.shutdown()
-        gone = _end_of(client, info["pid"])
-    while not gone() and time.monotonic() - began < timeout:
+        has_stopped = _end_of(client, info["pid"])
+    while not has_stopped() and time.monotonic() - began < timeout:
         time.sleep(0.02)
-    ended, waited = gone(), time.monotonic() - began
-    facts = {"status": "stopped" if ended else "draining", "pid": info["pid"], "waited_s": round(waited, 3)}
+    ended, waited = has_stopped(), time.monotonic() - began
     if as_json:
-        print_json(facts)
+        state = "stopped" if ended else "draining"
+        print_json({"status": state, "pid": info["pid"], "waited_s": round(waited, 3)})
     elif ended:
         typer.echo(f"Luna Daemon (pid {info['pid']}) has stopped after {waited:.1f} s")
     if not ended:
         typer.echo(
-            f"luna-daemon: process {info['pid']} still finishes its requests after {waited:.0f} s. "
-            "Wait, or end the process",
+            f"luna-daemon: process {info['pid']} still finishes requests after {waited:.0f} s. "
+            "Wait, or kill the process",
             err=True,
         )
         raise typer.Exit(1)
@@ -310,9 +226,9 @@ def doctor(
     vae_device: Device = None, clip_device: Device = None, backend: Backend = None,
     runtime_dir: Runtime = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Check machine and settings, and say what to do.
+    """Check machine and settings, and say how to fix each problem.
 
-    Takes the options of 'serve' that decide what is loaded and where, and checks what would be served.
+    Give the options that 'serve' is to be given: what they mean is checked.
     """
     from .doctor import examine
 
@@ -337,9 +253,9 @@ def bench(
     host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Time calls on this machine beside a memory copy.
+    """Compare calls on this machine with a memory copy.
 
-    Uses the running daemon, or one of its own for as long as it takes.
+    Measures the running daemon; without one, starts a daemon for the measurement.
     """
     from contextlib import ExitStack
 
@@ -347,7 +263,7 @@ def bench(
 
     with ExitStack() as stack:
         try:
-            client, own = _dial(host, port, config, runtime_dir), False
+            client, own = dial(host, port, config, runtime_dir), False
         except DaemonConnectionError:
             client, own = own_daemon(stack, config), True
         numbers = measure(stack.enter_context(client), rounds)
@@ -364,7 +280,7 @@ def tray(
     device: Device = None, vae_precision: Precision = None, clip_precision: Precision = None,
     service_type: Service = None, runtime_dir: Runtime = None,
 ) -> None:  # fmt: skip
-    """Start, watch and stop the daemon from a tray icon."""
+    """Show a tray icon that starts, watches and stops the daemon."""
     logs.set_up()
     from ..daemon_server import LunaDaemon
     from ..tray_app import TrayRunning, TrayUnavailable, run_tray
@@ -383,79 +299,25 @@ def tray(
         raise typer.Exit(1 if isinstance(error, TrayRunning) else 2) from None
 
 
-# --- reaching the daemon ---
-
-
-def _dial(host: str | None, port: int | None, config: Path | None, runtime_dir: Path | None) -> DaemonClient:
-    """A client that has reached the daemon.
-
-    Raises:
-        DaemonConnectionError: none answers; one that is about to end is told from none at all.
-    """
-    from ..system.runtime import has_ended, read_facts, runtime_folder
-
-    client = _client(host, port, config, runtime_dir)
-    try:
-        client.ping()
-    except DaemonConnectionError as error:
-        pid = read_facts(client.port, client.runtime_dir).get("pid")
-        if pid is None or has_ended(pid, runtime_folder(client.port, client.runtime_dir)):
-            raise
-        raise DaemonConnectionError(
-            f"Luna Daemon (pid {pid}) does not answer on {client.host}:{client.port}",
-            "It is starting, or finishing its requests: ask again in a moment",
-        ) from error
-    return client
-
-
-def _client(host: str | None, port: int | None, config: Path | None, runtime_dir: Path | None) -> DaemonClient:
-    """A client of the daemon that the settings mean; nothing is dialled yet."""
-    from ..client import DaemonClient
-    from ..config import load_settings
-    from ..system.runtime import dial_host, runtime_folder
-
-    settings = load_settings({"host": host, "port": port, "runtime_dir": runtime_dir}, config_file=config)
-    # Given a folder, the client need not read the settings once more, and without --config.
-    folder = runtime_folder(settings.port, settings.runtime_dir).parent
-    return DaemonClient(dial_host(settings.host), settings.port, runtime_dir=folder, name="luna-daemon")
-
-
 def _end_of(client: DaemonClient, pid: int) -> Callable[[], bool]:
-    """Tells whether the daemon is gone: its process here, its socket on another machine."""
+    """Make a function that says whether the daemon has ended: its process here, its port on another machine."""
     from ..system.runtime import has_ended, read_facts, runtime_folder
 
     if read_facts(client.port, client.runtime_dir).get("pid") == pid:
         return lambda: has_ended(pid, runtime_folder(client.port, client.runtime_dir))
-
-    return lambda: not _listens(client.host, client.port)
-
-
-def _listens(host: str, port: int) -> bool:
-    import socket
-
-    try:
-        socket.create_connection((host, port), timeout=0.5).close()
-    except OSError:
-        return False
-    return True
+    return lambda: not answers(client.host, client.port)
 
 
 def _status_page(client: DaemonClient, info: dict[str, Any], asked: int | None) -> str:
-    """Where the daemon says that its page is; a port of the command line is tried instead, for a forwarded one."""
+    """Give the address of the status page; a port of the command line goes first, since ports may be forwarded."""
     from ..system.runtime import page_address
 
     ws_port, tls = info["ws_port"], info["tls"]
     if asked is not None and asked != ws_port:
         address = page_address(tls, client.host, asked) + "/"
-        return address if _listens(client.host, asked) else f"{address} does not answer"
-    starts = "none: its port is taken, or the daemon has just started"
-    return page_address(tls, client.host, ws_port) + "/" if ws_port else starts
+        return address if answers(client.host, asked) else f"{address} does not answer"
+    no_page = "none: its port is taken, or the daemon has just started"
+    return page_address(tls, client.host, ws_port) + "/" if ws_port else no_page
 
 
-def _kinds(client: DaemonClient, name: str, kind: str) -> list[str]:
-    """Which kinds of a named model are meant. An unknown name passes: the daemon's own refusal is better."""
-    if kind not in ("vae", "clip", "all"):
-        raise typer.BadParameter(f"{kind!r} is not one of vae, clip, all", param_hint="--kind")
-    named = client.models()["named"]
-    model = named.get(name) or named.get(name.lower()) or {"vae": ["?"]}
-    return [kind] if kind != "all" else [one for one in ("vae", "clip") if model.get(one)]
+app.add_typer(lora_app, name="lora")

@@ -1,4 +1,4 @@
-"""``luna-daemon lora``: what the LoRA cache holds, and to fill it, keep something in it, empty it."""
+"""``luna-daemon lora``: lists, fills and empties the LoRA cache of the daemon."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ import typer
 
 from ..core import LunaError
 from ..system.units import count, size, span
-from .cli import AsJson, Config, Host, Port, Runtime, _dial, app
+from .options import AsJson, Config, Host, Port, Runtime, dial
 from .terminal import Bar, print_json, tables
 
 _NAMES = typer.Argument(metavar="NAME", help="LoRAs as ComfyUI lists them, files, or folders of files.")
 _NAME = typer.Argument(help="A LoRA's name, or its file.")
-_ALL = typer.Option("--all", help="Every LoRA that is not pinned.")
+_ALL = typer.Option("--all", help="All LoRAs that are not pinned.")
 
 lora_app = typer.Typer(
     help="List, warm, pin and evict the LoRAs kept in RAM.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-app.add_typer(lora_app, name="lora")
 
 
 @lora_app.command("ls")
@@ -30,8 +29,8 @@ def list_(
     host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """List the LoRAs in the cache, the last used first."""
-    with _dial(host, port, config, runtime_dir) as client:
+    """List the cached LoRAs, the most recently used first."""
+    with dial(host, port, config, runtime_dir) as client:
         stats = client.lora_stats()
     if as_json:
         print_json(stats)
@@ -56,11 +55,11 @@ def warm(
     host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Load LoRAs into the cache before somebody needs them."""
-    wanted = [one for name in names for one in _files(name)]
+    """Load LoRAs into the cache before the first use."""
+    wanted = [file for name in names for file in _files(name)]
     warmed: list[dict[str, Any]] = []
     refused: list[str] = []
-    with _dial(host, port, config, runtime_dir) as client, Bar("LoRAs") as bar:
+    with dial(host, port, config, runtime_dir) as client, Bar("LoRAs") as bar:
         for number, name in enumerate(wanted):
             bar.show(number, len(wanted), Path(name).name)
             try:
@@ -84,15 +83,15 @@ def warm(
 
 
 def _files(name: str) -> list[str]:
-    """What a name on the command line stands for: itself, or the LoRA files in a folder and below it."""
+    """Resolve a name of the command line: a folder to the LoRA files in it, a file to its path; others stay."""
     from ..lora.folders import ENDINGS
 
     path = Path(name)
     if path.is_dir():
-        found = [str(file.absolute()) for file in path.rglob("*") if file.suffix.lower() in ENDINGS]
-        if not found:
+        files = [str(file.absolute()) for file in path.rglob("*") if file.suffix.lower() in ENDINGS]
+        if not files:
             raise typer.BadParameter(f"there is no LoRA file in {name}", param_hint="NAME")
-        return sorted(found)
+        return sorted(files)
     return [str(path.absolute()) if path.is_file() else name]
 
 
@@ -103,8 +102,8 @@ def pin(
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Load a LoRA and keep it until it is unpinned or evicted."""
-    with _dial(host, port, config, runtime_dir) as client:
-        _say_pin(client.pin_lora(_files(name)[0]), True, as_json)
+    with dial(host, port, config, runtime_dir) as client:
+        _print_pin(client.pin_lora(_files(name)[0]), True, as_json)
 
 
 @lora_app.command("unpin")
@@ -113,12 +112,12 @@ def unpin(
     host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Let a pinned LoRA go when room is needed."""
-    with _dial(host, port, config, runtime_dir) as client:
-        _say_pin(client.pin_lora(name, False), False, as_json)
+    """Allow a pinned LoRA to be evicted when room is needed."""
+    with dial(host, port, config, runtime_dir) as client:
+        _print_pin(client.pin_lora(name, False), False, as_json)
 
 
-def _say_pin(name: str, pinned: bool, as_json: bool) -> None:
+def _print_pin(name: str, pinned: bool, as_json: bool) -> None:
     if as_json:
         print_json({"name": name, "pinned": pinned})
     else:
@@ -132,12 +131,12 @@ def evict(
     host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Forget a LoRA, or with --all every one that is not pinned."""
+    """Remove a LoRA from the cache, or all that are not pinned."""
     if everything == (name is not None):
         raise typer.BadParameter("name one LoRA, or give --all", param_hint="NAME")
-    with _dial(host, port, config, runtime_dir) as client:
-        gone = client.evict_lora(name)
+    with dial(host, port, config, runtime_dir) as client:
+        evicted = client.evict_lora(name)
     if as_json:
-        print_json({"evicted": gone})
+        print_json({"evicted": evicted})
     else:
-        typer.echo(f"evicted {count(len(gone), 'LoRA')}")
+        typer.echo(f"evicted {count(len(evicted), 'LoRA')}")

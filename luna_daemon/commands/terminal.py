@@ -1,4 +1,4 @@
-"""What the command's answers look like: tables, sizes and bars for people, JSON for scripts."""
+"""Output of the commands: tables and progress bars for people, JSON for scripts."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..wire.messages import Progress
-    from .doctor import Check
 
 LOADED = "model >memory pinned"
 
 
 def print_json(document: Any) -> None:
+    """Print an indented JSON document to stdout."""
     typer.echo(json.dumps(document, indent=2))
 
 
@@ -31,7 +31,7 @@ def _console(stderr: bool = False) -> Console:
 
 
 def tables(*tables: tuple[str, str, Sequence[tuple[str, ...]]]) -> None:
-    """Print tables of (title, column names, rows); ``>`` before a name sets a column to the right."""
+    """Print tables of (title, column names, rows); ``>`` before a name aligns the column to the right."""
     from rich import box
     from rich.table import Table
 
@@ -50,11 +50,13 @@ def tables(*tables: tuple[str, str, Sequence[tuple[str, ...]]]) -> None:
 
 
 def loaded_rows(listing: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Make the rows of a table with the columns ``LOADED`` from bytes per ``loaded`` key and the ``pinned`` keys."""
     pinned = listing["pinned"]
     return [(key, size(nbytes), "yes" if key in pinned else "") for key, nbytes in listing["loaded"].items()]
 
 
 def show_status(info: dict[str, Any], address: str, page: str) -> None:
+    """Print an ``info`` of the daemon at ``address``, with the address of its status page."""
     typer.echo(
         f"Luna Daemon {info['version']} is {info['status']} on {address} "
         f"(pid {info['pid']}, {size(info['rss'])}) for {span(info['uptime_s'])}"
@@ -75,13 +77,13 @@ def show_status(info: dict[str, Any], address: str, page: str) -> None:
         ("Workers", "># >pid state device models >memory >requests", workers),
         *([("ComfyUIs", ">worker version torch folder flags", comfyuis)] if comfyuis else []),
         ("Loaded models", LOADED, loaded_rows({"loaded": loaded, "pinned": info["models"]["pinned"]})),
-        ("Clients", "name >pid transport >holds >in_flight", clients),
+        ("Clients", "name >pid transport >memory >in_flight", clients),
         ("GPUs", "># name >used >total", gpus),
     )
 
 
 def _comfyui_rows(workers: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """Per worker that runs a ComfyUI which one, by its folder and the flags that decide bits."""
+    """Make a row for each worker that runs a ComfyUI: its folder, and the flags that change results."""
     return [
         (str(w["number"]), w["versions"].get("comfyui", ""), w["versions"].get("torch", ""), w["comfyui"]["root"],
          " ".join(w["comfyui"]["flags"])) for w in workers if w["comfyui"]
@@ -111,24 +113,25 @@ def _status_rows(info: dict[str, Any], page: str) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
-def show_checks(checks: list[Check]) -> None:
+def show_checks(checks: Sequence[tuple[str, str, str, str]]) -> None:
+    """Print a row for each check (name, level, what was found, advice), and how many problems and warnings."""
     from rich.table import Table
     from rich.text import Text
 
     styles = {"ok": "green", "warning": "yellow", "problem": "bold red"}
     table = Table.grid(padding=(0, 2))
-    for check in checks:
-        text = Text(check.found)
-        if check.advice:
-            text.append(f"\n{check.advice}.", style="bold")
-        table.add_row(Text(check.level, style=styles[check.level]), check.name, text)
-    levels = [check.level for check in checks]
+    for name, level, found, advice in checks:
+        text = Text(found)
+        if advice:
+            text.append(f"\n{advice}.", style="bold")
+        table.add_row(Text(level, style=styles[level]), name, text)
+    levels = [level for _, level, _, _ in checks]
     sums = [count(levels.count(level), level) for level in ("problem", "warning")]
     _console().print(table, f"\n{', '.join(sums)}")
 
 
 class Bar:
-    """A bar on stderr while something takes long; it leaves no trace."""
+    """A progress bar on stderr that disappears at the end; nothing where stderr is not a terminal."""
 
     def __init__(self, title: str) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -139,13 +142,13 @@ class Bar:
         self._title, self._task = title, self._progress.add_task(title, total=None)
 
     def show(self, step: int, total: int, stage: str = "") -> None:
-        """Say how far it is; a ``total`` of 0 is unknown."""
+        """Show how many of ``total`` steps are done; a total of 0 is unknown."""
         text = f"{self._title}: {stage}" if stage else self._title
         self._progress.update(self._task, description=text, completed=step, total=total or None)
 
     def progress(self, message: Progress) -> None:
-        """What the daemon says while a call runs."""
-        if message.stage != "running":  # a mere sign of life: what was said before still holds
+        """Show a progress message of the daemon."""
+        if message.stage != "running":  # sent while nothing has changed: the stage before still holds
             self.show(message.step, message.total, message.stage)
 
     def __enter__(self) -> Bar:

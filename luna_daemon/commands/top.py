@@ -1,4 +1,4 @@
-"""``luna-daemon top``: what the daemon does, drawn anew every second in a terminal."""
+"""``luna-daemon top``: a live view of the daemon in the terminal."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from ..client import DaemonClient
 
 _WIDE = 110
-"""Columns from which tables stand side by side."""
-_LOOK_S = 0.1
+"""From this width of the terminal on tables are side by side."""
+_KEY_S = 0.1
+"""Longest wait for a key; a new answer is drawn as late."""
 _MOST_ROWS = 8
 _STYLES = {
     "running": "bold green", "draining": "bold yellow", "idle": "green", "busy": "bold cyan", "loading": "yellow",
@@ -36,13 +37,17 @@ _STYLES = {
 
 
 def print_once(info: dict[str, Any], address: str) -> None:
-    """One picture, for pipes and scripts that want to be read by people."""
+    """Print all tables once, as wide as the terminal."""
     console = Console(markup=False, highlight=False)
-    console.print(picture(info, address, console.width))
+    console.print(render(info, address, console.width))
 
 
 def watch(client: DaemonClient, interval: float) -> None:
-    """Draw until ``q`` or Ctrl-C; a daemon that goes away is waited for."""
+    """Draw until ``q`` or Ctrl-C; while the daemon does not answer, say so and keep asking.
+
+    Args:
+        interval: seconds between two questions.
+    """
     observer = _Observer(client, interval)
     console = Console(markup=False, highlight=False)
     drawn: Any = None
@@ -51,23 +56,23 @@ def watch(client: DaemonClient, interval: float) -> None:
         _keys() as pressed,
         Live(console=console, screen=True, auto_refresh=False) as live,
     ):
-        while pressed(_LOOK_S).lower() != "q" and not interrupted.is_set():
+        while pressed(_KEY_S).lower() != "q" and not interrupted.is_set():
             if (observer.seen, console.size) != drawn:
                 drawn = (observer.seen, console.size)
-                live.update(observer.picture(console.width), refresh=True)
+                live.update(observer.render(console.width), refresh=True)
 
 
 class _Observer:
-    """Asks in a thread of its own, so that a key works while the daemon does not answer."""
+    """Asks the daemon in a thread, so that keys work while the daemon does not answer."""
 
     def __init__(self, client: DaemonClient, interval: float) -> None:
         self.seen = 0
-        """How many answers, or silences, there were."""
+        """Number of questions that were answered or failed."""
         self._client = client
         self._interval = interval
         self._address = f"{client.host}:{client.port}"
         self._info: dict[str, Any] | None = None
-        self._why = "it was not asked yet"
+        self._why = "Waiting for the first answer"
         self._last: float | None = None
         threading.Thread(target=self._ask, name="luna-daemon top", daemon=True).start()
 
@@ -81,23 +86,28 @@ class _Observer:
             self.seen += 1
             time.sleep(self._interval)
 
-    def picture(self, width: int) -> RenderableType:
+    def render(self, width: int) -> RenderableType:
         info = self._info
-        return away(self._address, self._why, self._last) if info is None else picture(info, self._address, width)
+        return render_away(self._address, self._why, self._last) if info is None else render(info, self._address, width)
 
 
-def away(address: str, why: str, last: float | None) -> RenderableType:
-    """What is drawn while no daemon answers."""
+def render_away(address: str, why: str, last: float | None) -> RenderableType:
+    """Render that no daemon answers.
+
+    Args:
+        why: the error of the last question.
+        last: when a daemon answered last, in seconds since the epoch.
+    """
     seen = "" if last is None else f"Last seen at {time.strftime('%H:%M:%S', time.localtime(last))}. "
     return Group(
         Text.assemble(("Luna Daemon is away", "bold red"), f"  {address}"),
         Text(f"\n{why}"),
-        Text(f"\n{seen}It is asked again and again; q ends.", style="dim"),
+        Text(f"\n{seen}Still trying; q quits.", style="dim"),
     )
 
 
-def picture(info: dict[str, Any], address: str, width: int) -> RenderableType:
-    """All tables, side by side where the terminal is wide."""
+def render(info: dict[str, Any], address: str, width: int) -> RenderableType:
+    """Render all tables for a width in columns, side by side where there is room."""
     left = [_workers(info), _clients(info), _gpus(info)]
     right = [_latency(info), _caches(info), _loras(info), _events(info)]
     head = [_head(info, address), _load(info)]
@@ -109,9 +119,9 @@ def picture(info: dict[str, Any], address: str, width: int) -> RenderableType:
 
 
 def _head(info: dict[str, Any], address: str) -> Text:
-    facts = f"  {address}  up {span(info['uptime_s'])}  pid {info['pid']}, {size(info['rss'])}  {info['backend']}"
+    rest = f"  {address}  up {span(info['uptime_s'])}  pid {info['pid']}, {size(info['rss'])}  {info['backend']}"
     return Text.assemble(
-        (f"Luna Daemon {info['version']} ", "bold"), (info["status"], _STYLES.get(info["status"], "")), facts
+        (f"Luna Daemon {info['version']} ", "bold"), (info["status"], _STYLES.get(info["status"], "")), rest
     )  # fmt: skip
 
 
@@ -128,7 +138,7 @@ def _load(info: dict[str, Any]) -> Text:
 
 
 def _table(title: str, *columns: str) -> Table:
-    """A table; ``>`` before a name sets a column to the right."""
+    """Make an empty table; ``>`` before a name aligns the column to the right."""
     table = Table(
         title=f"\n{title}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False,
         show_edge=False, header_style="dim",
@@ -157,15 +167,15 @@ def _workers(info: dict[str, Any]) -> RenderableType:
 def _latency(info: dict[str, Any]) -> RenderableType | None:
     if not info["latency"]:
         return None
-    table = _table("Latency", "op", ">answers", ">median ms", ">95 % ms", ">mean ms")
-    for op, facts in sorted(info["latency"].items()):
-        total = str(info["requests"].get(op, facts["count"]))
-        table.add_row(op, total, *(f"{facts[name]:.1f}" for name in ("p50_ms", "p95_ms", "mean_ms")))
+    table = _table("Latency", "op", ">requests", ">median ms", ">p95 ms", ">mean ms")
+    for op, latency in sorted(info["latency"].items()):
+        total = str(info["requests"].get(op, latency["count"]))
+        table.add_row(op, total, *(f"{latency[name]:.1f}" for name in ("p50_ms", "p95_ms", "mean_ms")))
     return table
 
 
 def _caches(info: dict[str, Any]) -> RenderableType:
-    table = _table("Memory", "", ">entries", ">used", ">of", ">hits", ">misses")
+    table = _table("Memory", "", ">entries", ">used", ">limit", ">hits", ">misses")
     for name, cache in info["caches"].items():
         table.add_row(
             f"{name} cache", str(cache["entries"]), size(cache["bytes"]), size(cache["max_bytes"]),
@@ -181,22 +191,22 @@ def _loras(info: dict[str, Any]) -> RenderableType | None:
     loras = info["caches"]["lora"]["loras"]
     if not loras:
         return None
-    table = _table(f"LoRA, {min(len(loras), _MOST_ROWS)} used last of {len(loras)}", "name", ">memory", ">hits")
+    table = _table(f"LoRAs: {min(len(loras), _MOST_ROWS)} of {len(loras)}", "name", ">memory", ">hits")
     last = sorted(loras.items(), key=lambda item: -(item[1].get("last_used") or 0))
-    for name, facts in last[:_MOST_ROWS]:
-        table.add_row(name, size(facts["bytes"]), str(facts["hits"]))
+    for name, lora in last[:_MOST_ROWS]:
+        table.add_row(name, size(lora["bytes"]), str(lora["hits"]))
     return table
 
 
 def _clients(info: dict[str, Any]) -> RenderableType | None:
     clients = [client for client in info["clients"] if client["pid"] != os.getpid()]
     if not clients:
-        return Text("\nNo clients but this one.", style="dim")
-    table = _table(f"Clients: {len(clients)}", "name", ">pid", "tensors by", ">holds", ">in flight")
+        return Text("\nNo clients except this one.", style="dim")
+    table = _table(f"Clients: {len(clients)}", "name", ">pid", "transport", ">memory", ">in flight")
     for client in clients[:_MOST_ROWS]:
-        way = "shared memory" if client["shared_memory"] else "tcp"
+        transport = "shared memory" if client["shared_memory"] else "tcp"
         table.add_row(
-            client["name"], str(client["pid"]), way, size(client["leased_bytes"]), str(client["in_flight"])
+            client["name"], str(client["pid"]), transport, size(client["leased_bytes"]), str(client["in_flight"])
         )  # fmt: skip
     return table
 
@@ -204,7 +214,7 @@ def _clients(info: dict[str, Any]) -> RenderableType | None:
 def _gpus(info: dict[str, Any]) -> RenderableType | None:
     if not info["gpus"]:
         return None
-    table = _table("GPUs", ">#", "name", "", ">used", ">of")
+    table = _table("GPUs", ">#", "name", "", ">used", ">total")
     for gpu in info["gpus"]:
         bar = ProgressBar(total=gpu["total"], completed=gpu["used"], width=20)
         table.add_row(str(gpu["index"]), gpu["name"], bar, size(gpu["used"]), size(gpu["total"]))
@@ -214,7 +224,7 @@ def _gpus(info: dict[str, Any]) -> RenderableType | None:
 def _events(info: dict[str, Any]) -> RenderableType | None:
     if not info["scaling"]:
         return None
-    table = _table("Lately", "at", "what", ">worker", "")
+    table = _table("Recent events", "at", "event", ">worker", "")
     for event in reversed(info["scaling"][-_MOST_ROWS:]):
         at = time.strftime("%H:%M:%S", time.localtime(event["at"]))
         more = " ".join(str(event[name]) for name in ("model", "why") if name in event)
@@ -224,7 +234,7 @@ def _events(info: dict[str, Any]) -> RenderableType | None:
 
 @contextmanager
 def _interrupt() -> Iterator[threading.Event]:
-    """Set by Ctrl-C, which raises nothing meanwhile: raised while something is drawn or freed it may get lost."""
+    """Have Ctrl-C set an event instead of raising: an exception may get lost while something is drawn or freed."""
     interrupted = threading.Event()
     before = signal.signal(signal.SIGINT, lambda number, frame: interrupted.set())
     try:
@@ -235,7 +245,7 @@ def _interrupt() -> Iterator[threading.Event]:
 
 @contextmanager
 def _keys() -> Iterator[Callable[[float], str]]:
-    """A function that waits so many seconds for a key and returns it, or an empty text."""
+    """Give a function that waits so many seconds for a key and returns the key, or an empty string."""
     if not sys.stdin.isatty():
         yield _no_key
     elif sys.platform == "win32":

@@ -6,13 +6,13 @@ import errno
 import os
 import socket
 import ssl
-from contextlib import suppress
 from typing import Any
 
 import psutil
 
 from ..config import Settings
 from ..core import ConfigError, PortInUse, logger
+from ..system import ports
 from ..system.runtime import is_loopback, read_facts
 from ..wire.tls import server_context
 
@@ -48,15 +48,9 @@ def bind(settings: Settings) -> socket.socket:
         PortInUse: another process has the port, which the message names, or this user may not take it.
         ConfigError: the host is not an address of this machine.
     """
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    exclusive = getattr(socket, "SO_EXCLUSIVEADDRUSE", None)
-    # On Windows SO_REUSEADDR would let two daemons share the port; elsewhere it only skips TIME_WAIT.
-    listener.setsockopt(socket.SOL_SOCKET, exclusive or socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((settings.host, settings.port))
+        listener = ports.bind(settings.host, settings.port)
     except OSError as error:
-        listener.close()
         if error.errno not in (errno.EADDRINUSE, errno.EACCES):
             raise ConfigError(
                 f"setting 'host' is {settings.host!r}: {error.strerror or error}", "Use an address of this machine"
@@ -73,8 +67,5 @@ def _who_listens(settings: Settings) -> str:
     facts = read_facts(settings.port, settings.runtime_dir)
     if facts.get("pid") and psutil.pid_exists(int(facts["pid"])):
         return f"another Luna Daemon of yours (pid {facts['pid']})"
-    with suppress(psutil.Error, OSError):
-        for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == settings.port and connection.pid:
-                return f"{psutil.Process(connection.pid).name()!r} (pid {connection.pid})"
-    return "a process of another user"
+    holder = ports.listener(settings.port)
+    return f"{holder[0]!r} (pid {holder[1]})" if holder else "a process of another user"

@@ -139,8 +139,20 @@ def _refuse(why: str) -> None:
         raise ComfyRefused(f"{why}, so no worker runs it", _CURE)
 
 
+def is_comfyui(root: Path) -> bool:
+    """Return whether a folder holds ComfyUI's code."""
+    return (root / "comfy" / "sd.py").is_file()
+
+
+def version_of(root: Path) -> str:
+    """Read the version of the ComfyUI in a folder; empty if its files do not say."""
+    file = root / "comfyui_version.py"
+    version = _VERSION.search(file.read_text("utf-8", errors="replace")) if file.is_file() else None
+    return version[1] if version else ""
+
+
 def _must_be_comfyui(root: Path, python: Path) -> None:
-    if not (root / "comfy" / "sd.py").is_file():
+    if not is_comfyui(root):
         raise ComfyRefused(f"{root} is not ComfyUI: it has no comfy/sd.py", "Start the instance from its own folder")
     if not python.is_file() or not os.access(python, os.X_OK):
         raise ComfyRefused(f"interpreter {python} is not an executable file", "Use the one that runs ComfyUI")
@@ -148,11 +160,10 @@ def _must_be_comfyui(root: Path, python: Path) -> None:
 
 def _must_be_the_version(root: Path, version: str) -> None:
     """Refuse an instance that was started before its files were updated: a worker would run the new ones."""
-    file = root / "comfyui_version.py"
-    match = _VERSION.search(file.read_text("utf-8", errors="replace")) if version and file.is_file() else None
-    if match is not None and match[1] != version:
+    now = version_of(root) if version else ""
+    if now not in ("", version):
         raise ComfyRefused(
-            f"the instance runs ComfyUI {version}, but the files in {root} are of {match[1]}",
+            f"the instance runs ComfyUI {version}, but the files in {root} are of {now}",
             "Restart that ComfyUI",
         )
 

@@ -19,7 +19,7 @@ from ..wire import messages as m
 from ..wire.arena import ArenaView
 from ..wire.codec import ITEM_SIZES
 from ..wire.link import IsCancelled, Link, OnProgress
-from .identity import facts_of, same_file
+from .identity import identity_of, same_file
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,7 @@ def _own_file(name: str) -> m.FileId | None:
         facts = path.stat()
     except OSError:
         return None
-    return facts_of(name, facts)
+    return identity_of(name, facts)
 
 
 class _Map:

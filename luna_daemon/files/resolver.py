@@ -1,4 +1,4 @@
-"""From what a client names to files on disk: names, folders, identity. A path from the wire stays in the folders."""
+"""From a client's ``ModelRef`` to files on disk. A path from the wire leads nowhere outside of the model folders."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from ..config import NamedModel, Settings
+from ..config import Settings
 from ..core import BadRequest, ModelKind, ModelNotFound
 from ..wire.messages import ComfyId, FileId, LoadSpec, ModelRef
 from .identity import ON_ONE_DISK, check_same, file_id, first_existing, weight_files
@@ -43,32 +43,28 @@ class ModelResolver:
 
     Args:
         settings: named models, folders, devices, precisions.
-        base: folder that relative paths of the configuration file belong to.
+        base: the configuration file's folder, where its relative paths begin.
     """
 
     def __init__(self, settings: Settings, base: Path | None = None) -> None:
         self.settings = settings
         self.base = base
         self.named = settings.named_models()
-        self.roots = [path.resolve() for path in self._roots()]
+        comfyui = [] if settings.comfyui_path is None else [settings.comfyui_path / "models"]
+        self.roots = [path.resolve() for path in [*comfyui, *settings.model_dirs]]
         self._digests: dict[FileId, str] = {}
 
-    def _roots(self) -> Iterable[Path]:
-        if self.settings.comfyui_path is not None:
-            yield self.settings.comfyui_path / "models"
-        yield from self.settings.model_dirs
-
     def resolve(self, ref: ModelRef, comfy: ComfyId | None = None) -> LoadSpec:
-        """The model to load.
+        """Find the files of a model, and how to load them.
 
         Args:
-            comfy: the ComfyUI that loads it, checked; its own model folder is one of ours then.
+            comfy: the ComfyUI to load the model with, already checked; its model folder counts as one of the daemon's.
 
         Raises:
             BadRequest: unknown kind, or both or neither of name and files.
             ModelNotFound: no such name or file; lists what was tried.
-            ModelMismatchError: the client's file is not this one.
-            DigestUnknown: ``hash`` this file first.
+            ModelMismatchError: the client's file is not the daemon's.
+            DigestUnknown: the file's digest must be computed with ``hash`` first.
         """
         if ref.kind == ModelKind.ECHO:
             return LoadSpec("echo", "echo", "", (), "cpu", "auto")
@@ -76,73 +72,66 @@ class ModelResolver:
             raise BadRequest(f"model kind {ref.kind!r} is unknown", "Use 'vae' or 'clip'")
         if bool(ref.name) == bool(ref.files):
             raise BadRequest("a model is given either by name or by files", f"Names: {', '.join(self.named)}")
-        kind = ModelKind(ref.kind)
         if ref.name:
-            model = self._named(ref.name)
-            names = model.vae if kind is ModelKind.VAE else model.clip
-            paths = [self._from_config(name, kind).resolve() for name in names]
-            if not paths:
-                raise ModelNotFound(f"model {ref.name!r} has no {kind.value}", "Add its files to the configuration")
-            return self._spec(kind, ref.type or model.type, paths, ref.checkpoint, comfy)
-        if self.settings.config_only:
-            raise ModelNotFound("models by file are switched off (config_only)", f"Names: {', '.join(self.named)}")
-        theirs = [] if comfy is None else [Path(os.path.realpath(os.path.join(comfy.root, "models")))]
-        paths = [self._from_client(file, kind, theirs) for file in ref.files]
-        return self._spec(kind, ref.type or self.settings.model_type, paths, ref.checkpoint, comfy)
+            family, paths = self._by_name(ref.name, ModelKind(ref.kind))
+        else:
+            family, paths = self._by_files(ref.files, ModelKind(ref.kind), comfy)
+        return self._spec(ref, ref.type or family, paths, comfy)
 
-    def _named(self, name: str) -> NamedModel:
+    def _by_name(self, name: str, kind: ModelKind) -> tuple[str, list[Path]]:
+        """Family and files of a model of the configuration."""
         known = {own.lower(): model for own, model in self.named.items()} | self.named
         model = known.get(name) or known.get(name.lower())
         if model is None:
             raise ModelNotFound(f"no model is named {name!r}", f"Names: {', '.join(self.named)}")
-        return model
+        paths = [self._from_config(file, kind) for file in (model.vae if kind is ModelKind.VAE else model.clip)]
+        if not paths:
+            raise ModelNotFound(f"model {name!r} has no {kind.value}", "Add its files to the configuration")
+        return model.type, paths
 
-    def _spec(
-        self, kind: ModelKind, family: str, paths: list[Path], checkpoint: bool, comfy: ComfyId | None
-    ) -> LoadSpec:
-        s = self.settings
-        device, precision = (
-            (s.vae_device, s.vae_precision) if kind is ModelKind.VAE else (s.clip_device, s.clip_precision)
-        )
+    def _by_files(self, files: Iterable[FileId], kind: ModelKind, comfy: ComfyId | None) -> tuple[str, list[Path]]:
+        """The default family and the client's files, checked."""
+        if self.settings.config_only:
+            raise ModelNotFound("models by file are switched off (config_only)", f"Names: {', '.join(self.named)}")
+        roots = [*self.roots, *map(_real, self._configured_folders())]
+        if comfy is not None:
+            roots.append(_real(Path(comfy.root, "models")))
+        return self.settings.model_type, [self._from_client(file, kind, roots) for file in files]
+
+    def _spec(self, ref: ModelRef, family: str, paths: list[Path], comfy: ComfyId | None) -> LoadSpec:
+        own = "vae" if ref.kind == ModelKind.VAE else "clip"
+        device, precision = (getattr(self.settings, f"{own}_{setting}") for setting in ("device", "precision"))
         digest = hashlib.blake2b(digest_size=8)
         for file in (file for path in paths for file in weight_files(path)):
-            facts = file_id(file)
-            digest.update(f"{facts.path}|{facts.size}|{facts.mtime_ns}|{facts.inode};".encode())
-        digest.update(f"{family}|{device}|{precision}|{checkpoint}|{comfy.key if comfy else ''}".encode())
+            identity = file_id(file)
+            digest.update(f"{identity.path}|{identity.size}|{identity.mtime_ns}|{identity.inode};".encode())
+        digest.update(f"{family}|{device}|{precision}|{ref.checkpoint}|{comfy.key if comfy else ''}".encode())
         # By content, not by the name that was asked for: one file is loaded once, whatever a client calls it.
-        key = f"{kind.value}:{paths[0].stem}:{digest.hexdigest()}"
-        files = tuple(str(path) for path in paths)
-        return LoadSpec(key, kind.value, family, files, device, precision, checkpoint, comfy)
+        key = f"{ref.kind}:{paths[0].stem}:{digest.hexdigest()}"
+        return LoadSpec(key, ref.kind, family, tuple(map(str, paths)), device, precision, ref.checkpoint, comfy)
 
     # --- paths ---
 
     def _from_config(self, name: str, kind: ModelKind) -> Path:
         """A path that the user wrote: absolute, below ComfyUI, in a model folder, or beside the configuration."""
-        given = Path(name).expanduser()
-        tried = [given] if given.is_absolute() else [*self._below_roots(given, kind), *self._beside(given)]
-        return _found(name, tried)
+        path = Path(name).expanduser()
+        beside = [folder / path for folder in (self.base, Path.cwd()) if folder is not None]
+        return _first(name, [path] if path.is_absolute() else [*self._below_roots(path, kind), *beside]).resolve()
 
-    def _beside(self, given: Path) -> list[Path]:
-        return [folder / given for folder in (self.base, Path.cwd()) if folder is not None]
-
-    def _below_roots(self, given: Path, kind: ModelKind) -> list[Path]:
-        tried = []
-        if self.settings.comfyui_path is not None:
-            tried.append(self.settings.comfyui_path / given)
+    def _below_roots(self, path: Path, kind: ModelKind) -> list[Path]:
+        comfyui = self.settings.comfyui_path
+        tried = [] if comfyui is None else [comfyui / path]
         for root in self.roots:
-            tried += [root / folder / given for folder in _FOLDERS[kind]]
-            tried.append(root / given)
+            tried += [root / folder / path for folder in (*_FOLDERS[kind], "")]
         return tried
 
-    def _from_client(self, file: FileId, kind: ModelKind, theirs: list[Path]) -> Path:
-        """A path from the wire: it must end, links followed, below a model folder, and be the client's very file."""
-        given = Path(file.path)
+    def _from_client(self, file: FileId, kind: ModelKind, roots: list[Path]) -> Path:
+        """A path from the wire: its end, links followed, must lie below ``roots`` and be the client's own file."""
+        path = Path(file.path)
         if "\0" in file.path or not file.path:
             raise BadRequest(f"model path {file.path!r} is not a path")
-        path = _found(file.path, [given] if given.is_absolute() else self._below_roots(given, kind))
-        real = path.resolve()
-        allowed = [*self.roots, *theirs, *(Path(os.path.realpath(path.parent)) for path in self._configured())]
-        if not any(real.is_relative_to(root) for root in allowed):
+        real = _first(file.path, [path] if path.is_absolute() else self._below_roots(path, kind)).resolve()
+        if not any(real.is_relative_to(root) for root in roots):
             raise ModelNotFound(
                 f"model file {file.path!r} is outside the model folders",
                 "Add its folder to model_dirs (LUNA_MODEL_DIRS) or give comfyui_path",
@@ -153,7 +142,7 @@ class ModelResolver:
         return real
 
     def _check_identity(self, file: FileId, real: Path) -> None:
-        """Whether the client's file is the daemon's: by content if it says so, else by what one disk tells."""
+        """Refuse another file than the client's: compared by digest if the client sent one, else as on one disk."""
         mine = file_id(real)
         if file.digest and mine not in self._digests:
             raise DigestUnknown(str(real), lambda: self.hash(real))
@@ -161,7 +150,7 @@ class ModelResolver:
         check_same(f"model file {file.path!r}", file, mine, ("digest",) if file.digest else ON_ONE_DISK)
 
     def hash(self, path: Path) -> None:
-        """Compute a file's digest and keep it as long as the file does not change; takes seconds for gigabytes."""
+        """Compute a file's SHA-256 and keep it until the file changes; takes seconds for gigabytes."""
         mine = file_id(path)
         with path.open("rb") as file:
             digest = hashlib.sha256()
@@ -169,13 +158,18 @@ class ModelResolver:
                 digest.update(piece)
         self._digests[mine] = f"sha256:{digest.hexdigest()}"
 
-    def _configured(self) -> Iterable[Path]:
-        """Absolute files named in the configuration: their folders are trusted too."""
-        for model in self.named.values():
-            yield from (Path(name) for name in [*model.vae, *model.clip] if Path(name).is_absolute())
+    def _configured_folders(self) -> Iterable[Path]:
+        """Folders of absolute files in the configuration, which the user trusts by naming the files."""
+        names = (name for model in self.named.values() for name in [*model.vae, *model.clip])
+        return (Path(name).parent for name in names if Path(name).is_absolute())
 
 
-def _found(name: str, tried: list[Path]) -> Path:
+def _real(folder: Path) -> Path:
+    """The folder with links followed; a loop of links, an error to ``Path.resolve``, is left as it is."""
+    return Path(os.path.realpath(folder))
+
+
+def _first(name: str, tried: list[Path]) -> Path:
     path = first_existing(tried)
     if path is not None:
         return path

@@ -1,6 +1,7 @@
-"""LoRA files as both sides see them: the safetensors header, checked in full, and where each tensor's bytes lie.
+"""Safetensors files: the header, checked in full; the file's bytes; the table that a LoRA's tensors travel as.
 
-Used by the daemon, which checks a file before it offers it, and by clients, which map it. Needs no torch.
+The daemon checks a file before it offers the file, clients build shells from headers alone, backends look into a header
+before any weight is loaded: all with the one reader here. Needs no torch.
 """
 
 from __future__ import annotations
@@ -9,107 +10,153 @@ import json
 import math
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..core import BadRequest, ModelLoadError
-from ..wire.codec import ITEM_SIZES
+from ..core import BadRequest, ModelLoadError, ModelNotFound
 from ..wire.messages import TensorRef
 
 NamedRef = tuple[str, TensorRef]
 """A tensor's key and its place: ``offset`` counts from the start of the file, or of the memory that holds it."""
 
-MAX_HEADER = 100_000_000
+MAX_HEADER_BYTES = 100_000_000
 """What safetensors itself allows."""
-MAX_TENSORS = 100_000
+_MAX_TENSORS = 100_000
 _MAX_DIMENSIONS = 16
-_MOST_ELEMENTS = 1 << 40
+_MAX_ELEMENTS = 1 << 40
 _CHUNK = 4 << 20
 _DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
-    "BOOL": "bool",
+    "F64": ("float64", 64), "F32": ("float32", 32), "F16": ("float16", 16), "BF16": ("bfloat16", 16),
+    "F8_E4M3": ("float8_e4m3fn", 8), "F8_E5M2": ("float8_e5m2", 8), "F8_E8M0": ("float8_e8m0fnu", 8),
+    "I64": ("int64", 64), "I32": ("int32", 32), "I16": ("int16", 16), "I8": ("int8", 8), "U8": ("uint8", 8),
+    "U64": ("uint64", 64), "U32": ("uint32", 32), "U16": ("uint16", 16), "BOOL": ("bool", 8), "C64": ("complex64", 64),
+    "F4": ("F4", 4), "F6_E2M3": ("F6_E2M3", 6), "F6_E3M2": ("F6_E3M2", 6),
 }  # fmt: skip
+"""The format's names to torch's (where torch has an element of that size), and bits per element."""
 _NETWORK = ("nfs", "cifs", "smb", "afs", "9p", "ceph", "gluster", "lustre", "virtiofs", "webdav", "drvfs", "fuse")
-"""Beginnings of file systems whose bytes come from elsewhere; what FUSE holds, nobody knows."""
+"""Beginnings of the names of file systems whose bytes may come from another machine; FUSE does not say."""
 
 
-def read_header(file: BinaryIO, size: int, name: str) -> list[NamedRef]:
-    """The tensors of an open safetensors file of ``size`` bytes, in the order of their bytes.
+@dataclass(frozen=True)
+class Header:
+    """A safetensors file without its weights."""
+
+    tensors: dict[str, TensorRef]
+    """By key, in the order of the bytes; offsets count from the start of the file."""
+    metadata: dict[str, str]
+
+
+def open_header(path: Path | str) -> Header:
+    """Read and check a model file's header; no weight is touched.
 
     Raises:
-        ModelLoadError: the file is not one, or contradicts itself; says how.
+        ModelNotFound: the file cannot be opened.
+        ModelLoadError: the file is not a valid safetensors file; says why.
     """
-    start = file.read(8)
-    length = int.from_bytes(start, "little")
-    if len(start) < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
-        raise _corrupt(name, f"its header would have {length} bytes, the file has {size}")
-    return parse_header(file.read(length), size, name)
-
-
-def parse_header(header: bytes, size: int, name: str) -> list[NamedRef]:
-    """The same for the header's bytes alone: bounds, overlaps, gaps and sizes are checked, not believed."""
+    path = Path(path)
     try:
-        document = json.loads(header.decode("utf-8"), object_pairs_hook=_without_twins)
+        with path.open("rb") as file:
+            return read_header(file, os.fstat(file.fileno()).st_size, str(path))
+    except OSError as error:
+        raise ModelNotFound(f"model file {str(path)!r}: {error.strerror or error}", "Check the path") from error
+
+
+def read_header(file: BinaryIO, size: int, title: str) -> Header:
+    """Read and check the header of an open file, which is left at the first tensor's first byte.
+
+    Args:
+        size: of the file, in bytes.
+        title: what errors call the file.
+
+    Raises:
+        ModelLoadError: the file is not a valid safetensors file; says why.
+    """
+    head = file.read(8)
+    length = int.from_bytes(head, "little")
+    if len(head) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+        raise _invalid(title, _guess(head, length, size))
+    return parse_header(file.read(length), size, title)
+
+
+def parse_header(header: bytes, size: int, title: str) -> Header:
+    """Check a header's bytes, without the eight of its length: bounds, overlaps, gaps and sizes are not believed.
+
+    Raises:
+        ModelLoadError: the header contradicts itself or the size; says how.
+    """
+    try:
+        document = json.loads(header.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise _corrupt(name, f"its header is no JSON: {error}") from error
+        raise _invalid(title, f"its header is not JSON: {error}") from error
     if not isinstance(document, dict):
-        raise _corrupt(name, "its header is no JSON object")
-    _check_metadata(document.pop("__metadata__", None), name)
-    if len(document) > MAX_TENSORS:
-        raise _corrupt(name, f"it has {len(document)} tensors; at most {MAX_TENSORS} are read")
-    at = 8 + len(header)
-    found = sorted(
-        ((key, _tensor(key, entry, at, name)) for key, entry in document.items()),
-        key=lambda pair: (pair[1].offset, pair[1].nbytes),
-    )
-    for key, ref in found:
-        if ref.offset != at:
-            raise _corrupt(name, f"tensor {key!r} begins at byte {ref.offset}, the one before it ends at {at}")
-        at += ref.nbytes
-    if at != size:
-        raise _corrupt(name, f"its tensors end at byte {at}, the file at {size}")
-    return found
+        raise _invalid(title, "its header is not a JSON object")
+    metadata = document.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _invalid(title, "its __metadata__ is not a map of texts")
+    if len(document) > _MAX_TENSORS:
+        raise _invalid(title, f"it has {len(document)} tensors; at most {_MAX_TENSORS} are read")
+    start = 8 + len(header)
+    refs = [(key, _parse_entry(key, entry, start, title)) for key, entry in document.items()]
+    refs.sort(key=lambda pair: (pair[1].offset, pair[1].nbytes))
+    _check_places(refs, start, size, title)
+    return Header(dict(refs), metadata)
 
 
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
         raise ValueError("a key is there twice")
-    return found
+    return table
 
 
-def _check_metadata(metadata: Any, name: str) -> None:
-    plain = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
-    if metadata is not None and not plain:
-        raise _corrupt(name, "its __metadata__ is not a map of texts")
-
-
-def _tensor(key: str, entry: Any, data: int, name: str) -> TensorRef:
+def _parse_entry(key: str, entry: Any, start: int, title: str) -> TensorRef:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _corrupt(name, f"tensor {key!r} is described by {_short(entry)}")
-    dtype, shape, span = _DTYPES.get(str(entry["dtype"])), entry["shape"], entry["data_offsets"]
-    if dtype is None:
-        raise _corrupt(name, f"tensor {key!r} has dtype {_short(entry['dtype'])}, which is not supported")
-    if not _counts(shape) or len(shape) > _MAX_DIMENSIONS or math.prod(n or 1 for n in shape) > _MOST_ELEMENTS:
-        raise _corrupt(name, f"tensor {key!r} has shape {_short(shape)}")
-    nbytes = math.prod(shape) * ITEM_SIZES[dtype]
-    if not _counts(span) or len(span) != 2 or span[1] - span[0] != nbytes:
-        raise _corrupt(name, f"tensor {key!r} of {nbytes} bytes lies at {_short(span)}")
-    return TensorRef(dtype, tuple(shape), nbytes, data + span[0])
+        raise _invalid(title, f"tensor {key!r} is described by {entry!r:.80}")
+    dtype, bits = _DTYPES.get(str(entry["dtype"]), ("", 0))
+    shape, span = entry["shape"], entry["data_offsets"]
+    if not dtype:
+        raise _invalid(title, f"tensor {key!r} has dtype {entry['dtype']!r:.80}, which is unknown")
+    if not _counts(shape) or len(shape) > _MAX_DIMENSIONS or math.prod(n or 1 for n in shape) > _MAX_ELEMENTS:
+        raise _invalid(title, f"tensor {key!r} has shape {shape!r:.80}")
+    nbytes, rest = divmod(math.prod(shape) * bits, 8)
+    if rest or not _counts(span) or len(span) != 2 or span[1] - span[0] != nbytes:
+        raise _invalid(title, f"tensor {key!r} of {nbytes} bytes lies at {span!r:.80}")
+    return TensorRef(dtype, tuple(shape), nbytes, start + span[0])
+
+
+def _check_places(refs: list[NamedRef], start: int, size: int, title: str) -> None:
+    """Sorted tensors follow each other without gap or overlap, up to the file's end."""
+    for key, ref in refs:
+        if ref.offset != start:
+            raise _invalid(title, f"tensor {key!r} begins at byte {ref.offset}, the one before ends at {start}")
+        start += ref.nbytes
+    if start > size:
+        raise _invalid(title, f"it is truncated: {size} bytes of {start}")
+    if start < size:
+        raise _invalid(title, f"its tensors end at byte {start}, the file at {size}")
 
 
 def _counts(value: Any) -> bool:
     return isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _guess(head: bytes, length: int, size: int) -> str:
+    """What a file is instead, from its first eight bytes, which would be the header's length."""
+    if not size:
+        return "it is empty"
+    if head.startswith((b"PK", b"\x80")):
+        return "it is a PyTorch pickle, which is not loaded because it can run code"
+    if head.startswith(b"GGUF"):
+        return "it is a GGUF file"
+    if head.isascii() and all(byte >= 32 or byte in b"\t\r\n" for byte in head):
+        return f"it is a text file (starts with {head.decode('ascii')!r}), not a model"
+    return f"its header would have {length} bytes, the file has {size}: it is cut short or of another format"
 
 
-def _corrupt(name: str, why: str) -> ModelLoadError:
-    return ModelLoadError(f"LoRA {name!r} is no sound safetensors file: {why}", "Fetch or save the file anew")
+def _invalid(title: str, why: str) -> ModelLoadError:
+    return ModelLoadError(f"{title} is not a valid safetensors file: {why}", "Fetch or save it again as .safetensors")
 
 
 def columns(places: Iterable[tuple[str, str, TensorRef]]) -> list[list[Any]]:
@@ -138,7 +185,7 @@ def read_through(file: BinaryIO, into: memoryview | None, size: int, start: int 
     """Read ``size`` bytes from ``start``: into memory, or only into the system's page cache.
 
     Raises:
-        BadRequest: the file has become shorter meanwhile.
+        BadRequest: the file ended earlier.
     """
     file.seek(start)
     spare = memoryview(bytearray(min(size, _CHUNK) if into is None else 0))
@@ -153,7 +200,7 @@ def read_through(file: BinaryIO, into: memoryview | None, size: int, start: int 
 
 
 def is_on_network(path: Path) -> bool:
-    """Whether a file's bytes come from another machine, or from we know not where."""
+    """Whether a file's bytes come from another machine, or may: FUSE does not say."""
     import psutil
 
     if os.name == "nt" and str(path).startswith("\\\\"):

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..config import Settings
 from ..core import BadRequest, ModelNotFound, logger
-from ..files.identity import check_same, facts_of, first_existing
+from ..files.identity import check_same, first_existing, identity_of
 from ..wire.messages import FileId
 
 ENDINGS = (".safetensors", ".sft", ".pt", ".ckpt", ".bin", ".pth")
@@ -78,7 +78,7 @@ class LoRAFolders:
             raise ModelNotFound(f"LoRA {name!r} is not a file")
         if real.suffix.lower() not in ENDINGS:
             raise BadRequest(f"LoRA {name!r} is not a LoRA file", f"Its name must end in {', '.join(ENDINGS)}")
-        source = facts_of(str(real), real.stat())
+        source = identity_of(str(real), real.stat())
         if file is not None:
             check_same(f"LoRA {name!r}", file, source)
         return FoundLoRA(self._listed_as(path, real, roots), source)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from ..config import Settings
 from ..core import InternalError, LimitExceeded, LunaError, ModelLoadError, logger
@@ -19,6 +19,7 @@ from ..files.identity import same_file
 from ..files.safetensors import NamedRef, is_on_network, read_header, read_through
 from ..lora_cache import LoRACache, LoRAEntry
 from ..wire.arena import Slot
+from ..wire.codec import ITEM_SIZES
 from ..wire.shared_memory import SharedMemory
 from .folders import FoundLoRA, LoRAFolders
 
@@ -155,7 +156,7 @@ class LoRALoader:
             if path == found.path:
                 _check_unchanged(found, os.fstat(file.fileno()))
             size = os.fstat(file.fileno()).st_size
-            refs = await self._in_thread(read_header, file, size, found.name)
+            refs = await self._in_thread(_refs, file, size, found.name)
             start = file.tell()
             self._check_copy(found, size - start)
             slot = await self.memory.allocate(size - start) or Slot.on_heap(size - start)
@@ -230,9 +231,18 @@ def _check_and_warm(found: FoundLoRA, warm: bool) -> list[NamedRef]:
     """Check the header; if asked, read the file from end to end, so that a bad disk shows here and not in a client."""
     with found.path.open("rb") as file:
         _check_unchanged(found, os.fstat(file.fileno()))
-        refs = read_header(file, found.source.size, found.name)
+        refs = _refs(file, found.source.size, found.name)
         if warm:
             read_through(file, None, found.source.size)
+    return refs
+
+
+def _refs(file: BinaryIO, size: int, name: str) -> list[NamedRef]:
+    """The tensors of an open LoRA, in the order of their bytes."""
+    refs = list(read_header(file, size, f"LoRA {name!r}").tensors.items())
+    for key, ref in refs:
+        if ref.dtype not in ITEM_SIZES:
+            raise ModelLoadError(f"LoRA {name!r}: tensor {key!r} has dtype {ref.dtype}", "Save it in another dtype")
     return refs
 
 

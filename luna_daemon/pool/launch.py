@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Hashable, Mapping
+import time
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,9 @@ def threads_of(key: str, device: str, settings: Settings) -> int:
     return settings.cpu_threads or CORES
 
 
-def new_worker(number: int, key: str, spec: LoadSpec, settings: Settings, log: Path) -> tuple[WorkerProcess, str]:
+def new_worker(
+    number: int, key: str, spec: LoadSpec, settings: Settings, log: Path, clock: Callable[[], float] = time.monotonic
+) -> tuple[WorkerProcess, str]:
     """A worker of this key, and the interpreter to start it with.
 
     Raises:
@@ -81,7 +84,7 @@ def new_worker(number: int, key: str, spec: LoadSpec, settings: Settings, log: P
     }  # fmt: skip
     if backend == "comfy":
         config["options"] = _comfy_options(comfy, device, settings)
-    worker = WorkerProcess(number, key, device, threads_of(key, device, settings), config, log)
+    worker = WorkerProcess(number, key, device, threads_of(key, device, settings), config, log, clock)
     worker.comfy = comfy
     # ComfyUI runs under its own interpreter: the daemon may live in another environment.
     return worker, comfy.python if comfy is not None else sys.executable

@@ -7,8 +7,9 @@ import os
 import secrets
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..core import WorkerState, logger
 from ..wire import messages as m
@@ -24,6 +25,58 @@ WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
 on idle ones. So they spin for half a millisecond at most. No bit depends on it. Record 4 has the figures."""
 
 
+class Process(Protocol):
+    """What is asked of a started process; ``subprocess.Popen`` is one."""
+
+    pid: int
+
+    def poll(self) -> int | None:
+        """Return its exit code, or ``None`` while it runs."""
+        ...
+
+    def kill(self) -> None:
+        """Ask the system to end it now."""
+        ...
+
+
+Spawn = Callable[[str, dict[str, Any], Path], Process]
+"""Starts a worker's process: interpreter, settings for its standard input, log file. Raises ``OSError``."""
+
+
+def spawn(interpreter: str, config: dict[str, Any], log: Path) -> Process:
+    """Start a worker's process.
+
+    Args:
+        config: written to its standard input as one JSON line.
+        log: what it prints is appended here.
+
+    Raises:
+        OSError: the interpreter cannot be run.
+    """
+    script = Path(__file__).resolve().with_name("child.py")
+    environment = {**_waiting(), **os.environ, "PYTHONUNBUFFERED": "1"}
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [interpreter, str(script)],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            # Of its own, so that Ctrl-C in the daemon's terminal drains instead of killing what computes.
+            start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+        )
+    try:
+        hold(process)
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(config).encode() + b"\n")
+        process.stdin.close()
+    except OSError:
+        process.kill()
+        raise
+    return process
+
+
 class WorkerProcess:
     """A worker from its start to its end.
 
@@ -31,9 +84,13 @@ class WorkerProcess:
         key: backend and device, with ComfyUI its folder, interpreter and flags; work is routed by it.
         config: what the child reads from standard input, without address and token.
         log: file for what the child prints.
+        clock: monotonic seconds.
     """
 
-    def __init__(self, number: int, key: str, device: str, threads: int, config: dict[str, Any], log: Path) -> None:
+    def __init__(
+        self, number: int, key: str, device: str, threads: int, config: dict[str, Any], log: Path,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
         self.number = number
         self.key = key
         self.device = device
@@ -41,8 +98,9 @@ class WorkerProcess:
         self.config = config
         self.log = log
         self.token = secrets.token_urlsafe(24)
+        self._clock = clock
         self.state = WorkerState.STARTING
-        self.born = time.monotonic()
+        self.born = clock()
         self.idle_since = self.born
         self.heard = self.born
         self.started_s = 0.0
@@ -65,35 +123,19 @@ class WorkerProcess:
         self.job = 0
         self.leases = Leases()
         self.connection: Connection | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Process | None = None
 
     # --- life ---
 
-    def start(self, interpreter: str, host: str, port: int) -> None:
-        """Start the process; it dials back with its token.
+    def start(self, interpreter: str, host: str, port: int, spawn: Spawn = spawn) -> None:
+        """Start the process; it dials back to ``host:port`` with its token.
 
         Raises:
             OSError: the interpreter cannot be run.
         """
-        script = Path(__file__).resolve().with_name("child.py")
         config = {**self.config, "host": host, "port": port, "token": self.token}
-        environment = {**_waiting(), **os.environ, "PYTHONUNBUFFERED": "1"}
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [interpreter, str(script)],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                # Of its own, so that Ctrl-C in the daemon's terminal drains instead of killing what computes.
-                start_new_session=True,
-                creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
-            )
+        self._process = spawn(interpreter, config, self.log)
         self.pid = self._process.pid
-        hold(self._process)
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(config).encode() + b"\n")
-        self._process.stdin.close()
         logger.info("worker %d starts (%s, pid %d)", self.number, self.key, self.pid)
 
     def greeted(self, connection: Connection) -> None:
@@ -106,7 +148,7 @@ class WorkerProcess:
         if self.device == "auto" and message.devices:
             self.device = message.devices[0]
         self.state = WorkerState.IDLE
-        self.idle_since = time.monotonic()
+        self.idle_since = self._clock()
         self.started_s = self.idle_since - self.born
         logger.info("worker %d is ready after %.1f s", self.number, self.started_s)
 
@@ -152,7 +194,7 @@ class WorkerProcess:
         """Send it a job."""
         assert self.connection is not None
         self.work, self.job = work, job
-        work.started = time.monotonic()
+        work.started = self._clock()
         key = work.spec.key
         self.state = WorkerState.BUSY if key in self.models else WorkerState.LOADING
         for gone in unload:
@@ -189,7 +231,7 @@ class WorkerProcess:
         work, self.work, self.job = self.work, None, 0
         self.leases.release_all()  # slots that it was granted and did not use
         self.served += 1
-        self.idle_since = time.monotonic()
+        self.idle_since = self._clock()
         if self.state in (WorkerState.BUSY, WorkerState.LOADING):
             self.state = WorkerState.IDLE
         return work

@@ -21,8 +21,9 @@ from ..comfyui.meta import is_kept, joined, weightless
 from ..core import ModelKind, ModelLoadError
 from ..files.identity import file_id
 from ..wire.messages import ModelRef
-from .backing import Backing, comfy
+from .backing import Backing
 from .clip import shell_clip
+from .host import comfy
 from .vae import shell_vae
 
 Files = Sequence[Path | str]
@@ -77,7 +78,7 @@ def make_clip(
 
     clip = _build(build, {str(number): _weightless(path)[0] for number, path in enumerate(paths)}, "cond_stage_model")
     ref = ModelRef(ModelKind.CLIP.value, files=tuple(file_id(path) for path in paths), type=type)
-    load = source or (lambda: _load_clip(paths, type, embedding_directory))
+    load = source or (lambda: load_local_clip(paths, type, embedding_directory))
     return shell_clip(clip, _clip_backing(ref, client, load))
 
 
@@ -109,7 +110,7 @@ def make_from_checkpoint(
     if found is None:
         raise ModelLoadError(f"{path}: no checkpoint that this ComfyUI knows")
     _, clip, vae, *_ = found
-    load = source or (lambda: _load_checkpoint(path, embedding_directory))
+    load = source or (lambda: load_local_checkpoint(path, embedding_directory))
     files = (file_id(path),)
     if clip is not None:
         ref = ModelRef(ModelKind.CLIP.value, files=files, checkpoint=True)
@@ -210,13 +211,15 @@ def _load_vae(paths: Sequence[Path]) -> Any:
     return comfy("sd").VAE(sd=joined(parts, list(paths)))
 
 
-def _load_clip(paths: Sequence[Path], family: str, embedding_directory: Any) -> Any:
+def load_local_clip(paths: Files, family: str, embedding_directory: Any) -> Any:
+    """Load text encoders into this process, as ComfyUI's loader nodes do."""
     return comfy("sd").load_clip(
         [str(path) for path in paths], embedding_directory=embedding_directory, clip_type=_clip_type(family)
     )
 
 
-def _load_checkpoint(path: Path, embedding_directory: Any) -> tuple[Any, Any]:
+def load_local_checkpoint(path: Path | str, embedding_directory: Any) -> tuple[Any, Any]:
+    """Load ``(clip, vae)`` of a checkpoint into this process, as ComfyUI's loader node does."""
     found = comfy("sd").load_checkpoint_guess_config(
         str(path), output_model=False, embedding_directory=embedding_directory
     )

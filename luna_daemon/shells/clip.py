@@ -13,11 +13,15 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..comfyui.patches import PatchSet, Unsendable
-from ..core import BadRequest, LimitExceeded, ModelError, PatchMissing
+import msgspec
+
+from ..client import Answer
+from ..comfyui.patches import Unsendable
+from ..core import BadRequest
 from ..wire import messages as m
 from ..wire.packing import pack, unpack
-from .backing import Backing, Skeleton, comfy
+from .backing import Backing, Request
+from .host import comfy
 from .patcher import patcher_class, python_inside
 
 if TYPE_CHECKING:
@@ -162,67 +166,51 @@ class Encoders:
         layer = options.pop("layer") if isinstance(options.get("layer"), int) else None
         call = m.ClipEncode(self._backing.model, layer=layer, unprojected=unprojected, options=_plain_options(options))
 
-        def outcome(found: dict[str, Any]) -> Any:
-            cond, pooled = found.pop("cond"), found.pop("pooled_output")
-            return (cond, pooled, found) if found else (cond, pooled)
+        def outcome(outputs: dict[str, Any]) -> Any:
+            cond, pooled = outputs.pop("cond"), outputs.pop("pooled_output")
+            return (cond, pooled, outputs) if outputs else (cond, pooled)
 
-        return self._either(call, tokens, patcher, outcome, dict(self.options))
+        return self._compute(call, tokens, patcher, outcome, dict(self.options))
 
     def encode_part(self, name: str, tokens: Any) -> Any:
-        """``cond_stage_model.<name>.encode_token_weights``."""
+        """``cond_stage_model.<name>.encode_token_weights``: ``(cond, pooled[, extra])`` of one encoder."""
         options = self.part_options(name)
         call = m.ClipEncode(self._backing.model, part=name, options=options)
-        return self._either(call, tokens, self._backing.current, lambda found: tuple(found["out"]), options)
+        return self._compute(call, tokens, self._backing.current, lambda outputs: tuple(outputs["out"]), options)
 
-    def _either(
+    def _compute(
         self, call: m.ClipEncode, tokens: Any, patcher: Any, outcome: Callable[[Any], Any], options: dict[str, Any]
     ) -> Any:
-        backing = self._backing
+        """Encode in the daemon, with the patches of ``patcher``; else with the local model in the same state.
 
-        def remote() -> Any:
-            backing.make_room(lambda: comfy("model_management").minimum_inference_memory())
-            return outcome(_placed(self._send(call, tokens, patcher)))
+        Args:
+            outcome: makes of the worker's named outputs what the encoder's own method returns.
+            options: what the encoder's ``set_clip_options`` was given.
+        """
 
-        return backing.either(remote, lambda clip: _local(clip, call.part, tokens, patcher, options))
+        def prepare() -> Request:
+            tensors: list[torch.Tensor] = []
+            packed = _packed(tokens, tensors)
+            patches, hooks, sets = patcher.uses() if patcher is not None else ([], [], [])
+            ready = msgspec.structs.replace(call, packed=packed, patches=patches, hooks=hooks)
+            return Request(ready, tensors, read, may_draw=False, patch_sets=sets)
 
-    def _send(self, call: m.ClipEncode, tokens: Any, patcher: Any) -> Any:
-        """Ask with the names of the patch sets; what the daemon does not have yet is put, and it is asked again."""
-        import msgspec
+        def read(answer: Answer) -> Any:
+            return outcome(unpack(answer.result["packed"], answer.tensors))
 
-        tensors: list[torch.Tensor] = []
-        try:
-            packed = pack(_own_tokens(tokens), tensors)
-        except BadRequest as error:
-            raise Unsendable(f"the tokens hold something that cannot be sent: {error.message}") from error
-        patches, hooks, sets = patcher.uses() if patcher is not None else ([], [], [])
-        call = msgspec.structs.replace(call, packed=packed, patches=patches, hooks=hooks)
-        try:
-            answer = self._backing.send_drawing(call, tensors, likely=False)
-        except PatchMissing:
-            self._put(sets)
-            try:
-                answer = self._backing.send_drawing(call, tensors, likely=False)
-            except PatchMissing as error:
-                raise Unsendable("the daemon cannot keep patches of this size") from error
-        return unpack(answer.result["packed"], answer.tensors)
-
-    def _put(self, sets: list[PatchSet]) -> None:
-        for one in sets:
-            put, tensors = one.put()
-            try:
-                self._backing.send(put, tensors)
-            except LimitExceeded as error:
-                raise Unsendable(f"patches of this size are not taken: {error.message}") from error
-            except ModelError as error:
-                raise Unsendable(f"the daemon does not have the other CLIP of a merge: {error}") from error
+        return self._backing.compute(
+            prepare,
+            lambda clip: _encode_locally(clip, call.part, tokens, patcher, options),
+            comfy("model_management").minimum_inference_memory,
+        )
 
     def _warn_of_overrides(self, patcher: Any) -> None:
         options = getattr(patcher, "model_options", None) or {}
         if "optimized_attention_override" in options.get("transformer_options", {}):
-            self._backing.say("a node's own attention function cannot be sent, and is left out")
+            self._backing.warn_once("a node's own attention function cannot be sent, and is left out")
 
 
-def _local(clip: Any, part: str, tokens: Any, patcher: Any, options: dict[str, Any]) -> Any:
+def _encode_locally(clip: Any, part: str, tokens: Any, patcher: Any, options: dict[str, Any]) -> Any:
     """The same from a local ``CLIP``: a clone of its patcher gets the shell's patches, hooks and options."""
     memory, model = comfy("model_management"), clip.cond_stage_model
     mirror = clip.patcher.clone()
@@ -240,6 +228,18 @@ def _local(clip: Any, part: str, tokens: Any, patcher: Any, options: dict[str, A
     finally:
         mirror.patch_hooks(None)
         model.reset_clip_options()
+
+
+def _packed(tokens: Any, tensors: list[torch.Tensor]) -> Any:
+    """Tokens as plain data; their embeddings are appended to ``tensors``.
+
+    Raises:
+        Unsendable: the tokens hold an object of a custom node.
+    """
+    try:
+        return pack(_own_tokens(tokens), tensors)
+    except BadRequest as error:
+        raise Unsendable(f"the tokens hold something that cannot be sent: {error.message}") from error
 
 
 def _own_tokens(tokens: Any) -> Any:
@@ -264,15 +264,6 @@ def _plain_options(options: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if isinstance(value, plain)}
 
 
-def _placed(found: Any) -> Any:
-    """Tensors where ComfyUI's own results lie."""
-    if isinstance(found, dict):
-        return {key: _placed(value) for key, value in found.items()}
-    if isinstance(found, (list, tuple)):
-        return type(found)(_placed(item) for item in found)
-    return found.to(comfy("model_management").intermediate_device()) if hasattr(found, "untyped_storage") else found
-
-
 @functools.cache
 def clip_class() -> Any:
     """``comfy.sd.CLIP`` of the running ComfyUI, as a shell has it."""
@@ -283,7 +274,7 @@ def clip_class() -> Any:
 def shell_clip(clip: Any, backing: Backing) -> Any:
     """Turn a ``comfy.sd.CLIP`` on meta tensors into a shell."""
     model = clip.cond_stage_model
-    backing.skeleton = Skeleton(model, backing, Encoders(model, backing).methods())
+    backing.hollow(model, Encoders(model, backing).methods())
     clip.__class__ = clip_class()
     clip.patcher.__class__ = patcher_class()
     backing.current = clip.patcher

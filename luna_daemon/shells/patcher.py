@@ -13,7 +13,8 @@ from typing import Any
 
 from ..comfyui.patches import PatchSet, group, matches
 from ..wire.messages import PatchUse
-from .backing import Backing, comfy
+from .backing import Backing
+from .host import comfy
 
 _HARMLESS_OBJECTS = frozenset({"manual_cast_dtype"})
 """Object patches that newer ComfyUI sets on every text encoder by itself."""

@@ -12,7 +12,8 @@ from ..comfyui.patches import Unsendable
 from ..core import BadRequest
 from ..wire import messages as m
 from ..wire.packing import pack, unpack
-from .backing import Backing, Skeleton, comfy
+from .backing import Backing, Request
+from .host import comfy
 from .patcher import patcher_class, python_inside
 
 if TYPE_CHECKING:
@@ -37,34 +38,35 @@ class VAEShell:
         return self
 
     def encode(self, pixel_samples: torch.Tensor, *args: Any, **options: Any) -> Any:
-        remote = self._remote()
-        if remote is None or args or options:
+        """Pixels ``[B,H,W,C]`` float32 in 0..1 to latents ``[B,C,h,w]``, as ``comfy.sd.VAE.encode``."""
+        state = self._state()
+        if state is None or args or options:
             return self._stock.encode(self, pixel_samples, *args, **options)
-        return self._encoded(remote, None, pixel_samples, lambda vae: vae.encode(pixel_samples))
+        return self._encode(state, None, pixel_samples, lambda vae: vae.encode(pixel_samples))
 
     def encode_tiled(self, pixel_samples: torch.Tensor, *args: Any, **options: Any) -> Any:
-        remote = self._remote()
-        if remote is None:
+        """``encode`` in tiles, with the arguments of ``comfy.sd.VAE.encode_tiled``; sizes in pixels."""
+        state = self._state()
+        if state is None:
             return self._stock.encode_tiled(self, pixel_samples, *args, **options)
-        return self._encoded(
-            remote, _tiling(*args, **options), pixel_samples,
-            lambda vae: vae.encode_tiled(pixel_samples, *args, **options),
-        )  # fmt: skip
+        local = lambda vae: vae.encode_tiled(pixel_samples, *args, **options)  # noqa: E731
+        return self._encode(state, m.Tiling(*args, **options), pixel_samples, local)
 
     def decode(self, samples_in: torch.Tensor, vae_options: dict[str, Any] | None = None, **options: Any) -> Any:
-        remote = self._remote()
+        """Latents ``[B,C,h,w]`` to pixels ``[B,H,W,C]`` float32 in 0..1, as ``comfy.sd.VAE.decode``."""
+        state = self._state()
         given: dict[str, Any] = {} if vae_options is None else {"vae_options": vae_options}
-        if remote is None or options:
+        if state is None or options:
             return self._stock.decode(self, samples_in, **given, **options)
-        return self._decoded(remote, None, vae_options, samples_in, lambda vae: vae.decode(samples_in, **given))
+        return self._decode(state, None, vae_options, samples_in, lambda vae: vae.decode(samples_in, **given))
 
     def decode_tiled(self, samples: torch.Tensor, *args: Any, **options: Any) -> Any:
-        remote = self._remote()
-        if remote is None:
+        """``decode`` in tiles, with the arguments of ``comfy.sd.VAE.decode_tiled``; sizes in latent units."""
+        state = self._state()
+        if state is None:
             return self._stock.decode_tiled(self, samples, *args, **options)
-        return self._decoded(
-            remote, _tiling(*args, **options), None, samples, lambda vae: vae.decode_tiled(samples, *args, **options)
-        )
+        local = lambda vae: vae.decode_tiled(samples, *args, **options)  # noqa: E731
+        return self._decode(state, m.Tiling(*args, **options), None, samples, local)
 
     def get_sd(self) -> Any:
         self.materialize("the state dict is asked for")
@@ -85,72 +87,71 @@ class VAEShell:
 
     # --- to the daemon and back ---
 
-    def _remote(self) -> _Remote | None:
-        """What stands behind the network; ``None`` if ComfyUI is to compute by itself."""
-        return _remote_of(self.first_stage_model, self.patcher)
+    def _state(self) -> _State | None:
+        return _state_of(self.first_stage_model, self.patcher)
 
-    def _encoded(
-        self, remote: _Remote, tiling: m.Tiling | None, pixels: torch.Tensor, local: Callable[[Any], torch.Tensor]
+    def _encode(
+        self, state: _State, tiling: m.Tiling | None, pixels: torch.Tensor, local: Callable[[Any], torch.Tensor]
     ) -> torch.Tensor:
-        def ask() -> torch.Tensor:
-            remote.backing.make_room(lambda: self.memory_used_encode(_channels_first(pixels), self.vae_dtype))
-            return remote.send(m.VaeEncode(remote.backing.model, tiling, attributes=remote.attributes), pixels)
+        return state.compute(
+            lambda: m.VaeEncode(state.backing.model, tiling, attributes=state.attributes), pixels, local,
+            lambda: self.memory_used_encode(_channels_first(pixels), self.vae_dtype),
+        )  # fmt: skip
 
-        return remote.either(lambda: _placed(ask()), local)
-
-    def _decoded(
+    def _decode(
         self,
-        remote: _Remote,
+        state: _State,
         tiling: m.Tiling | None,
         options: dict[str, Any] | None,
         samples: torch.Tensor,
         local: Callable[[Any], torch.Tensor],
     ) -> torch.Tensor:
-        def ask() -> torch.Tensor:
-            plain = _plain(options)
-            remote.backing.make_room(lambda: self.memory_used_decode(samples.shape, self.vae_dtype))
-            call = m.VaeDecode(remote.backing.model, tiling, options=plain, attributes=remote.attributes)
-            return remote.send(call, samples)
+        def call() -> m.VaeDecode:
+            return m.VaeDecode(state.backing.model, tiling, options=_plain(options), attributes=state.attributes)
 
-        return remote.either(lambda: _placed(ask()), local)
+        return state.compute(call, samples, local, lambda: self.memory_used_decode(samples.shape, self.vae_dtype))
 
 
-class _Remote(NamedTuple):
-    """What stands behind a network, and the plain attributes that nodes have set on it."""
+class _State(NamedTuple):
+    """What computes for a network, and the plain attributes that nodes have set on its layers."""
 
     backing: Backing
     attributes: dict[str, dict[str, Any]]
 
-    def send(self, call: m.VaeEncode | m.VaeDecode, tensor: torch.Tensor) -> torch.Tensor:
-        return self.backing.send_drawing(call, [tensor], likely=True).tensors[0]
+    def compute(
+        self,
+        call: Callable[[], m.VaeEncode | m.VaeDecode],
+        tensor: torch.Tensor,
+        local: Callable[[Any], torch.Tensor],
+        room_bytes: Callable[[], float] | None = None,
+    ) -> torch.Tensor:
+        """``Backing.compute`` with one tensor in and one out; the local model gets the same attributes for the call."""
 
-    def either(self, ask: Callable[[], torch.Tensor], local: Callable[[Any], torch.Tensor]) -> torch.Tensor:
-        """``Backing.either``, where the local model gets the same attributes for the call."""
-
-        def changed(vae: Any) -> torch.Tensor:
+        def with_attributes(vae: Any) -> torch.Tensor:
             with attributes_set(vae.first_stage_model, unpack(self.attributes, [])):
                 return local(vae)
 
-        return self.backing.either(ask, changed)
+        result: torch.Tensor = self.backing.compute(
+            lambda: Request(call(), [tensor], lambda answer: answer.tensors[0]), with_attributes, room_bytes
+        )
+        return result
 
 
-def _remote_of(network: Any, patcher: Any) -> _Remote | None:
-    """``None`` if a node changed the network in a way that only a local computation shows; it has its weights then."""
+def _state_of(network: Any, patcher: Any) -> _State | None:
+    """``None`` if ComfyUI is to compute by itself: a node changed the network in a way that cannot be sent.
+
+    The network has its weights then.
+    """
     backing: Backing | None = getattr(network, "luna", None)
     if backing is None or backing.local or backing.watch is None:
         return None
-    plain, other = backing.watch.changes()
-    changed = [*(python_inside(patcher) if patcher is not None else ()), *other]
+    plain, unsendable = backing.watch.changes()
+    changed = [*(python_inside(patcher) if patcher is not None else ()), *unsendable]
     if changed:
         backing.current = patcher
         backing.materialise(f"a node changed {changed[0]}")
         return None
-    return _Remote(backing, plain)
-
-
-def _placed(tensor: torch.Tensor) -> torch.Tensor:
-    """Where ComfyUI's own results lie: the caller's own memory, float32."""
-    return tensor.to(comfy("model_management").intermediate_device())
+    return _State(backing, plain)
 
 
 def _plain(options: dict[str, Any] | None) -> dict[str, Any]:
@@ -169,17 +170,6 @@ def _plain(options: dict[str, Any] | None) -> dict[str, Any]:
     return packed
 
 
-def _tiling(
-    tile_x: int | None = None,
-    tile_y: int | None = None,
-    overlap: int | None = None,
-    tile_t: int | None = None,
-    overlap_t: int | None = None,
-) -> m.Tiling:
-    """The arguments of ``VAE.encode_tiled`` and ``decode_tiled``, in ComfyUI's order."""
-    return m.Tiling(tile_x, tile_y, overlap, tile_t, overlap_t)
-
-
 def _channels_first(pixels: torch.Tensor) -> tuple[int, ...]:
     """The shape that ComfyUI's memory estimates are about; frames without a batch are one video."""
     shape = (pixels.shape[0], pixels.shape[-1], *pixels.shape[1:-1])
@@ -193,21 +183,21 @@ def _raw(name: str, network: Any) -> Callable[..., Any]:
 
     def compute(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
         network: Any = alive()
-        remote = _remote_of(network, network.luna.current)
-        if remote is None:
+        state = _state_of(network, network.luna.current)
+        if state is None:
             return getattr(network, name)(tensor, *args, **options)
 
-        def ask() -> torch.Tensor:
+        def call() -> m.VaeEncode | m.VaeDecode:
             if args or options:
                 raise Unsendable(f"first_stage_model.{name} is called with {[*args, *options]}")
-            return remote.send(kind(remote.backing.model, raw=True, attributes=remote.attributes), tensor)
+            return kind(state.backing.model, raw=True, attributes=state.attributes)
 
         def local(vae: Any) -> Any:
             comfy("model_management").load_models_gpu([vae.patcher])
             return getattr(vae.first_stage_model, name)(tensor.to(vae.vae_dtype).to(vae.device), *args, **options)
 
         # As the network itself would answer: in its own dtype, beside its input.
-        return remote.either(ask, local).to(device=tensor.device, dtype=next(network.parameters()).dtype)
+        return state.compute(call, tensor, local).to(device=tensor.device, dtype=next(network.parameters()).dtype)
 
     return compute
 
@@ -223,15 +213,8 @@ def shell_vae(vae: Any, backing: Backing) -> Any:
     """Turn a ``comfy.sd.VAE`` on meta tensors into a shell."""
     network = vae.first_stage_model
     alive = weakref.ref(network)
-    backing.skeleton = Skeleton(
-        network,
-        backing,
-        {
-            "encode": _raw("encode", network),
-            "decode": _raw("decode", network),
-            "to": lambda *args, **options: alive(),
-        },
-    )
+    replaced = {name: _raw(name, network) for name in ("encode", "decode")}
+    backing.hollow(network, {**replaced, "to": lambda *args, **options: alive()})
     vae.__class__ = vae_class()
     vae.patcher.__class__ = patcher_class()
     backing.current = vae.patcher

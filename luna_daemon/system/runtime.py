@@ -53,15 +53,15 @@ def state_folder(port: int, override: Path | None = None) -> Path:
     folder = runtime_folder(port, override).parent
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if override is None:
-        _check_owner(folder)
+        check_folder(folder)
     return folder
 
 
-def _check_owner(folder: Path) -> None:
-    """Refuse a folder that is a link or somebody else's.
+def check_folder(folder: Path) -> None:
+    """Refuse a runtime folder that another user could replace or read.
 
     Raises:
-        AuthenticationError: names the folder and its owner.
+        AuthenticationError: the folder is a link, a file or another user's; names folder and owner.
     """
     if sys.platform == "win32":
         return
@@ -85,7 +85,7 @@ def find_token(port: int, folder: Path | None = None, environ: Mapping[str, str]
         return environ["LUNA_TOKEN"]
     named = environ.get("LUNA_TOKEN_FILE")
     if not named and folder is None and (place := runtime_folder(port).parent).exists():
-        _check_owner(place)
+        check_folder(place)
     path = Path(named) if named else runtime_folder(port, folder) / _TOKEN
     try:
         return path.read_text().strip()
@@ -162,9 +162,9 @@ class Runtime:
 
         with suppress(FileExistsError):  # a file or a link in its place: said below
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _check_owner(self.folder)
+        check_folder(self.folder)
         if self._by_rule:  # below /tmp somebody else may have made the parent, and could swap what is in it
-            _check_owner(self.folder.parent)
+            check_folder(self.folder.parent)
         self.folder.chmod(0o700)
         self._lock = FileLock(str(self.folder.with_suffix(".lock")), thread_local=False)
         try:

@@ -1,1 +1,1 @@
-"""The tray icon."""
+"""The tray icon: what is shown, the image, and the watch over the daemon's process."""

@@ -17,31 +17,23 @@ COLOURS = {
     TrayState.STOPPED: (128, 132, 138),
     TrayState.ERROR: (208, 32, 40),
 }
-"""Those of warning signs and traffic lights; the shapes say the same without them."""
+"""Colours of warning signs and traffic lights; each shape says the same without its colour."""
 
 _SIDE = 64
 _FINE = 4
-"""Drawn this many times larger and scaled down: Pillow draws without smooth edges."""
+"""Icons are drawn this many times larger and scaled down: Pillow does not smooth edges."""
 _WHITE, _DARK = (255, 255, 255), (32, 24, 0)
-_PANEL = (40, 42, 46)
 
 Points = list[tuple[float, float]]
 
 
-def draw_icon(state: TrayState, transparent: bool = True) -> Image:
-    """The icon of a state, 64 pixels square.
-
-    Args:
-        transparent: RGBA without a ground; otherwise RGB on the dark of most panels, for trays without transparency.
-    """
+def draw_icon(state: TrayState) -> Image:
+    """Draw the icon of a state: RGBA, 64 pixels square, on a transparent background."""
     from PIL import Image, ImageDraw
 
     size = (_SIDE * _FINE, _SIDE * _FINE)
     image = Image.new("RGBA", size, (0, 0, 0, 0))
     _SHAPES[state](ImageDraw.Draw(image), COLOURS[state])
-    if not transparent:
-        ground = Image.new("RGBA", size, (*_PANEL, 255))
-        image = Image.alpha_composite(ground, image).convert("RGB")
     return image.resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
 
 

@@ -1,7 +1,7 @@
-"""What the tray shows, decided from what was seen of the daemon: state, words, menu, notifications. Nothing is drawn.
+"""Decides what the tray shows of the daemon: state, texts, menu, notifications. Nothing is drawn.
 
-Everything here is a function of its arguments. ``tray_watch`` looks at the daemon and asks ``judge`` what to make of
-it; ``tray_app`` shows the answer.
+Everything here is a function of its arguments. ``tray.watch`` observes the daemon and calls ``judge`` with the
+observation; ``tray_app`` shows the resulting view.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from ..core import logger
 from ..system.units import count
 
 CLIENT_NAME = "luna-daemon tray"
-"""How the tray's own connection is called in the daemon's list of clients."""
-SILENT = "its process lives but does not answer"
+"""Name of the tray's own connection in the daemon's list of clients."""
+SILENT = "the daemon's process is alive but does not answer"
 _PATIENCE_S = 5.0
-"""One that is about to end closes its connections a moment before."""
+"""Silence of a running daemon that is not an error yet: a daemon that ends closes its connections a moment before."""
 _TITLE_LETTERS = 120
-"""Windows takes 127 for a tooltip."""
+"""Windows shows at most 127 characters of a tooltip."""
 
 
 class TrayState(str, Enum):
-    """What the icon tells by its colour and shape."""
+    """State that the icon shows by its colour and shape."""
 
     STOPPED = "stopped"
     STARTING = "starting"
@@ -53,40 +53,40 @@ class Action(str, Enum):
 
 @dataclass(frozen=True)
 class Sight:
-    """What one look at the daemon found."""
+    """One observation of the daemon."""
 
     info: Mapping[str, Any] | None = None
-    """Its ``info``, if it answered."""
+    """The daemon's ``info``, if the daemon answered."""
     alive: bool = False
-    """Its process is there."""
+    """Whether the daemon's process is there."""
     silent_s: float = 0.0
-    """For how long nothing was heard of it."""
+    """Seconds since the daemon answered last."""
     exit_code: int | None = None
-    """How it ended, if it was started by this tray."""
+    """How the daemon ended, if this tray started the daemon."""
     left_behind: bool = False
-    """It ended without tidying its runtime folder, as only one that crashed does."""
+    """The runtime folder is still there, though the process has ended: the daemon crashed."""
 
 
 @dataclass(frozen=True)
 class View:
-    """What is shown."""
+    """What the tray shows."""
 
     state: TrayState = TrayState.STOPPED
     detail: str = ""
-    """Why, for an error."""
+    """The reason of an error."""
     info: Mapping[str, Any] | None = None
     crashed: bool = False
-    """The daemon ended by itself: another start may mend it."""
+    """The daemon ended by itself: a restart may help."""
 
     @property
     def page_port(self) -> int | None:
-        """The port of the daemon's page, once it has one."""
+        """Port of the daemon's status page; ``None`` without a page."""
         port = self.info.get("ws_port") if self.info is not None else None
         return int(port) if port else None
 
 
 def judge(before: View, sight: Sight) -> View:
-    """What to show after a look at the daemon, given what was shown before it."""
+    """Decide what to show after an observation, given what was shown before."""
     if sight.info is not None:
         running = sight.info["status"] == "running"
         return View(TrayState.RUNNING if running else TrayState.STOPPING, info=sight.info)
@@ -100,14 +100,14 @@ def judge(before: View, sight: Sight) -> View:
     if known:
         return before
     if sight.exit_code or sight.left_behind:
-        # One that dies while it stops need not be started again: it was to end.
+        # A daemon that crashes while it stops is not started again: it was to end.
         return View(TrayState.ERROR, _ending(sight.exit_code), crashed=before.state is not TrayState.STOPPING)
     return View(TrayState.STOPPED)
 
 
 def _ending(exit_code: int | None) -> str:
     if not exit_code:
-        return "the daemon ended without tidying up after itself"
+        return "the daemon ended without cleaning up"
     if exit_code < 0:
         name = str(-exit_code)
         with suppress(ValueError):
@@ -116,8 +116,8 @@ def _ending(exit_code: int | None) -> str:
     return f"the daemon crashed with exit code {exit_code}"
 
 
-def figures(info: Mapping[str, Any]) -> str:
-    """One line about a daemon that answers. Nothing in it changes while nothing happens."""
+def statistics(info: Mapping[str, Any]) -> str:
+    """Sum up an ``info`` in one line, which does not change while nothing happens."""
     sizes: dict[str, int] = {}
     for worker in info["workers"]:
         for key, nbytes in worker["models"].items():
@@ -134,19 +134,23 @@ def figures(info: Mapping[str, Any]) -> str:
 
 
 def title(view: View) -> str:
-    """The tooltip: ASCII, for X11 takes nothing else, and short, for Windows takes no more."""
-    more = figures(view.info) if view.info is not None else view.detail
+    """Make the tooltip: ASCII and short, as every desktop takes it."""
+    more = statistics(view.info) if view.info is not None else view.detail
     text = f"Luna Daemon: {view.state.value}" + (f" ({more})" if more else "")
     text = text.encode("ascii", "replace").decode()
     return text if len(text) <= _TITLE_LETTERS else text[: _TITLE_LETTERS - 3] + "..."
 
 
 def notice(before: View, after: View, restarts: bool) -> str:
-    """What the user is told when what is shown changes; empty for nothing."""
+    """Decide what to notify the user of after a change of the view; empty for nothing.
+
+    Args:
+        restarts: whether a daemon that crashed is started again.
+    """
     if after.state is before.state:
         return ""
     if after.state is TrayState.ERROR:
-        return f"{after.detail}. It is started again" if after.crashed and restarts else after.detail
+        return f"{after.detail}. It will be restarted" if after.crashed and restarts else after.detail
     if after.state is TrayState.STOPPED:
         return "The daemon has stopped"
     if after.state is TrayState.RUNNING and before.state is TrayState.ERROR:
@@ -159,31 +163,31 @@ def notice(before: View, after: View, restarts: bool) -> str:
 
 @dataclass(frozen=True)
 class Preferences:
-    """What the user ticked in the menu, kept in a file."""
+    """The ticks of the menu, saved in a file."""
 
     stop_on_exit: bool = False
     restart: bool = True
 
     @classmethod
     def load(cls, path: Path) -> Preferences:
-        """As saved; the defaults where there is no file, or one that cannot be understood."""
+        """Read the file; the defaults without a file, or if the file is damaged."""
         try:
             saved = dict(json.loads(path.read_text("utf-8")))
             return cls(**{field.name: bool(saved[field.name]) for field in fields(cls) if field.name in saved})
         except FileNotFoundError:
             return cls()
         except (OSError, ValueError, TypeError) as error:
-            logger.warning("%s cannot be read (%s): the menu's ticks are the usual ones", path, error)
+            logger.warning("%s cannot be read (%s): the menu's ticks are the defaults", path, error)
             return cls()
 
     def save(self, path: Path) -> None:
-        """Replace the file, whole or not at all."""
-        beside = path.with_suffix(".new")
-        beside.write_text(json.dumps(asdict(self)) + "\n", "utf-8")
-        os.replace(beside, path)
+        """Write the file atomically."""
+        new = path.with_suffix(".new")
+        new.write_text(json.dumps(asdict(self)) + "\n", "utf-8")
+        os.replace(new, path)
 
     def toggled(self, action: Action) -> Preferences:
-        """With the tick of one entry changed."""
+        """Copy with the tick of one entry changed."""
         if action is Action.STOP_ON_EXIT:
             return replace(self, stop_on_exit=not self.stop_on_exit)
         return replace(self, restart=not self.restart)
@@ -191,30 +195,30 @@ class Preferences:
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of the menu; one without words is a separator."""
+    """A line of the menu; a line without text is a separator."""
 
     text: str = ""
     action: Action | None = None
     enabled: bool = True
     checked: bool | None = None
     default: bool = False
-    """What a click on the icon itself does; the only thing where the desktop gives the icon no menu."""
+    """Whether a click on the icon itself does this."""
 
 
 def menu(view: View, preferences: Preferences, has_log: bool) -> list[Entry]:
-    """The menu's lines, from top to bottom. A click on the icon opens the page, or starts a daemon that is away."""
+    """List the lines of the menu. A click on the icon opens the status page, or starts a stopped daemon."""
     idle = view.state is TrayState.STOPPED or (view.state is TrayState.ERROR and view.detail != SILENT)
     stoppable = view.state is TrayState.RUNNING or view.detail == SILENT
     page = view.page_port is not None
-    status = figures(view.info) if view.info is not None else view.detail
+    status = statistics(view.info) if view.info is not None else view.detail
     return [
         Entry(f"Luna Daemon: {view.state.value}", enabled=False),
-        Entry(_short(status or "Nothing to tell"), Action.STATUS, enabled=bool(status)),
+        Entry(_short(status or "No status"), Action.STATUS, enabled=bool(status)),
         Entry(),
         Entry("Start", Action.START, enabled=idle, default=idle),
         Entry("Stop (running requests finish)", Action.STOP, enabled=stoppable),
         Entry(),
-        Entry("Open page", Action.OPEN_PAGE, enabled=page, default=page and not idle),
+        Entry("Open status page", Action.OPEN_PAGE, enabled=page, default=page and not idle),
         Entry("Open log", Action.OPEN_LOG, enabled=has_log),
         Entry(),
         Entry("Stop daemon on exit", Action.STOP_ON_EXIT, checked=preferences.stop_on_exit),

@@ -1,7 +1,6 @@
-"""The tray's watch over the daemon, in a thread of its own: whatever has to wait for the daemon waits here.
+"""The tray's watch over the daemon: attaches to a daemon or starts one, observes it, and restarts it after a crash.
 
-It attaches to a daemon that answers or starts one as a process of its own, looks at it every second, and starts it
-again after a crash.
+The watch runs in a thread of its own, in which everything waits that has to wait for the daemon.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from .state import CLIENT_NAME, SILENT, Sight, TrayState, View, judge
 
 _LOOK_S = 1.0
 _ANSWER_S = 5.0
-"""A daemon that takes longer to say how it is does not answer."""
+"""A daemon that takes longer for its ``info`` does not answer."""
 _STABLE_S = 60.0
-"""After so long a crash counts as the first again."""
+"""A daemon that runs so long before it crashes is restarted without delay."""
 _FIRST_RESTART_S, _MOST_RESTART_S = 1.0, 60.0
 
 
 class Wish(Enum):
-    """What the user asks for."""
+    """A request of the user."""
 
     START = "start"
     STOP = "stop"
@@ -40,13 +39,14 @@ class Wish(Enum):
 
 
 class Watch:
-    """Brings the daemon up and keeps what is shown true.
+    """Starts and stops the daemon, and reports its state.
 
     Args:
-        first: the daemon as it is to be started; nothing of it has been opened yet.
-        make: the same, made anew with the settings as they are then. May raise ``ConfigError``.
-        may_restart: whether a daemon that crashed is to be started again.
-        show: told what is to be shown, on the thread that is in ``run``, after each look.
+        first: the daemon to start; its port has not been opened yet.
+        make: makes the daemon again with the settings of the moment. May raise ``ConfigError``.
+        may_restart: returns whether a daemon that crashed is to be started again.
+        show: called with what to show after each observation, on the thread that is in ``run``.
+        clock: monotonic seconds.
     """
 
     def __init__(
@@ -55,38 +55,40 @@ class Watch:
         make: Callable[[], LunaDaemon],
         may_restart: Callable[[], bool],
         show: Callable[[View], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.settings: Settings = first.settings
         self.view = View()
         self._make = make
         self._may_restart = may_restart
         self._show_view = show
+        self._clock = clock
         self._wishes: queue.SimpleQueue[Wish] = queue.SimpleQueue()
         self._client = _client(self.settings)
         self._ours: LunaDaemon | None = None
-        self._backoff = Backoff(_FIRST_RESTART_S, _MOST_RESTART_S)
+        self._backoff = Backoff(_FIRST_RESTART_S, _MOST_RESTART_S, clock)
         self._up_since = 0.0
-        self._heard = time.monotonic()
+        self._heard = clock()
 
     def wish(self, wish: Wish) -> None:
-        """Ask for something, from any thread; it is done in its turn."""
+        """Queue a request of the user; from any thread."""
         self._wishes.put(wish)
 
     @property
     def log(self) -> Path:
-        """Where the output of a daemon that was started here goes."""
+        """File with the output of a daemon that was started here."""
         return self.settings.log_file or runtime_folder(self.settings.port, self.settings.runtime_dir).with_suffix(
             ".log"
         )
 
     def run(self) -> None:
-        """Attach or start, then serve wishes and look, until one of them is to exit."""
+        """Attach to a daemon or start one, then serve requests and observe, until a request to exit."""
         wish: Wish | None = Wish.START
         while wish not in (Wish.EXIT, Wish.EXIT_AND_STOP):
             try:
                 self._turn(wish)
-            except Exception:  # an icon that stands still would be a lie: say it, and look again
-                logger.exception("the tray's look at the daemon failed")
+            except Exception:  # otherwise the icon would stay as it is while the daemon changes
+                logger.exception("the tray could not observe the daemon")
             try:
                 wish = self._wishes.get(timeout=_LOOK_S)
             except queue.Empty:
@@ -107,30 +109,30 @@ class Watch:
                 logger.info("starting the daemon again")
                 self._start()
 
-    # --- looking ---
+    # --- observing ---
 
     def _look(self) -> None:
         view = judge(self.view, self._sight())
         if self._ours is not None and self._ours.exit_code is not None:
-            self._ours = None  # it has been judged: what comes now is another's
+            self._ours = None  # its end has been judged: from now on another daemon is observed
         if view.crashed and not self.view.crashed:
             self._backoff.failed(view.detail)
-        if view.state is TrayState.RUNNING and self._backoff.failures and time.monotonic() - self._up_since > _STABLE_S:
+        if view.state is TrayState.RUNNING and self._backoff.failures and self._clock() - self._up_since > _STABLE_S:
             self._backoff.succeeded()
         self._show(view)
 
     def _show(self, view: View) -> None:
         if view.state is TrayState.RUNNING and self.view.state is not TrayState.RUNNING:
-            self._up_since = time.monotonic()
+            self._up_since = self._clock()
         self.view = view
         self._show_view(view)
 
     def _sight(self) -> Sight:
         info = self._info()
         if info is not None:
-            self._heard = time.monotonic()
+            self._heard = self._clock()
             return Sight(info)
-        silent_s = time.monotonic() - self._heard
+        silent_s = self._clock() - self._heard
         exit_code = self._ours.exit_code if self._ours is not None else None
         if self._ours is not None and exit_code is None:
             return Sight(alive=True, silent_s=silent_s)
@@ -145,10 +147,10 @@ class Watch:
         return info
 
     def _ask(self, call: m.Call) -> Any:
-        """The answer to a call; ``None`` where there is none in time."""
-        end = time.monotonic() + _ANSWER_S
+        """Call the daemon; ``None`` without an answer in time."""
+        end = self._clock() + _ANSWER_S
         try:
-            return self._client.call(call, is_cancelled=lambda: time.monotonic() > end).result
+            return self._client.call(call, is_cancelled=lambda: self._clock() > end).result
         except LunaError:
             self._client.close()
             return None
@@ -156,7 +158,7 @@ class Watch:
     # --- starting and stopping ---
 
     def _start(self) -> None:
-        """Attach to the daemon that answers, or start one and wait until it does."""
+        """Attach to the daemon that answers, or start a daemon and wait for its first answer."""
         again = self.view.crashed
         if (info := self._info()) is not None:
             self._show(judge(self.view, Sight(info)))
@@ -175,13 +177,13 @@ class Watch:
         self._look()
 
     def _aim(self, settings: Settings) -> None:
-        """Talk to where the daemon will be: its port may have been changed in ``luna.toml``."""
+        """Connect to the daemon's new port, which may have been changed in ``luna.toml``."""
         self.settings = settings
         self._client.close()
         self._client = _client(settings)
 
     def _stop(self) -> None:
-        """Drain the daemon; one of ours that does not end in time is ended."""
+        """Drain the daemon; kill the process if this tray started it and it does not end in time."""
         self._show(View(TrayState.STOPPING, info=self.view.info))
         if self._ours is not None and self._ours.exit_code is None:
             self._ours.stop()
@@ -192,8 +194,8 @@ class Watch:
         self._look()
 
     def _wait_until_gone(self) -> None:
-        end = time.monotonic() + self.settings.drain_timeout_sec + 5
-        while self.view.state is TrayState.STOPPING and time.monotonic() < end:
+        end = self._clock() + self.settings.drain_timeout_sec + 5
+        while self.view.state is TrayState.STOPPING and self._clock() < end:
             time.sleep(0.1)
             self._look()
 

@@ -1,1 +1,1 @@
-"""Nodes that load models, or put the daemon under loaded ones."""
+"""Nodes that load models, or replace loaded ones by the daemon's."""

@@ -1,49 +1,50 @@
-"""Whether a loaded network has the very weights of a file: compared tensor by tensor, a few or all."""
+"""Comparison of a loaded network's weights with files, tensor by tensor: a sample of the tensors, or all."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
-from luna_daemon.comfyui.meta import Header, read_header, read_tensor
+from luna_daemon.comfyui.meta import read_tensor
 from luna_daemon.core import LunaError
+from luna_daemon.files.safetensors import Header, open_header
+from luna_daemon.wire.messages import TensorRef
 
 from .. import host, models
 from .origins import Origin
 
-__all__ = ["differs", "find_by_contents", "is_whole"]
-
-Place = tuple[Header, str]
-"""A file's header, and the name of a tensor in it."""
+Place = tuple[str, TensorRef]
+"""A file, and the position of a tensor in that file."""
 
 _SAMPLE = 12
 _MOST_SAMPLED = 1 << 20
-"""Elements of a tensor that is sampled: small ones (norms, biases) tell fine-tuned models apart as well."""
+"""Most elements of a sampled tensor: small tensors (norms, biases) distinguish fine-tuned models as well."""
 _PREFIXES = ("", "first_stage_model.", "vae.", "text_encoders.", "cond_stage_model.", "conditioner.embedders.0.")
-"""What checkpoints put before the names of the parts that they carry."""
+"""Prefixes that checkpoints add to the names of a part's tensors."""
 _MAY_LACK = ("position_ids", "logit_scale", "text_projection.weight", "vae_scale", "vae_shift")
-"""What ComfyUI makes itself if a file does not have it."""
+"""Tensors that ComfyUI makes itself if a file lacks them."""
 
 
 def differs(patcher: Any, files: Iterable[str]) -> bool:
-    """Whether a sample of the network's weights is in the files with other values; what is not found is not judged."""
+    """Whether a sample of the network's weights has other values in the files; absent tensors are not compared."""
     places = _places(patcher, files)
-    sizes = {key: found[0][0].tensors[found[0][1]].count for key, found in places.items() if found}
+    sizes = {key: math.prod(candidates[0][1].shape) for key, candidates in places.items() if candidates}
     small = [key for key, size in sizes.items() if 1 < size <= _MOST_SAMPLED]
     return any(not _is_equal(patcher, key, places[key]) for key in small[:: max(1, len(small) // _SAMPLE)])
 
 
 def is_whole(patcher: Any, files: Iterable[str]) -> bool:
-    """Whether each of the network's weights is in the files with this very value."""
+    """Whether the files hold every weight of the network with an equal value."""
     places = _places(patcher, files)
-    if not any(places.values()) or any(not found and not key.endswith(_MAY_LACK) for key, found in places.items()):
+    absent = [key for key, candidates in places.items() if not candidates and not key.endswith(_MAY_LACK)]
+    if absent or not any(places.values()):
         return False
-    return all(_is_equal(patcher, key, found) for key, found in places.items() if found)
+    return all(_is_equal(patcher, key, candidates) for key, candidates in places.items() if candidates)
 
 
 def find_by_contents(patcher: Any, folders: Iterable[str]) -> Iterator[Origin]:
-    """Files below ComfyUI's folders that hold the network's weights; of text encoders, each family there is."""
+    """Find files below ComfyUI's folders that hold the network's weights; a text encoder may be of any family."""
     for folder in folders:
         for name in host.names(folder):
             path = host.path(folder, name)
@@ -55,36 +56,39 @@ def find_by_contents(patcher: Any, folders: Iterable[str]) -> Iterator[Origin]:
                 yield Origin((path,), checkpoint=folder == "checkpoints")
 
 
-def _headers(files: Iterable[str]) -> list[Header]:
-    """Headers of those files that have one that can be read."""
-    found = []
+def _headers(files: Iterable[str]) -> list[tuple[str, Header]]:
+    """Read the headers of those files that have a valid one."""
+    headers = []
     for file in files:
         try:
-            found.append(read_header(Path(file)))
+            headers.append((file, open_header(file)))
         except LunaError:
             continue
-    return found
+    return headers
 
 
 def _places(patcher: Any, files: Iterable[str]) -> dict[str, list[Place]]:
-    """For each of the network's weights where it may be: tensors of its shape and name."""
+    """List, for each weight of the network, the tensors of the same shape and a fitting name."""
     headers = _headers(files)
     return {key: _find(key, tuple(value.shape), headers) for key, value in patcher.model.state_dict().items()}
 
 
-def _find(key: str, shape: tuple[int, ...], headers: list[Header]) -> list[Place]:
-    """Under its name, with a checkpoint's prefix, or without the network's: two encoders' files have equal names."""
-    found, rest = [], key
+def _find(key: str, shape: tuple[int, ...], headers: list[tuple[str, Header]]) -> list[Place]:
+    """Look for a weight under its name, with a checkpoint's prefix, or without parts of the network's own prefix.
+
+    The files of two encoders have equal names, which the network distinguishes by a prefix.
+    """
+    places, rest = [], key
     while rest:
-        for header in headers:
-            names = (prefix + rest for prefix in _PREFIXES if prefix + rest in header.tensors)
-            found += [(header, name) for name in names if header.tensors[name].shape == shape]
+        for file, header in headers:
+            refs = (header.tensors[prefix + rest] for prefix in _PREFIXES if prefix + rest in header.tensors)
+            places += [(file, ref) for ref in refs if ref.shape == shape]
         rest = rest.partition(".")[2] if rest.count(".") > 1 else ""
-    return found
+    return places
 
 
 def _is_equal(patcher: Any, key: str, places: list[Place]) -> bool:
-    """In the network's own precision; what a LoRA has changed in place is compared as it was before."""
+    """Compare in the network's own precision; a weight that a LoRA has changed in place is compared as before."""
     kept = patcher.backup.get(key)
     mine = (kept.weight if kept is not None else patcher.model.state_dict()[key]).cpu()
     return any(bool((mine == read_tensor(*place).to(mine.dtype)).all()) for place in places)

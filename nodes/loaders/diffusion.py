@@ -1,4 +1,4 @@
-"""Diffusion models for the router: from checkpoints, of their own, or as GGUF; always loaded here."""
+"""Diffusion models for the router, from checkpoints, separate files or GGUF; always loaded into this ComfyUI."""
 
 from __future__ import annotations
 
@@ -9,32 +9,34 @@ from luna_daemon.inference_wrapper import wrap_model_for_inference
 
 from .. import host
 
-__all__ = ["PRECISIONS", "SOURCES", "load_diffusion", "model_folder", "model_names"]
-
 SOURCES = ("checkpoints", "diffusion_models", "unet")
 PRECISIONS = ("None", "bf16", "fp16", "fp8_e4m3fn", "nf4", "int8", "gguf_Q8_0", "gguf_Q4_K_M")
-"""All that saved workflows may hold; those that need a conversion of the file are refused when they are used."""
+"""Every value that a saved workflow may hold; values that need a converted file are refused when the node runs."""
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp8_e4m3fn": "float8_e4m3fn"}
 _GGUF_FOLDER, _GGUF_LOADER = "unet_gguf", "UnetLoaderGGUF"
 
 
 def model_names() -> list[str]:
-    """Files of all sources, each name once."""
-    found = [name for folder in (*SOURCES, _GGUF_FOLDER) for name in host.names(folder)]
-    return list(dict.fromkeys(found))
+    """List the files of all sources, each name once."""
+    return list(dict.fromkeys(name for folder in (*SOURCES, _GGUF_FOLDER) for name in host.names(folder)))
 
 
 def model_folder(source: str, name: str) -> str:
-    """The folder that the model is in: the source, or else another."""
+    """Find the folder that holds the model: the source if possible, else another."""
     return next((folder for folder in (source, *SOURCES, _GGUF_FOLDER) if name in host.names(folder)), source)
 
 
 def load_diffusion(source: str, name: str, precision: str = "None") -> Any:
-    """A MODEL whose forward passes keep no graph.
+    """Load a MODEL whose forward passes keep no autograd graph.
+
+    Args:
+        source: one of ``SOURCES``.
+        name: one of ``model_names()``.
+        precision: one of ``PRECISIONS``.
 
     Raises:
         FileNotFoundError: there is no such file.
-        BadRequest: a precision that we do not make; GGUF without ComfyUI-GGUF.
+        BadRequest: the precision needs a converted file, or a GGUF file needs ComfyUI-GGUF.
         ModelLoadError: the checkpoint holds no diffusion model.
     """
     folder = model_folder(source, name)
@@ -58,7 +60,7 @@ def _options(precision: str) -> dict[str, Any]:
         return {}
     if precision not in _DTYPES:
         raise BadRequest(
-            f"dynamic_precision={precision!r} needs a converted file, and this pack converts none",
+            f"dynamic_precision={precision!r} needs a converted file, and this pack does not convert files",
             f"Choose None, {', '.join(_DTYPES)}, or a GGUF file as model_name",
         )
     return {"dtype": getattr(host.module("torch"), _DTYPES[precision])}
@@ -66,7 +68,10 @@ def _options(precision: str) -> dict[str, Any]:
 
 def _load_gguf(name: str, precision: str) -> Any:
     if precision != "None" and not precision.startswith("gguf_"):
-        raise BadRequest(f"dynamic_precision={precision!r}: {name} is GGUF and keeps its own", "Choose None")
+        raise BadRequest(
+            f"dynamic_precision={precision!r} does not apply to the GGUF file {name}",
+            "Choose None",
+        )
     loader = host.node_class(_GGUF_LOADER)
     if loader is None:
         raise BadRequest(f"{name} is GGUF, and the node pack ComfyUI-GGUF is missing", "Install ComfyUI-GGUF")

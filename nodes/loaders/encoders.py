@@ -1,4 +1,4 @@
-"""Which text encoders a model type of the router takes, and where their files are."""
+"""Text encoders of each model type of the router, and the files behind their names."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from luna_daemon.core import BadRequest
 
 from .. import host
-
-__all__ = ["MODEL_TYPES", "NONE", "clip_names", "clip_path", "clip_slots", "family"]
 
 NONE = "None"
 _SLOTS = {
@@ -27,7 +25,7 @@ _FAMILIES = {
     "SD3": "sd3", "Z-IMAGE": "lumina2",
 }  # fmt: skip
 _ANY_OF_THEM = ("SD3",)
-"""ComfyUI encodes for these with whichever of the encoders are there."""
+"""Model types for which ComfyUI encodes with any subset of the encoders."""
 MODEL_TYPES = tuple(_SLOTS)
 _FURTHER = ("clip_gguf", "clip_vision", "LLM")
 """Folders whose files are listed as ``folder/name``."""
@@ -35,41 +33,42 @@ _ENDINGS = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
 
 
 def family(model_type: str) -> str:
-    """ComfyUI's ``type`` of its text encoder loaders."""
+    """Translate a model type into the ``type`` of ComfyUI's text encoder loaders."""
     return _FAMILIES[model_type]
 
 
 def clip_slots(model_type: str, chosen: Sequence[str], from_checkpoint: bool = False) -> list[str]:
-    """The chosen names in the order that the loader wants; empty if the checkpoint's own are to be used.
+    """Select the chosen names in the loader's order; none if the checkpoint's own encoders are to be used.
 
     Args:
+        model_type: one of ``MODEL_TYPES``.
         chosen: the values of ``clip_1`` to ``clip_4``.
-        from_checkpoint: whether there is a checkpoint that may carry them.
+        from_checkpoint: whether a checkpoint is loaded, which may carry encoders.
 
     Raises:
-        BadRequest: unknown type, or encoders are missing: names them.
+        BadRequest: the type is unknown, or encoders are missing; the message names them.
     """
     if model_type not in _SLOTS:
         raise BadRequest(f"model_type={model_type!r} is unknown", f"Choose one of {', '.join(MODEL_TYPES)}")
-    given = {f"clip_{number}": name for number, name in enumerate(chosen, 1) if name and name != NONE}
+    filled = {f"clip_{number}": name for number, name in enumerate(chosen, 1) if name and name != NONE}
     wanted = _SLOTS[model_type]
-    if from_checkpoint and not given.keys() & wanted.keys():
+    if from_checkpoint and not filled.keys() & wanted.keys():
         return []
-    missing = [f"{slot} ({what})" for slot, what in wanted.items() if slot not in given]
+    missing = [f"{slot} ({what})" for slot, what in wanted.items() if slot not in filled]
     if missing and (model_type not in _ANY_OF_THEM or len(missing) == len(wanted)):
         joint = " or " if model_type in _ANY_OF_THEM else " and "
-        hint = "With all of them None the checkpoint's own are used" if from_checkpoint else "Choose their files"
+        hint = "To use the checkpoint's own, set all of them to None" if from_checkpoint else "Choose their files"
         raise BadRequest(f"{model_type} needs {joint.join(missing)}", hint)
-    return [given[slot] for slot in wanted if slot in given]
+    return [filled[slot] for slot in wanted if slot in filled]
 
 
 def clip_names() -> list[str]:
-    """Everything the router lists for text encoders."""
+    """List everything that the router offers as a text encoder."""
     return [NONE, *host.names("text_encoders"), *(name for folder in _FURTHER for name in _further(folder))]
 
 
 def _further(folder: str) -> list[str]:
-    """``folder/name`` for the files of a folder below ComfyUI's models."""
+    """List the files of a folder below ComfyUI's models as ``folder/name``."""
     paths = host.names(folder) or _walk(_below_models(folder))
     return [f"{folder}/{name}".replace("\\", "/") for name in paths]
 
@@ -89,10 +88,10 @@ def _below_models(*parts: str) -> str:
 
 
 def clip_path(name: str) -> str:
-    """The file of a name of ``clip_names``.
+    """Find the file of a name of ``clip_names``.
 
     Raises:
-        BadRequest: a kind of file that the daemon does not serve.
+        BadRequest: the file is GGUF, which the daemon does not serve.
         FileNotFoundError: there is no such file.
     """
     if name.lower().endswith(".gguf"):

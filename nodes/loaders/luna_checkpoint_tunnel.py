@@ -1,4 +1,4 @@
-"""LunaCheckpointTunnel: puts the daemon under the CLIP and VAE of a stock loader."""
+"""LunaCheckpointTunnel: replaces the CLIP and VAE of a stock loader by the daemon's."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ from .. import models
 from .contents import differs, find_by_contents
 from .origins import Origin, find_origin
 
-__all__ = ["LunaCheckpointTunnel", "take_along"]
-
 _CLIP_STATE = ("layer_idx", "tokenizer_options", "use_clip_schedule", "apply_hooks_to_conds")
 
 
 class LunaCheckpointTunnel:
-    """Behind a stock loader: MODEL passes, CLIP and VAE become the daemon's if their files can be told."""
+    """Node behind a stock loader: passes MODEL, and replaces CLIP and VAE if their files can be determined."""
 
     CATEGORY = "Luna"
     DESCRIPTION = (
-        "Put it behind a stock loader: the model passes, and the CLIP and the VAE are computed by the Luna Daemon from "
-        "the same files. What cannot be matched to a file passes unchanged, with a warning."
+        "Place this node behind a stock loader: the model passes unchanged, and the Luna Daemon computes CLIP and VAE "
+        "from the same files. A CLIP or VAE that matches no file passes unchanged, with a warning."
     )
     SEARCH_ALIASES = ["checkpoint", "tunnel", "daemon clip", "daemon vae", "share models"]
     RETURN_TYPES = ("MODEL", "CLIP", "VAE")
@@ -31,11 +29,15 @@ class LunaCheckpointTunnel:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
+        """Take what a checkpoint loader gives, and the workflow, which names the files."""
         return {
             "required": {
-                "model": ("MODEL", {"tooltip": "Passes unchanged."}),
-                "clip": ("CLIP", {"tooltip": "From a stock loader; LoRAs and clip skip set before are kept."}),
-                "vae": ("VAE", {"tooltip": "From a stock loader."}),
+                "model": ("MODEL", {"tooltip": "The diffusion model, which passes unchanged."}),
+                "clip": (
+                    "CLIP",
+                    {"tooltip": "The CLIP of a stock loader; its LoRAs and clip skip are kept."},
+                ),
+                "vae": ("VAE", {"tooltip": "The VAE of a stock loader."}),
             },
             "hidden": {"dynprompt": "DYNPROMPT", "unique_id": "UNIQUE_ID"},
         }
@@ -43,6 +45,14 @@ class LunaCheckpointTunnel:
     def tunnel(
         self, model: Any, clip: Any, vae: Any, dynprompt: Any = None, unique_id: Any = None
     ) -> tuple[Any, Any, Any]:
+        """Replace CLIP and VAE, each if possible.
+
+        Args:
+            model, clip, vae: outputs of stock nodes.
+            dynprompt: the workflow, as ComfyUI's ``DynamicPrompt``.
+            unique_id: this node's id in the workflow.
+        """
+
         def origin(widget: str) -> Origin | None:
             return None if dynprompt is None else find_origin(dynprompt, unique_id, widget)
 
@@ -54,16 +64,16 @@ class LunaCheckpointTunnel:
 def _replaced(
     what: str, original: Any, origin: Origin | None, folders: tuple[str, ...], make: Callable[[Any, Origin], Any]
 ) -> Any:
-    """The daemon's, or the original with a warning."""
+    """Return the daemon's counterpart of an object, or the object itself with a warning."""
     patcher = getattr(original, "patcher", None)
     if patcher is None or hasattr(patcher.model, "luna"):  # nothing inside, or the daemon's already
         return original
     why = _why_not(patcher, origin)
     if not why:
         why = "none of ComfyUI's model files holds its weights"
-        for found in [origin] if origin else find_by_contents(patcher, folders):
+        for candidate in [origin] if origin else find_by_contents(patcher, folders):
             try:
-                return make(original, found)
+                return make(original, candidate)
             except LunaError as error:
                 why = str(error)
     logger.warning("the tunnel passes %s unchanged: %s", what, why)
@@ -72,7 +82,7 @@ def _replaced(
 
 def _why_not(patcher: Any, origin: Origin | None) -> str:
     if patcher.object_patches or patcher.hook_patches or patcher.forced_hooks is not None:
-        return "a node has put code or hooks into it; put the tunnel before that node"
+        return "a node has added code or hooks; place the tunnel before that node"
     if origin is not None and differs(patcher, origin.files):
         return f"{', '.join(origin.files)} has changed since it was loaded"
     return ""
@@ -90,19 +100,20 @@ def _daemon_clip(original: Any, origin: Origin) -> Any:
     return take_along(original, clip)
 
 
-def _check_alike(given: Any, made: Any, origin: Origin) -> None:
-    """Classes may be made anew by each load, so what they are made of is compared.
+def _check_alike(original: Any, made: Any, origin: Origin) -> None:
+    """Compare two networks by name and shapes: each load may create the classes again.
 
     Raises:
-        ModelLoadError: another network than was given.
+        ModelLoadError: the networks differ.
     """
-    shapes = [{key: value.shape for key, value in network.state_dict().items()} for network in (given, made)]
-    if type(given).__name__ != type(made).__name__ or shapes[0] != shapes[1]:
-        raise ModelLoadError(f"{origin.files[0]} makes a {type(made).__name__} that is not like what was given")
+    shapes = [{key: value.shape for key, value in network.state_dict().items()} for network in (original, made)]
+    if type(original).__name__ != type(made).__name__ or shapes[0] != shapes[1]:
+        names = f"a {type(made).__name__} that differs from the {type(original).__name__} of the workflow"
+        raise ModelLoadError(f"{origin.files[0]} makes {names}")
 
 
 def take_along(original: Any, clip: Any) -> Any:
-    """``clip`` with the patches (LoRA) and the settings (clip skip) of another."""
+    """Copy the patches (LoRA) and the settings (clip skip) of ``original`` to ``clip``, and return ``clip``."""
     for name in _CLIP_STATE:
         if hasattr(original, name):
             setattr(clip, name, getattr(original, name))
@@ -112,7 +123,7 @@ def take_along(original: Any, clip: Any) -> Any:
 
 
 def _in_order(patches: dict[str, list[Any]]) -> Iterator[tuple[dict[Any, Any], float, float]]:
-    """A patcher's patches as calls of ``add_patches``: for each key in its order, of one strength in one call."""
+    """A patcher's patches as calls of ``add_patches``: in each key's order, patches of equal strength in one call."""
     for place in range(max(map(len, patches.values()), default=0)):
         calls: dict[tuple[float, float], dict[Any, Any]] = {}
         for key, entries in patches.items():

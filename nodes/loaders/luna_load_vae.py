@@ -1,4 +1,4 @@
-"""LunaLoadVAE: the stock VAE loader, with the daemon's VAE."""
+"""LunaLoadVAE: the stock VAE loader, with weights that live in the daemon."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from typing import Any
 
 from .. import models
 
-__all__ = ["LunaLoadVAE"]
-
 
 class LunaLoadVAE:
-    """As VAELoader; the VAE's weights are the daemon's."""
+    """VAELoader whose VAE is computed by the daemon."""
 
     CATEGORY = "Luna"
     DESCRIPTION = "Loads a VAE that lives in the Luna Daemon, once for every ComfyUI on this machine."
     SEARCH_ALIASES = ["load vae", "vae loader", "daemon vae", "shared vae"]
     RETURN_TYPES = ("VAE",)
-    OUTPUT_TOOLTIPS = ("Works in every node that takes a VAE; if the daemon is away, ComfyUI loads the file itself.",)
+    OUTPUT_TOOLTIPS = ("Works in every node that takes a VAE. ComfyUI loads the file while the daemon is away.",)
     FUNCTION = "load_vae"
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"vae_name": (models.vae_names(), {"tooltip": "A VAE, as the stock loader lists it."})}}
+        """List the VAEs of the stock loader."""
+        return {"required": {"vae_name": (models.vae_names(), {"tooltip": "A VAE; the same list as in Load VAE."})}}
 
     def load_vae(self, vae_name: str) -> tuple[Any]:
+        """Load a VAE by name."""
         return (models.load_vae(vae_name),)

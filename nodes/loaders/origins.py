@@ -1,4 +1,4 @@
-"""Where a CLIP or VAE of a workflow came from: the stock loader that is followed back to, and its files."""
+"""Origin of a workflow's CLIP or VAE: the stock loader that made the object, and that loader's files."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from typing import Any
 
 from .. import host, models
 
-__all__ = ["Origin", "find_origin"]
-
 _PASSING = {"LoraLoader": "clip", "LunaLoadLoRA": "clip", "CLIPSetLastLayer": "clip"}
-"""Stock nodes that a CLIP may have passed through: what they changed is on the object, and is taken along."""
+"""Nodes that a CLIP may have passed through: their changes are on the object, and are copied from there."""
 _CHECKPOINTS = {"CheckpointLoaderSimple", "CheckpointLoader", "unCLIPCheckpointLoader"}
 _CLIP_WIDGETS = {
     "CLIPLoader": ("clip_name",),
@@ -23,7 +21,7 @@ _MOST_STEPS = 100
 
 @dataclass(frozen=True)
 class Origin:
-    """The files behind an object; ``family`` is the loader's ``type`` of text encoders of their own."""
+    """Files behind an object; ``family`` is the ``type`` of a loader of separate text encoders."""
 
     files: tuple[str, ...]
     checkpoint: bool = False
@@ -31,22 +29,23 @@ class Origin:
 
 
 def find_origin(prompt: Any, node: str, widget: str) -> Origin | None:
-    """Follow an input of a node back to a stock loader.
+    """Follow a node's input back to a stock loader.
 
     Args:
         prompt: ComfyUI's ``DynamicPrompt``.
-        node: the id of the node that has the input ``widget``.
+        node: the id of the node that has the input.
+        widget: the input's name.
 
     Returns:
-        None if another node made it, or if its file is not to be told from the workflow.
+        ``None`` if another kind of node made the object, or if the workflow does not name the file.
     """
     for _ in range(_MOST_STEPS):
         link = prompt.get_node(node)["inputs"].get(widget)
         if not isinstance(link, (list, tuple)) or len(link) != 2:
             return None
         node = link[0]
-        found = prompt.get_node(node)
-        kind, inputs = found["class_type"], found["inputs"]
+        maker = prompt.get_node(node)
+        kind, inputs = maker["class_type"], maker["inputs"]
         if kind not in _PASSING:
             return _of_loader(kind, inputs)
         widget = _PASSING[kind]
@@ -72,7 +71,7 @@ def _text(inputs: dict[str, Any], widget: str) -> str:
     """A widget's value.
 
     Raises:
-        KeyError: another node computes it.
+        KeyError: another node computes the value.
     """
     if not isinstance(inputs.get(widget), str):
         raise KeyError(widget)

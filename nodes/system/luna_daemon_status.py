@@ -1,4 +1,4 @@
-"""LunaDaemonStatus: what the daemon does, as text."""
+"""LunaDaemonStatus: the daemon's status as text."""
 
 from __future__ import annotations
 
@@ -9,35 +9,36 @@ from luna_daemon.core import LunaError
 
 from .. import host
 
-__all__ = ["LunaDaemonStatus", "status_text"]
-
 _GIB = 1 << 30
 
 
 class LunaDaemonStatus:
-    """Asks the daemon in every prompt, and shows the answer on the node."""
+    """Node that asks the daemon in every prompt and shows the answer."""
 
     CATEGORY = "Luna"
-    DESCRIPTION = "Shows whether the Luna Daemon answers, what it holds, and what it has done."
+    DESCRIPTION = "Shows whether the Luna Daemon answers, which models it holds, and how many requests it has served."
     SEARCH_ALIASES = ["daemon status", "luna status", "show daemon", "vram usage"]
     RETURN_TYPES = ("STRING", "BOOLEAN")
     RETURN_NAMES = ("status", "running")
-    OUTPUT_TOOLTIPS = ("The same text as on the node.", "Whether a daemon answers.")
+    OUTPUT_TOOLTIPS = ("The text that the node shows.", "Whether a daemon answers.")
     FUNCTION = "status"
     OUTPUT_NODE = True
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
+        """Take any value, which decides when the daemon is asked."""
         return {
             "required": {},
-            "optional": {"after": (host.ANY, {"tooltip": "Anything; the daemon is asked once it is there."})},
+            "optional": {"after": (host.ANY, {"tooltip": "Any value; the daemon is asked once it is computed."})},
         }
 
     @classmethod
     def IS_CHANGED(cls, **inputs: Any) -> float:
-        return float("nan")  # equals nothing: runs in every prompt
+        """Make ComfyUI run the node in every prompt."""
+        return float("nan")  # equals nothing
 
     def status(self, after: Any = None) -> dict[str, Any]:
+        """Ask the daemon; the result is the text, and whether a daemon answers."""
         try:
             text, running = status_text(get_client().get_daemon_info()), True
         except LunaError as error:
@@ -46,15 +47,15 @@ class LunaDaemonStatus:
 
 
 def status_text(info: dict[str, Any]) -> str:
-    """The ``info`` answer in a few lines."""
+    """Word an ``info`` answer in a few lines."""
     requests = ", ".join(f"{op} {count}" for op, count in sorted(info["requests"].items())) or "none yet"
     lines = [
         f"Luna Daemon {info['version']}, {info['status']}, process {info['pid']}, backend {info['backend']}",
-        f"reached by {info['transport']}; {len(info['clients'])} clients; {info['queue']['waiting']} requests wait",
+        f"transport: {info['transport']}; {len(info['clients'])} clients; {info['queue']['waiting']} requests queued",
         f"requests: {requests}",
-        f"answered locally instead: {info['fallbacks']}; weights loaded locally: {info['materialised']}",
+        f"fallbacks to local models: {info['fallbacks']}; models loaded locally: {info['materialised']}",
     ]
-    lines += [_worker_text(worker) for worker in info["workers"]] or ["no worker runs: nothing is loaded"]
+    lines += [_worker_text(worker) for worker in info["workers"]] or ["no worker is running: nothing is loaded"]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""LunaFreeModels: has the daemon give the memory of its models back."""
+"""LunaFreeModels: frees the memory of the daemon's models."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ from luna_daemon.core import LunaError, logger
 
 from .. import host
 
-__all__ = ["LunaFreeModels"]
-
 
 class LunaFreeModels:
-    """Passes anything through; when it comes by, the daemon unloads. Models are loaded again when they are needed."""
+    """Node that passes a value on and has the daemon unload all models; the next use loads a model again."""
 
     CATEGORY = "Luna"
     DESCRIPTION = (
-        "Passes its input on and has the Luna Daemon give the memory of all its models back, those of other ComfyUIs "
-        "included. They are loaded again at their next use."
+        "Passes its input on and has the Luna Daemon unload all models, those that other ComfyUIs use included. "
+        "A model is loaded again at its next use."
     )
     SEARCH_ALIASES = ["free memory", "unload models", "clear vram", "purge vram", "daemon"]
     RETURN_TYPES = (host.ANY,)
@@ -28,18 +26,21 @@ class LunaFreeModels:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
+        """Take any value, which decides when the models are unloaded."""
         return {
             "required": {},
-            "optional": {"value": (host.ANY, {"tooltip": "Anything; the models are freed once it is there."})},
+            "optional": {"value": (host.ANY, {"tooltip": "Any value; the models are unloaded once it is computed."})},
         }
 
     @classmethod
     def IS_CHANGED(cls, **inputs: Any) -> float:
-        return float("nan")  # equals nothing: runs in every prompt
+        """Make ComfyUI run the node in every prompt."""
+        return float("nan")  # equals nothing
 
     def free(self, value: Any = None) -> tuple[Any]:
+        """Unload the daemon's models and pass the value on; without a daemon only a warning is logged."""
         try:
             get_client().unload()
         except LunaError as error:
-            logger.warning("nothing was freed: %s", error)
+            logger.warning("the daemon's models were not unloaded: %s", error)
         return (value,)

@@ -1,1 +1,1 @@
-"""Nodes that gather a workflow's settings."""
+"""Nodes that collect a workflow's settings."""

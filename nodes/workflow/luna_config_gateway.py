@@ -1,4 +1,4 @@
-"""LunaConfigGateway: from models, prompts and settings to everything that a sampler needs, and its record."""
+"""LunaConfigGateway: makes everything that a sampler needs from models, prompts and settings, and a record."""
 
 from __future__ import annotations
 
@@ -13,18 +13,16 @@ from ..lora_tags import LoraTag, combined, parse_lora_tags
 from ..loras import apply_loras
 from . import settings
 
-__all__ = ["LunaConfigGateway"]
-
 _WEIGHTS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 
 
 class LunaConfigGateway:
-    """One node for a workflow's settings: LoRAs, clip skip, prompts, latent, First Block Cache, metadata."""
+    """Node for a workflow's settings: LoRAs, clip skip, prompts, latent, First Block Cache, metadata."""
 
     CATEGORY = "Luna"
     DESCRIPTION = (
         "Applies LoRAs (<lora:name:weight> in the prompts, and a LoRA stack), clip skip and First Block Cache, encodes "
-        "the prompts, makes the latent, and hands all of it on: as one pipe, and one by one."
+        "the prompts and makes the latent. The outputs are one pipe with all of it, and each part alone."
     )
     SEARCH_ALIASES = ["config", "settings", "prompt", "lora tags", "clip text encode", "pipe", "luna gateway"]
     RETURN_TYPES = (
@@ -39,6 +37,7 @@ class LunaConfigGateway:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
+        """List the widgets in the order of saved workflows."""
         return {"required": settings.required(), "optional": settings.optional()}
 
     def process(
@@ -49,6 +48,11 @@ class LunaConfigGateway:
         fb_cache_start: float = 0.0, fb_cache_end: float = 1.0, fb_cache_threshold: float = 0.1,
         fb_cache_max_consecutive_hits: int = -1,
     ) -> tuple[Any, ...]:  # fmt: skip
+        """Prepare a sampler's inputs; returns a value for each of ``RETURN_TYPES``.
+
+        Raises:
+            BadRequest: ``clip`` is empty, ``vision_embed`` is connected, or a LoRA tag is wrong.
+        """
         _check(clip, vision_embed)
         prompts = [parse_lora_tags(text or "") for text in (positive_prompt, negative_prompt)]
         loras = combined(lora_stack, [tag for _, tags in prompts for tag in tags])
@@ -81,7 +85,7 @@ def _check(clip: Any, vision_embed: Any) -> None:
 
 
 def clip_skipped(clip: Any, layer: int) -> Any:
-    """As the stock CLIPSetLastLayer; 0 leaves the model's own."""
+    """Set the last layer as the stock CLIPSetLastLayer does; 0 keeps the model's own."""
     if not layer:
         return clip
     clip = clip.clone()
@@ -90,12 +94,15 @@ def clip_skipped(clip: Any, layer: int) -> Any:
 
 
 def encoded(clip: Any, text: str) -> Any:
-    """As the stock CLIPTextEncode."""
+    """Encode a text as the stock CLIPTextEncode does."""
     return clip.encode_from_tokens_scheduled(clip.tokenize(text))
 
 
 def empty_latent(model: Any, vae: Any, width: int, height: int, batch_size: int) -> dict[str, Any]:
-    """Zeros ``[B,C,h,w]``, or ``[B,C,1,h,w]`` of a video model: the model's channels, the VAE's compression."""
+    """Make a latent of zeros ``[B,C,h,w]``, or ``[B,C,1,h,w]`` for a video model.
+
+    ``C`` is the model's number of channels; ``h`` and ``w`` are the size divided by the VAE's compression.
+    """
     kind = model.get_model_object("latent_format")
     ratio = vae.spacial_compression_encode()
     frames = [1] if kind.latent_dimensions == 3 else []

@@ -1,4 +1,4 @@
-"""LunaPipeOut: takes the gateway's pipe apart."""
+"""LunaPipeOut: splits the gateway's pipe into its parts."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from luna_daemon.core import BadRequest
 
 from .. import host
 
-__all__ = ["LunaPipeOut"]
-
 
 class LunaPipeOut:
-    """The parts of a ``LUNA_PIPE``, in its order."""
+    """Node that splits a ``LUNA_PIPE`` into its parts."""
 
     CATEGORY = "Luna"
-    DESCRIPTION = "Takes the pipe of Luna Config Gateway apart."
+    DESCRIPTION = "Splits the pipe of Luna Config Gateway into its parts."
     SEARCH_ALIASES = ["pipe", "unpack pipe", "pipe out", "luna pipe"]
     RETURN_TYPES = (
         "MODEL", "CLIP", "VAE", "CONDITIONING", "CONDITIONING", "LATENT", "INT", "INT", "INT", "INT", "FLOAT", "FLOAT",
@@ -29,9 +27,15 @@ class LunaPipeOut:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
+        """Take a pipe."""
         return {"required": {"luna_pipe": ("LUNA_PIPE", {"tooltip": "The pipe of Luna Config Gateway."})}}
 
     def unpack(self, luna_pipe: Any) -> tuple[Any, ...]:
+        """Split the pipe; returns a value for each of ``RETURN_TYPES``.
+
+        Raises:
+            BadRequest: the value is not such a pipe.
+        """
         if not isinstance(luna_pipe, (tuple, list)) or len(luna_pipe) != len(self.RETURN_NAMES):
             raise BadRequest("luna_pipe is not a pipe of Luna Config Gateway")
         return tuple(luna_pipe)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from luna_daemon.backends.comfy import ComfyBackend, ComfyVae
+from luna_daemon.backends.comfy.backend import ComfyBackend
+from luna_daemon.backends.comfy.vae import ComfyVae
 
 
 def test_a_decoder_that_mixes_frames_gets_them_together(comfy):

@@ -396,7 +396,7 @@ def test_the_router_says_what_is_missing(ui, served):
         with pytest.raises(BadRequest, match=words):
             router(ui, **changes)
     _, _, vae, llm, vision, _, _ = router(ui, vae_name="None")
-    with pytest.raises(AttributeError, match="output 'vae' holds nothing: vae_name is None"):
+    with pytest.raises(AttributeError, match="output 'vae' is empty: vae_name is None"):
         ui.node["VAEDecode"]().decode(vae, {"samples": ui.torch.zeros(1, 16, 8, 8)})
     with pytest.raises(AttributeError, match="language models are not served"):
         llm.generate("a prompt")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -162,11 +161,7 @@ class Bench:
         }  # fmt: skip
 
     def _run(self, workflow: dict[str, Node]) -> None:
-        prompt, end = self.server.post(workflow), time.monotonic() + 120
-        while prompt not in (history := self.server.ask(f"/history/{prompt}")):
-            assert self.server.process.poll() is None and time.monotonic() < end, self.server.said()
-            time.sleep(0.05)
-        status = history[prompt]["status"]
+        status = self.server.history(self.server.post(workflow))["status"]
         assert status["status_str"] == "success", (status["messages"][-1], self.server.said())
 
     def _kept(self, source: str, kept: dict[str, Link]) -> dict[str, Any]:

@@ -78,12 +78,16 @@ def test_it_is_a_clip_without_weights(stock, clip, local_clip, daemon):
     assert clip.get_ram_usage() == clip.patcher.model_size() == 0 and not daemon.calls
 
 
-def test_it_is_built_in_a_moment(clip_l, daemon):
-    """Under a second, and less than a quarter of the weights: what there is, is the tokenizer's."""
+def test_it_is_built_in_a_moment(stock, clip_l, daemon):
+    """As fast as ComfyUI's own, and less than a quarter of the weights: what there is, is the tokenizer's."""
     make_clip([clip_l], client=daemon)
+    start = time.perf_counter()
+    stock.sd.load_clip([str(clip_l)], clip_type=stock.sd.CLIPType.STABLE_DIFFUSION)
+    usual = time.perf_counter() - start
     before, start = psutil.Process().memory_full_info().uss, time.perf_counter()
     shell = make_clip([clip_l], client=daemon)
-    assert time.perf_counter() - start < 2
+    seconds = time.perf_counter() - start
+    assert seconds < 2 * usual + 0.1, (seconds, usual)
     assert psutil.Process().memory_full_info().uss - before < 60e6 and shell.layer_idx is None
 
 
@@ -104,21 +108,25 @@ ENCODERS = {
     ],
 )  # fmt: skip
 def test_families_are_built_from_their_headers(stock, daemon, tmp_path, family, encoders, parts):
-    """Up to 10 GB of weights in a moment, and nothing of them in memory; each encoder answers by itself."""
+    """Up to 10 GB of weights as fast as ComfyUI builds them empty, and nothing in memory; each answers by itself."""
     torch, kind = stock.torch, getattr(stock.sd.CLIPType, family.upper(), stock.sd.CLIPType.STABLE_DIFFUSION)
+    start = time.perf_counter()
     with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
         patch.setattr(torch.nn.Module, "load_state_dict", lambda self, state, strict=True: ((), ()))
         real = stock.sd.load_text_encoder_state_dicts(
             [{name: torch.empty(shape) for name, shape in ENCODERS[one].items()} for one in encoders.split()],
             clip_type=kind, model_options={"initial_device": torch.device("meta")},
         )  # fmt: skip
+    usual = time.perf_counter() - start
     paths = []
     for name in parts:
         state = getattr(real.cond_stage_model, name).transformer.state_dict()
         paths.append(empty_file(tmp_path / f"{name}.safetensors", state))
     before, start = psutil.Process().memory_full_info().uss, time.perf_counter()
     shell = make_clip(paths, family, client=daemon)
-    assert time.perf_counter() - start < 3 and psutil.Process().memory_full_info().uss - before < 150e6
+    seconds = time.perf_counter() - start
+    assert seconds < 3 * usual + 0.2, (seconds, usual)
+    assert psutil.Process().memory_full_info().uss - before < 150e6
     model = shell.cond_stage_model
     assert type(model).__name__ == type(real.cond_stage_model).__name__
     assert model.state_dict().keys() == real.cond_stage_model.state_dict().keys()

@@ -22,6 +22,7 @@ from luna_daemon.core import (
 from luna_daemon.shells.build import make_vae
 from luna_daemon.wire import messages as m
 from tests.comfy.shell_helpers import DEMO_VAE, InProcess, empty_file
+from tests.waiting import within
 
 pytest_plugins = ["tests.comfy.shell_fixtures"]
 
@@ -112,8 +113,10 @@ FAMILIES = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families_are_built_from_their_headers(stock, daemon, tmp_path, name):
-    """In a moment, on meta, with the scalars that ComfyUI gives the real object; zeros instead of weights."""
+    """About as fast as ComfyUI builds it empty, on meta, with its scalars; zeros instead of weights."""
+    start = time.perf_counter()
     real = family(stock, FAMILIES[name])
+    usual = time.perf_counter() - start
     # Keys that tell the family apart need not be in the network's own state dict.
     told_by = {key: stock.torch.empty(shape, device="meta") for key, shape in FAMILIES[name].items()}
     path = empty_file(tmp_path / "vae.safetensors", told_by | real.first_stage_model.state_dict())
@@ -121,8 +124,8 @@ def test_families_are_built_from_their_headers(stock, daemon, tmp_path, name):
     shell = make_vae([path], client=daemon)
     seconds, grown = time.perf_counter() - start, psutil.Process().memory_full_info().uss - before
     assert all(value.is_meta or value.numel() <= 256 for value in shell.first_stage_model.state_dict().values())
-    # Cosmos is built with weights, and emptied.
-    assert seconds < 2 and grown < (60e6 if name != "Cosmos" else 400e6), (seconds, grown)
+    # Some are built with weights, and emptied.
+    assert seconds < 20 * usual + 0.5 and grown < (60e6 if name != "Cosmos" else 400e6), (seconds, usual, grown)
     for fact in ("latent_channels", "latent_dim", "vae_dtype", "output_channels"):
         assert getattr(shell, fact) == getattr(real, fact)
     assert shell.spacial_compression_decode() == real.spacial_compression_decode()
@@ -305,10 +308,9 @@ def test_busy_is_waited_for(stock, vae, daemon, monkeypatch):
     assert len(attempts) == 3 and daemon.fallbacks == 0
     daemon.error = Busy("full", retry_after_s=60)
     stock.management.interrupt_current_processing()
-    start = time.monotonic()
-    with pytest.raises(stock.management.InterruptProcessingException):
+    with within(5), pytest.raises(stock.management.InterruptProcessingException):  # far from the 60 s it was told
         vae.decode(latents(stock, 1, 16, 8, 8))
-    assert time.monotonic() - start < 1 and not stock.management.processing_interrupted()
+    assert not stock.management.processing_interrupted()
 
 
 def test_errors_reach_the_node(stock, vae, daemon):
@@ -438,15 +440,18 @@ def test_plain_attributes_travel(stock, vae, local_vae, daemon, caplog):
 
 
 def test_looking_for_attributes_is_cheap(stock, tmp_path, daemon):
-    """A KL VAE has some 250 layers: looking costs less than a millisecond or two of a call's hundreds."""
+    """A KL VAE has some 250 layers: looking costs little more than a walk over them, which is nothing beside a call."""
     real = family(stock, FAMILIES["SDXL"])
     shell = make_vae([empty_file(tmp_path / "vae.safetensors", real.first_stage_model.state_dict())], client=daemon)
-    watch, times = shell.first_stage_model.luna.watch, []
+    watch, times, walks = shell.first_stage_model.luna.watch, [], []
     for _ in range(9):
         start = time.perf_counter()
-        assert watch.changes() == ({}, [])
+        walked = [dict(vars(module)) for module in shell.first_stage_model.modules()]
+        walks.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        assert watch.changes() == ({}, []) and walked
         times.append(time.perf_counter() - start)
-    assert sorted(times)[4] < 0.01, sorted(times)
+    assert min(times) < 10 * min(walks), (times, walks)
 
 
 def test_a_copied_layer_without_weights_says_what_to_do(stock, vae):

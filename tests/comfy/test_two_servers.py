@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ import pytest
 
 from tests.comfy.test_nodes import asked, make_lora, make_tiny_sd3, more
 from tests.integration.conftest import DEMO_VAE, ROOT, daemons_below, free_port
+from tests.waiting import wait_until
 
 pytest_plugins = ["tests.comfy.shell_fixtures"]
 pytestmark = pytest.mark.timeout(300)
@@ -52,25 +52,29 @@ class Server:
             raise AssertionError(f"{path}: {error.read().decode()}") from error
 
     def wait_until_it_answers(self, timeout_s: float = 120.0) -> None:
-        end = time.monotonic() + timeout_s
-        while True:
+        def answers() -> bool:
             assert self.process.poll() is None, f"main.py ended: {self.said()}"
             with contextlib.suppress(OSError):
-                self.ask("/queue")
-                return
-            assert time.monotonic() < end, self.said()
-            time.sleep(0.2)
+                return self.ask("/queue") is not None
+            return False
+
+        wait_until(answers, timeout_s, self.said)
 
     def post(self, workflow: dict[str, Any]) -> str:
         return str(self.ask("/prompt", {"prompt": workflow})["prompt_id"])
 
-    def picture(self, prompt: str, timeout_s: float = 60.0) -> Picture:
+    def history(self, prompt: str, timeout_s: float = 120.0) -> dict[str, Any]:
+        """What ComfyUI keeps of a prompt that was posted, as soon as it is finished."""
+
+        def look() -> Any:
+            assert self.process.poll() is None, self.said()
+            return self.ask(f"/history/{prompt}").get(prompt)
+
+        return wait_until(look, timeout_s, self.said)
+
+    def picture(self, prompt: str) -> Picture:
         """The picture of a prompt that was posted, as soon as it is finished."""
-        end = time.monotonic() + timeout_s
-        while prompt not in (history := self.ask(f"/history/{prompt}")):
-            assert self.process.poll() is None and time.monotonic() < end, self.said()
-            time.sleep(0.05)
-        entry = history[prompt]
+        entry = self.history(prompt)
         assert entry["status"]["status_str"] == "success", (entry["status"], self.said())
         times = {name: facts["timestamp"] for name, facts in entry["status"]["messages"]}
         (image,) = entry["outputs"]["save"]["images"]

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ import pytest
 
 from luna_daemon.client import DaemonClient
 from luna_daemon.core import LunaError
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVER = ROOT / "luna_daemon" / "daemon_server.py"
@@ -61,13 +61,14 @@ class RunningDaemon:
 
     def wait_for(self, holds: Callable[[dict[str, Any]], bool], timeout_s: float = 20.0) -> dict[str, Any]:
         """The first ``info`` for which ``holds``."""
-        end = time.monotonic() + timeout_s
-        while True:
-            info = self.info()
-            if holds(info):
-                return info
-            assert time.monotonic() < end, f"never happened; last info: {info}"
-            time.sleep(0.05)
+        infos: list[dict[str, Any]] = []
+
+        def look() -> bool:
+            infos[:] = [self.info()]
+            return holds(infos[0])
+
+        wait_until(look, timeout_s, lambda: f"what is waited for; last info: {infos[0]}")
+        return infos[0]
 
     def stop(self, expect_clean: bool = True) -> None:
         """End it, and check that it ended well and that nothing is left over: no process, no arena, no runtime folder.
@@ -176,12 +177,11 @@ def _arena_folder() -> Iterator[str]:
         yield folder
 
 
-def _wait_until_it_answers(daemon: RunningDaemon, timeout_s: float = 20.0) -> None:
-    end = time.monotonic() + timeout_s
-    while True:
+def _wait_until_it_answers(daemon: RunningDaemon, timeout_s: float = 60.0) -> None:
+    def answers() -> bool:
         assert daemon.process.poll() is None, daemon.log.read_text()
         with contextlib.suppress(LunaError), daemon.client() as client:
-            client.ping()
-            return
-        assert time.monotonic() < end, daemon.log.read_text()
-        time.sleep(0.02)
+            return client.ping() > 0
+        return False
+
+    wait_until(answers, timeout_s, daemon.log.read_text)

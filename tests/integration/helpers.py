@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from luna_daemon.client import DaemonClient
 from luna_daemon.core import PROTOCOL_VERSION
 from luna_daemon.system.runtime import find_token
 from luna_daemon.wire import messages as m
@@ -29,7 +31,7 @@ class RawPeer:
     """A socket to a daemon and the means to say anything on it."""
 
     def __init__(self, daemon: Any) -> None:
-        self.sock = socket.create_connection(("127.0.0.1", daemon.port), timeout=5)
+        self.sock = socket.create_connection(("127.0.0.1", daemon.port), timeout=20)
         self.channel = Channel(self.sock)
         self._token = find_token(daemon.port, daemon.runtime_dir, {})
 
@@ -109,9 +111,33 @@ def is_busy(info: dict[str, Any]) -> bool:
     return any(worker["state"] == "busy" for worker in info["workers"])
 
 
+_FLOOR_S = 0.004
+"""Below it the scheduler of a busy machine decides, not the daemon."""
+
+
+def ping_beside(client: DaemonClient, twin: DaemonClient, rounds: int = 300) -> tuple[list[float], list[float]]:
+    """Seconds of so many pings of either, taken in turns: whatever else the machine does meets both."""
+    times = [(client.ping(), twin.ping()) for _ in range(rounds)]
+    return [mine for mine, _ in times], [other for _, other in times]
+
+
+def assert_unharmed(client: DaemonClient, twin: DaemonClient) -> None:
+    """A ping takes at most twice as long as one of ``twin``, a client of an idle daemon: the median, and 99 in 100.
+
+    The best of six, since neighbours are noisy: a daemon that is harmed is slow every time.
+    """
+    seen = []
+    for _ in range(6):
+        mine, other = (statistics.quantiles(times, n=100) for times in ping_beside(client, twin))
+        if all(mine[rank] <= max(2 * other[rank], _FLOOR_S) for rank in (49, 98)):
+            return
+        seen += [f"p{rank + 1} {mine[rank] * 1e3:.2f} ms beside {other[rank] * 1e3:.2f} ms" for rank in (49, 98)]
+    raise AssertionError(f"a ping, here and to an idle daemon: {', '.join(seen)}")
+
+
 def busy_pid(daemon: Any, not_: tuple[int, ...] = ()) -> int:
     """The pid of a worker that computes, once there is one."""
-    info = daemon.wait_for(lambda info: any(w["state"] == "busy" and w["pid"] not in not_ for w in info["workers"]), 15)
+    info = daemon.wait_for(lambda info: any(w["state"] == "busy" and w["pid"] not in not_ for w in info["workers"]))
     return next(w["pid"] for w in info["workers"] if w["state"] == "busy" and w["pid"] not in not_)
 
 

@@ -13,12 +13,15 @@ from luna_daemon.client import DaemonClient
 
 
 def main(port: int, runtime_dir: str) -> None:
-    client = DaemonClient("127.0.0.1", port, runtime_dir=Path(runtime_dir), name="lora peer")
+    client = connect(port, runtime_dir)
     held: dict[str, torch.Tensor] = {}
     checksum({"warm": torch.ones(4096)})
     for line in sys.stdin:
         order = json.loads(line)
-        if order["do"] == "load":
+        if order["do"] == "connect":
+            client.close()
+            client = connect(order["port"], order["runtime_dir"])
+        elif order["do"] == "load":
             held = client.load_lora(order["name"])
         elif order["do"] == "write":
             held[order["key"]].fill_(order["value"])
@@ -28,6 +31,10 @@ def main(port: int, runtime_dir: str) -> None:
         memory = psutil.Process().memory_full_info()
         answer = {"sum": checksum(held), "pss": getattr(memory, "pss", 0), "uss": memory.uss}
         print(json.dumps(answer), flush=True)
+
+
+def connect(port: int, runtime_dir: str) -> DaemonClient:
+    return DaemonClient("127.0.0.1", port, runtime_dir=Path(runtime_dir), name="lora peer")
 
 
 def checksum(state: dict[str, torch.Tensor]) -> float:

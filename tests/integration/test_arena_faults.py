@@ -91,7 +91,7 @@ def test_a_folder_that_becomes_full(tmpfs, start_daemon):
     assert daemon.log.read_text().count("tensors go by the socket") == 1, "said once, not per call"
     filler.unlink()
     kept.clear()
-    daemon.wait_for(lambda info: info["arena"]["used"] == 0, 5)
+    daemon.wait_for(lambda info: info["arena"]["used"] == 0)
     big = echo(client, 50)
     assert daemon.info()["arena"]["used"] >= 50 * MIB
     del big
@@ -149,7 +149,7 @@ def test_a_client_that_never_gives_back(start_daemon):
             peer.channel.send(m.Request(number, m_alloc(MIB // 2)))
         granted = [peer.receive() for _ in range(10)]
         assert sum(isinstance(answer, m.Reply) for answer in granted) == 4, "asked for at once, counted all the same"
-    daemon.wait_for(lambda info: info["arena"]["used"] == 0, 5)
+    daemon.wait_for(lambda info: info["arena"]["used"] == 0)
 
 
 def m_alloc(nbytes: int):

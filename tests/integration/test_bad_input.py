@@ -30,7 +30,7 @@ def goes_on(daemon):
     yield
     with daemon.client() as client:
         client.ping()
-    info = daemon.wait_for(lambda info: info["arena"]["used"] == 0 and info["in_flight"] == 0, 5)
+    info = daemon.wait_for(lambda info: info["arena"]["used"] == 0 and info["in_flight"] == 0)
     assert info["crashes"] == 0
 
 
@@ -92,7 +92,7 @@ def test_a_truncated_frame_leaves_nothing(daemon, length):
     with RawPeer(daemon) as peer:
         peer.hello()
         peer.sock.sendall(frame[:length] if length < 40 else frame)
-    daemon.wait_for(lambda info: all(client["name"] != "raw peer" for client in info["clients"]), 5)
+    daemon.wait_for(lambda info: all(client["name"] != "raw peer" for client in info["clients"]))
 
 
 def test_http_gets_one_line(daemon):
@@ -227,4 +227,4 @@ def test_a_call_that_fails_halfway_gives_its_slots_back(daemon):
     with daemon.client() as client:
         with pytest.raises(LimitExceeded):
             client.call(m.Echo(), [torch.zeros(MIB // 8), torch.zeros(MIB // 2)])
-        daemon.wait_for(lambda info: info["arena"]["used"] == 0, 5)
+        daemon.wait_for(lambda info: info["arena"]["used"] == 0)

@@ -66,7 +66,9 @@ def test_what_cannot_be_warmed_is_named_and_the_rest_is_warmed(ask, loras):
     (loras / "broken.safetensors").write_bytes(b"x" * 50)
     code, out, err = ask("warm", str(loras))
     assert (code, out) == (1, "warmed 2 LoRAs (2 MB)\n")
-    assert "luna-daemon: LoRA 'broken.safetensors' is no sound safetensors file" in err and len(err.splitlines()) == 1
+    assert (
+        "luna-daemon: LoRA 'broken.safetensors' is not a valid safetensors file" in err and len(err.splitlines()) == 1
+    )
     assert json.loads(ask("warm", "--json", str(loras))[1])["refused"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import threading
 import time
 from contextlib import suppress
@@ -14,7 +15,7 @@ import torch
 from luna_daemon.core import DaemonConnectionError, RequestCancelled
 from luna_daemon.wire import messages as m
 from luna_daemon.wire.frame import encode_frame
-from tests.integration.helpers import Background, RawPeer, is_busy
+from tests.integration.helpers import Background, RawPeer, assert_unharmed, is_busy
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def daemon(start_module_daemon):
 def nothing_is_left(daemon):
     """After every test nothing is in flight and no shared memory is held."""
     yield
-    info = daemon.wait_for(lambda info: info["in_flight"] == 0 and info["arena"]["used"] == 0, 5)
+    info = daemon.wait_for(lambda info: info["in_flight"] == 0 and info["arena"]["used"] == 0)
     assert info["crashes"] == 0
 
 
@@ -38,8 +39,11 @@ def test_small_calls_pass_a_long_one(daemon):
     client = daemon.client()
     long = Background(lambda: client.call(m.Echo(4096, 1.0)))
     daemon.wait_for(is_busy)
-    times = [client.ping() for _ in range(50)]
-    assert not long.ended and max(times) < 0.5
+    pings = 0
+    while not long.ended:
+        client.ping()
+        pings += 1
+    assert pings > 10, "they waited for the long call"
     assert long.value().tensors[0].numel() == 1024
 
 
@@ -47,7 +51,7 @@ def test_small_calls_pass_a_long_one(daemon):
 def test_sixteen_threads(daemon, use_arena):
     """Every thread gets its own answers, none waits for a wake-up that never comes, and results stay private."""
     client = daemon.client(use_arena=use_arena)
-    slowest = [0.0] * 16
+    times: list[float] = []
 
     def work(number: int) -> bool:
         right = True
@@ -57,28 +61,38 @@ def test_sixteen_threads(daemon, use_arena):
             right = right and tensor.numel() == (number + 1) << 12 and not tensor.any()
             tensor.fill_(number)
             client.ping()
-            slowest[number] = max(slowest[number], time.monotonic() - start)
+            times.append(time.monotonic() - start)
         return right
 
     calls = [Background(lambda n=number: work(n)) for number in range(16)]
     assert all(call.value(60) for call in calls)
-    assert max(slowest) < 0.9, "somebody slept through the hand-over of the reader's part"
+    # A waiting thread looks up by itself once per second; a busy machine makes every turn slower.
+    usual = statistics.median(times)
+    assert max(times) < max(0.9, 5 * usual), "somebody slept through the hand-over of the reader's part"
 
 
 def test_the_reader_leaves(daemon):
     """The thread that reads for all is cancelled: the others get their answers at once all the same."""
     client = daemon.client()
+    late = []
+    while not late or (min(late) >= 0.3 and len(late) < 3):  # once late may be the machine, thrice is the client
+        late.append(seconds_after_its_reader_left(daemon, client))
+    assert min(late) < 0.3, late
+
+
+def seconds_after_its_reader_left(daemon, client):
+    """How long after the daemon's answer a call ends whose thread has to take over the reading."""
     leave = threading.Event()
     reader = Background(lambda: client.call(m.Echo(0, 30.0), is_cancelled=leave.is_set))
     daemon.wait_for(is_busy)
-    other = Background(lambda: client.call(m.Echo(0, 0.8)))
+    other = Background(lambda: client.call(m.Echo(0, 0.3)))
     daemon.wait_for(lambda info: info["in_flight"] == 2)
     leave.set()
     assert isinstance(reader.wait(5).error, RequestCancelled)
-    daemon.wait_for(lambda info: info["in_flight"] == 0, 10)
+    daemon.wait_for(lambda info: info["in_flight"] == 0)
     done = time.monotonic()
     other.value()
-    assert other.ended - done < 0.3
+    return other.ended - done
 
 
 def test_an_error_in_the_callers_own_code(daemon):
@@ -89,7 +103,7 @@ def test_an_error_in_the_callers_own_code(daemon):
 
     with pytest.raises(InterruptedError):
         daemon.client().call(m.Echo(0, 30.0), on_progress=interrupt)
-    daemon.wait_for(lambda info: info["in_flight"] == 0, 10)
+    daemon.wait_for(lambda info: info["in_flight"] == 0)
 
 
 def test_close_while_another_thread_waits(daemon):
@@ -100,7 +114,7 @@ def test_close_while_another_thread_waits(daemon):
     daemon.wait_for(is_busy)
     client.close()
     assert isinstance(call.wait(10).error, DaemonConnectionError)
-    daemon.wait_for(lambda info: info["in_flight"] == 0, 10)
+    daemon.wait_for(lambda info: info["in_flight"] == 0)
     assert client.ping() > 0 and bool((kept == 1).all())
 
 
@@ -111,13 +125,14 @@ def test_results_that_nobody_takes(daemon):
         with suppress(RequestCancelled):  # asked a tenth of a second after the start, when the worker is about done
             client.call(m.Echo(4 << 20, 0.095 + number / 1000), is_cancelled=lambda: True)
     client.ping()
-    daemon.wait_for(lambda info: info["arena"]["used"] == 0, 5)
+    daemon.wait_for(lambda info: info["arena"]["used"] == 0)
 
 
-def test_a_client_that_does_not_read(daemon):
+def test_a_client_that_does_not_read(daemon, start_daemon):
     """It is not read from either once enough answers wait for it; others do not notice, and no answer is lost."""
     process = psutil.Process(daemon.process.pid)
     call = msgspec.Raw(msgspec.msgpack.encode(m.Info()))
+    twin = start_daemon().client()
     with RawPeer(daemon) as peer:
         peer.hello()
         before, sent = process.memory_info().rss, 0
@@ -127,7 +142,7 @@ def test_a_client_that_does_not_read(daemon):
             while sent < len(data):
                 sent += peer.sock.send(data[sent : sent + 65536])
         assert process.memory_info().rss - before < 64 << 20
-        assert daemon.client().ping() < 0.5
+        assert_unharmed(daemon.client(), twin)
         whole = sent // (len(data) // 400_000) - 1_000
         for number in range(1, min(whole, 2_000)):
             assert peer.receive().id == number
@@ -139,5 +154,5 @@ def test_results_for_a_client_that_does_not_read(daemon):
         peer.hello()
         for number in range(1, 9):
             peer.channel.send(m.Request(number, msgspec.Raw(msgspec.msgpack.encode(m.Echo(8 << 20)))))
-        daemon.wait_for(lambda info: info["in_flight"] == 0, 15)
+        daemon.wait_for(lambda info: info["in_flight"] == 0)
         assert daemon.client().call(m.Echo(1 << 20)).tensors[0].numel() == 1 << 18

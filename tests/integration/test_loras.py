@@ -65,11 +65,12 @@ def lora(client: Any, name: str) -> dict[str, Any]:
 
 
 class Peer:
-    """A process of ``lora_peer.py``."""
+    """A process of ``lora_peer.py``; one without a daemon is told of it later."""
 
-    def __init__(self, daemon: Any) -> None:
+    def __init__(self, daemon: Any = None) -> None:
+        where = (str(daemon.port), str(daemon.runtime_dir)) if daemon else ("1", "")
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("lora_peer.py")), str(daemon.port), str(daemon.runtime_dir)],
+            [sys.executable, str(Path(__file__).with_name("lora_peer.py")), *where],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
@@ -132,31 +133,44 @@ def test_a_write_is_seen_by_nobody_else(start_daemon, tmp_path, kind):
         assert path.read_bytes() == raw and equal(client.load_lora("a.safetensors"), state)
 
 
+@pytest.fixture(scope="module")
+def ten_peers():
+    """Ten processes that have imported what they need; each test tells them of its daemon."""
+    with ExitStack() as stack:
+        peers = [stack.enter_context(Peer()) for _ in range(10)]
+        yield peers
+        for peer in peers:  # all end at the same time, not one after the other
+            peer.process.stdin.close()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="PSS is Linux' own")
 @pytest.mark.parametrize("kind", ["file", "arena"])
-def test_ten_processes_hold_it_once(start_daemon, tmp_path, kind):
+def test_ten_processes_hold_it_once(start_daemon, tmp_path, ten_peers, kind):
     """All have read all of it: together they have one copy, and hardly anything of their own."""
     size = 64 * MB
     make(tmp_path / "models" / "loras" / "big.safetensors", mb=64)
     make(tmp_path / "models" / "loras" / "first.safetensors", mb=0.1)
     daemon = start_daemon(comfyui_path=tmp_path, lora_copy="always" if kind == "arena" else "never")
-    with ExitStack() as stack:
-        peers = [stack.enter_context(Peer(daemon)) for _ in range(10)]
-        for peer in peers:  # what a process needs for its first LoRA, code above all, is no part of the next one
-            peer.ask(do="load", name="first.safetensors")
-        started = psutil.Process(daemon.process.pid).memory_full_info().uss
-        before = [peer.ask(do="nothing") for peer in peers]
-        for peer in peers:
-            peer.tell(do="load", name="big.safetensors")
-        sums = {peer.answer()["sum"] for peer in peers}
-        after = [peer.ask(do="nothing") for peer in peers]
-        assert len(sums) == 1 and sums != {0.0}
-        together = sum(a["pss"] - b["pss"] for a, b in zip(after, before))
-        assert size * 0.8 < together < size * 1.1
-        assert max(a["uss"] - b["uss"] for a, b in zip(after, before)) < size * 0.05
-        assert psutil.Process(daemon.process.pid).memory_full_info().uss - started < size * 0.25
-        figures = daemon.info()["caches"]["lora"]["loras"]["big.safetensors"]
-        assert (figures["clients"], figures["misses"], figures["hits"]) == (10, 1, 9)
+    peers = ten_peers
+    for peer in peers:
+        peer.ask(do="connect", port=daemon.port, runtime_dir=str(daemon.runtime_dir))
+    for peer in peers:  # what a process needs for its first LoRA, code above all, is no part of the next one
+        peer.ask(do="load", name="first.safetensors")
+    started = psutil.Process(daemon.process.pid).memory_full_info().uss
+    before = [peer.ask(do="nothing") for peer in peers]
+    for peer in peers:
+        peer.tell(do="load", name="big.safetensors")
+    sums = {peer.answer()["sum"] for peer in peers}
+    after = [peer.ask(do="nothing") for peer in peers]
+    assert len(sums) == 1 and sums != {0.0}
+    together = sum(a["pss"] - b["pss"] for a, b in zip(after, before))
+    assert size * 0.8 < together < size * 1.1
+    assert max(a["uss"] - b["uss"] for a, b in zip(after, before)) < size * 0.05
+    assert psutil.Process(daemon.process.pid).memory_full_info().uss - started < size * 0.25
+    figures = daemon.info()["caches"]["lora"]["loras"]["big.safetensors"]
+    assert (figures["clients"], figures["misses"], figures["hits"]) == (10, 1, 9)
+    for peer in peers:
+        peer.ask(do="drop")
 
 
 def test_what_is_asked_for_at_once_is_loaded_once(client, daemon, folder):
@@ -316,6 +330,13 @@ def test_another_file_of_that_path_is_never_taken_for_it(client, folder, monkeyp
 # --- bad files ---------------------------------------------------------------------------------------------------
 
 
+def test_a_dtype_that_cannot_be_sent(client, folder):
+    """A valid file whose tensors cannot reach a client is refused as such, and not as broken."""
+    save_file({"a": torch.zeros(2, dtype=torch.uint16)}, folder / "wide.safetensors")
+    with pytest.raises(ModelLoadError, match=r"'wide.safetensors': tensor 'a' has dtype uint16"):
+        client.load_lora("wide.safetensors")
+
+
 def test_a_corrupt_file(client, daemon, folder):
     """Cut, empty, lying: a typed error that names it; the daemon serves on, and nothing is kept."""
     whole = folder / "whole.safetensors"
@@ -324,7 +345,7 @@ def test_a_corrupt_file(client, daemon, folder):
     for number, broken in enumerate((b"", data[:7], data[:1000], data[:-1], data + b"x", b"\xff" * 100)):
         (folder / f"broken{number}.safetensors").write_bytes(broken)
         for _ in range(2):
-            with pytest.raises(ModelLoadError, match=f"'broken{number}.safetensors' is no sound safetensors file"):
+            with pytest.raises(ModelLoadError, match=f"'broken{number}.safetensors' is not a valid safetensors file"):
                 client.load_lora(f"broken{number}.safetensors")
     with daemon.client(use_arena=False) as remote, pytest.raises(ModelLoadError, match="broken2"):
         remote.load_lora("broken2.safetensors")
@@ -396,7 +417,7 @@ def test_a_conversion_is_not_waited_for_for_ever(start_daemon, tmp_path):
 
     thread = threading.Thread(target=load)
     thread.start()
-    daemon.wait_for(lambda info: signs == ["loading"], 10)
+    daemon.wait_for(lambda info: signs == ["loading"])
     (hanging,) = daemon.workers()
     daemon.stop()
     thread.join(10)

@@ -8,6 +8,7 @@ import re
 import socket
 import statistics
 import struct
+import threading
 import time
 from collections.abc import Callable
 from contextlib import asynccontextmanager
@@ -22,7 +23,8 @@ from safetensors.torch import save_file
 
 from luna_daemon.core import LunaError, ModelNotFound
 from luna_daemon.wire import messages as m
-from tests.integration.helpers import DEMO_TOML, Background, is_busy
+from tests.integration.helpers import DEMO_TOML, Background, is_busy, ping_beside
+from tests.waiting import wait_until, within
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "a most secret prompt"
@@ -246,20 +248,26 @@ def test_status_every_second_and_when_asked(daemon, path):
             began = time.monotonic()
             for _ in range(2):
                 await until(websocket, lambda message: message["type"] == "status")
-            assert 0.9 < time.monotonic() - began < 4
+            interval = (time.monotonic() - began) / 2
+            assert interval > 0.45
             await websocket.send_str("no json")
             await websocket.send_json(["no object"])
             await websocket.send_json({"type": "of a later version"})
-            began = time.monotonic()
-            await websocket.send_json({"type": "get_status"})
-            await until(websocket, lambda message: message["type"] == "status")
-            assert time.monotonic() - began < 0.7
+            waits = []
+            for _ in range(4):
+                began = time.monotonic()
+                await websocket.send_json({"type": "get_status"})
+                await until(websocket, lambda message: message["type"] == "status")
+                waits.append(time.monotonic() - began)
+            # The first may have met one that was due; had no other been an answer, they were a second apart.
+            assert min(waits[1:]) < interval / 2, (waits, interval)
 
     asyncio.run(go())
 
 
 def test_requests_errors_and_scaling_are_told(start_daemon):
     """A watcher sees a worker start, a model load, requests end, a call fail, and a worker die and be replaced."""
+    begun = time.time()
     daemon = start_daemon(toml=DEMO_TOML)
     daemon.wait_for(lambda info: info["ws_port"] is not None)
     client = daemon.client()
@@ -292,7 +300,7 @@ def test_requests_errors_and_scaling_are_told(start_daemon):
 
     asyncio.run(go())
     (worker,) = daemon.info()["workers"]
-    assert (worker["crashes"], worker["restarts"]) == (1, 1) and worker["last_error_at"] > time.time() - 60
+    assert (worker["crashes"], worker["restarts"]) == (1, 1) and worker["last_error_at"] > begun
     figures = samples(daemon)
     key = json.dumps({"key": worker["key"]})
     assert figures[f"luna_worker_crashes_total{key}"] == figures[f"luna_worker_restarts_total{key}"] == 1
@@ -493,25 +501,23 @@ def frame(text: str) -> bytes:
     return bytes([0x81, 0x80 | len(text)]) + struct.pack("I", 0) + text.encode()
 
 
-def latency_ms(daemon, rounds: int = 200) -> float:
-    """Median of a ping."""
-    with daemon.client(use_arena=False) as client:
-        return statistics.median(client.ping() for _ in range(rounds)) * 1000
+def assert_as_fast_as(daemon, twin, rounds: int = 200) -> None:
+    """The median of a ping is not much more than that of ``twin``, a daemon that is left alone."""
+    with daemon.client(use_arena=False) as client, twin.client(use_arena=False) as other:
+        mine, alone = (statistics.median(times) * 1000 for times in ping_beside(client, other, rounds))
+    assert mine < 5 * alone + 2, f"a ping takes {mine:.2f} ms, and {alone:.2f} ms to a daemon that is left alone"
 
 
-def test_a_reader_that_never_reads_is_dropped(start_daemon):
+def test_a_reader_that_never_reads_is_dropped(start_daemon, daemon):
     """It asks without end and takes no answer: it is cut off, while others are told in time."""
-    daemon = start_daemon()
+    twin, daemon = daemon, start_daemon()
     daemon.wait_for(lambda info: info["ws_port"] is not None)
-    alone = latency_ms(daemon)
-    client = daemon.client()
     with open_socket(daemon, 4096) as sock:
         end = time.monotonic() + 60
         with pytest.raises(OSError):  # cut off: what is sent meets a reset
             while time.monotonic() < end:
                 sock.sendall(frame('{"type": "get_status"}') * 50)
-                time.sleep(0.05)
-                assert client.ping() < 1
+                assert_as_fast_as(daemon, twin, 50)
         assert samples(daemon)["luna_watchers_dropped_total"] == 1
 
     async def hear() -> None:
@@ -520,14 +526,12 @@ def test_a_reader_that_never_reads_is_dropped(start_daemon):
 
     asyncio.run(hear())
     assert samples(daemon)["luna_watchers"] == 0
-    assert latency_ms(daemon) < 5 * alone + 2
 
 
-def test_a_thousand_watchers(start_daemon):
+def test_a_thousand_watchers(start_daemon, daemon):
     """The first 64 are served, the rest refused; the daemon answers its clients as before, and nothing is left over."""
-    daemon = start_daemon()
+    twin, daemon = daemon, start_daemon()
     daemon.wait_for(lambda info: info["ws_port"] is not None)
-    alone = latency_ms(daemon)
     files = open_files(daemon)
     sockets = []
     try:
@@ -536,28 +540,27 @@ def test_a_thousand_watchers(start_daemon):
         answers = [first_line(sock) for sock in sockets]
         assert answers.count(b"HTTP/1.1 101") == 64 and b"HTTP/1.1 503" in answers
         assert set(answers) <= {b"HTTP/1.1 101", b"HTTP/1.1 503", b""}  # nothing: too many at once
-        crowded = latency_ms(daemon)
+        assert_as_fast_as(daemon, twin)
         assert samples(daemon)["luna_watchers"] == 64
         call = daemon.client().call(m.Echo(4096, 0))
         assert call.tensors[0].numel() == 1024
     finally:
         for sock in sockets:
             sock.close()
-    assert crowded < 5 * alone + 2, f"a ping takes {crowded:.2f} ms beside them, {alone:.2f} ms without"
-    end = time.monotonic() + 20
-    while samples(daemon)["luna_watchers"] or open_files(daemon) > files + 5:
-        assert time.monotonic() < end, f"{open_files(daemon)} files are open; {files} were before"
-        time.sleep(0.2)
+    wait_until(
+        lambda: not samples(daemon)["luna_watchers"] and open_files(daemon) <= files + 5,
+        what=lambda: f"{open_files(daemon)} files are open; {files} were before",
+    )
 
 
-def test_connections_that_ask_for_nothing(start_daemon):
+def test_connections_that_ask_for_nothing(start_daemon, daemon):
     """They are hung up on before long, and what is too many at once; the daemon's clients do not notice."""
-    daemon = start_daemon()
+    twin, daemon = daemon, start_daemon()
     daemon.wait_for(lambda info: info["ws_port"] is not None)
     files = open_files(daemon)
-    sockets = [socket.create_connection(("127.0.0.1", daemon.ws_port), timeout=15) for _ in range(700)]
+    sockets = [socket.create_connection(("127.0.0.1", daemon.ws_port), timeout=60) for _ in range(700)]
     try:
-        assert daemon.client().ping() < 1
+        assert_as_fast_as(daemon, twin)
         assert open_files(daemon) < files + 530
         assert all(first_line(sock) == b"" for sock in sockets)
         assert ask(daemon, "/healthz")[0] == 200
@@ -584,31 +587,30 @@ def test_watching_while_it_ends(start_daemon):
     """A daemon that ends does not wait for who watches."""
     daemon = start_daemon()
     daemon.wait_for(lambda info: info["ws_port"] is not None)
-    with open_socket(daemon), open_socket(daemon, 4096):
-        began = time.monotonic()
+    with open_socket(daemon), open_socket(daemon, 4096), within(4):
         daemon.stop()
-        assert time.monotonic() - began < 5
 
 
-def test_reading_does_not_hold_up_the_daemon(daemon):
+def test_reading_does_not_hold_up_the_daemon(daemon, start_daemon):
     """Pings stay fast beside a page that asks for everything all the time."""
-    alone = latency_ms(daemon)
-    until_s = time.monotonic() + 3
+    twin, reads, ended = start_daemon(), [], threading.Event()
 
-    async def read() -> int:
-        count = 0
+    async def read() -> None:
         async with aiohttp.ClientSession() as session:
-            while time.monotonic() < until_s:
+            while not ended.is_set():
                 for path in ("/api/info", "/metrics"):
                     async with session.get(f"http://127.0.0.1:{daemon.ws_port}{path}") as answer:
                         await answer.read()
-                        count += 1
-        return count
+                        reads.append(answer.status)
 
-    readers = Background(lambda: asyncio.run(read()))
-    beside = latency_ms(daemon)
-    assert readers.value() > 10
-    assert beside < 5 * alone + 2, f"{beside:.2f} ms beside it, {alone:.2f} ms alone"
+    reader = Background(lambda: asyncio.run(read()))
+    try:
+        wait_until(lambda: reads, what="the page reads")
+        assert_as_fast_as(daemon, twin)
+        wait_until(lambda: len(reads) > 10, what="the page reads on")
+    finally:
+        ended.set()
+    reader.wait()
 
 
 # --- the log ---

@@ -158,6 +158,8 @@ def test_an_idle_daemon_is_shown_honestly(page):
     assert "No workers yet: they start at the first request" in text
     assert "None in RAM yet" in text and "Nothing is loaded" in text
     assert ("No GPU" in text) == (not page.info()["gpus"])
+    marks = "return [...document.querySelector('.ticks').children].map((mark) => mark.textContent)"
+    assert page.browser.run(marks) == ["0.5", "1"], "a throughput of 0 has a readable scale"
     assert page.browser.run("return document.querySelectorAll('[data-field=gpus] li').length") == len(
         page.info()["gpus"]
     )

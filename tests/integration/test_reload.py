@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import signal
-import time
 
 import pytest
 
@@ -16,6 +15,7 @@ from luna_daemon.core import AuthenticationError, DaemonConnectionError, ModelNo
 from luna_daemon.wire import messages as m
 from luna_daemon.wire.frame import encode_call
 from tests.integration.helpers import DEMO_TOML, DEMO_VAE, Background, RawPeer, is_busy
+from tests.waiting import wait_until
 
 
 def command(daemon, *arguments):
@@ -42,7 +42,7 @@ def test_a_model_is_added_while_it_runs(start_daemon, way):
     session = client.link().welcome.session
     config_of(daemon).write_text(DEMO_TOML + "\n")
     if way == "command":
-        assert "taken: models" in command(daemon, "reload")
+        assert "applied: models" in command(daemon, "reload")
     else:
         daemon.process.send_signal(signal.SIGHUP)
         daemon.wait_for(lambda info: "demo" in info["models"]["named"])
@@ -74,9 +74,7 @@ def test_bad_settings_change_nothing(start_daemon, way, capsys):
         assert ended.value.code == 2 and "'idle_timeout_sec' is 'soon'" in capsys.readouterr().err
     else:
         daemon.process.send_signal(signal.SIGHUP)
-        end = time.monotonic() + 10
-        while "the settings stay as they were" not in daemon.log.read_text() and time.monotonic() < end:
-            time.sleep(0.05)
+        wait_until(lambda: "the settings stay as they were" in daemon.log.read_text(), what=daemon.log.read_text)
         assert "'idle_timeout_sec' is 'soon'" in daemon.log.read_text()
     info = daemon.info()
     assert info["idle_timeout_s"] == 5 and info["queue"]["limit"] == 256
@@ -129,10 +127,11 @@ def test_a_renewed_token_locks_the_old_one_out(start_daemon, tmp_path, monkeypat
     monkeypatch.setenv("LUNA_TOKEN", old)
     with DaemonClient("127.0.0.1", daemon.port, runtime_dir=tmp_path) as thief:
         thief.ping()
+        link = thief.link()
         monkeypatch.delenv("LUNA_TOKEN")
         new = command(daemon, "token", "--renew").strip()
         assert new != old and len(new) > 30
-        time.sleep(0.3)
+        wait_until(lambda: link.broken, what="the daemon hangs up on who has the old token")
         monkeypatch.setenv("LUNA_TOKEN", old)
         with pytest.raises(AuthenticationError, match="the token is wrong"):
             thief.ping()
@@ -149,7 +148,7 @@ def test_a_renewed_token_lets_running_requests_finish(start_daemon):
     with RawPeer(daemon) as other:
         assert isinstance(other.hello(), m.Welcome)
         other.channel.send(m.Request(7, encode_call(m.Echo(64, 1.0))))
-        time.sleep(0.2)
+        daemon.wait_for(lambda info: info["in_flight"] == 2)
         command(daemon, "token", "--renew")
         answer = other.ask(m.Ping(), 8)
         assert isinstance(answer, m.Failure) and (answer.id, answer.code) == (8, "authentication")

@@ -213,7 +213,7 @@ def test_tensors_outlive_their_client(daemon):
     theirs = [other.call(m.Echo(4 << 20)).tensors[0].fill_(7) for _ in range(3)]
     assert bool((mine == 5).all()) and all(bool((tensor == 7).all()) for tensor in theirs)
     del mine, theirs
-    daemon.wait_for(lambda info: info["arena"]["used"] == 0, 5)
+    daemon.wait_for(lambda info: info["arena"]["used"] == 0)
 
 
 def test_tensors_survive_a_broken_connection(daemon):
@@ -221,7 +221,7 @@ def test_tensors_survive_a_broken_connection(daemon):
     client = daemon.client()
     mine = client.call(m.Echo(4 << 20)).tensors[0].fill_(5)
     client.link().channel._sock.sendall(b"no LDP at all, and the end of this connection")
-    daemon.wait_for(lambda info: all(c["leased_bytes"] == 0 for c in info["clients"]), 5)
+    daemon.wait_for(lambda info: all(c["leased_bytes"] == 0 for c in info["clients"]))
     other = daemon.client()
     theirs = [other.call(m.Echo(4 << 20)).tensors[0].fill_(7) for _ in range(3)]
     assert bool((mine == 5).all()) and len(theirs) == 3

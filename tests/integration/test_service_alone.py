@@ -26,6 +26,7 @@ from luna_daemon.wire.channel import Channel
 from luna_daemon.wire.frame import encode_call
 from luna_daemon.wire.shared_memory import SharedMemory
 from luna_daemon.workers import WorkerPool
+from tests.waiting import wait_until_async
 
 
 @asynccontextmanager
@@ -45,7 +46,7 @@ async def served(folder):
     finally:
         server.close()
         service.close()
-        await asyncio.sleep(0.05)
+        await wait_until_async(lambda: not service.state.sessions, what="every session has ended")
         arena.close()
 
 
@@ -53,7 +54,7 @@ class Peer:
     """A blocking client, to be used in a thread."""
 
     def __init__(self, port: int) -> None:
-        self.sock = socket.create_connection(("127.0.0.1", port), timeout=5)
+        self.sock = socket.create_connection(("127.0.0.1", port), timeout=30)
         self.channel = Channel(self.sock)
 
     def hello(self) -> Peer:
@@ -62,7 +63,7 @@ class Peer:
         return self
 
     def receive(self) -> m.Message:
-        received = self.channel.receive(5)
+        received = self.channel.receive(30)
         assert received is not None
         return received[0]
 
@@ -73,7 +74,7 @@ def test_a_stranger_who_says_nothing(tmp_path, monkeypatch):
 
     async def main():
         async with served(tmp_path) as (_, port):
-            with socket.create_connection(("127.0.0.1", port), timeout=5) as sock:
+            with socket.create_connection(("127.0.0.1", port), timeout=30) as sock:
                 assert await asyncio.to_thread(sock.recv, 1) == b""
 
     asyncio.run(main())
@@ -81,19 +82,20 @@ def test_a_stranger_who_says_nothing(tmp_path, monkeypatch):
 
 def test_who_reads_nothing_is_cut_off(tmp_path, monkeypatch):
     """A peer that has read nothing for a minute is cut off, and what waited for it is forgotten; others stay."""
-    monkeypatch.setattr(service_module, "_STALL_S", 0.3)
 
     async def main():
         async with served(tmp_path) as (service, port):
             lazy, busy = [await asyncio.to_thread(Peer(port).hello) for _ in range(2)]
             for number in range(1, 200):
                 lazy.channel.send(m.Request(number, encode_call(m.Info())))
-            await asyncio.sleep(0.2)
+            stalled = next(iter(service.state.sessions.values())).connection
+            await wait_until_async(lambda: stalled.stalled_s, what="the peer's answers pile up")
             service.tidy()
-            assert len(service.state.sessions) == 2 and service.unsent, "not yet"
-            await asyncio.sleep(0.4)
-            service.tidy()
-            await asyncio.sleep(0.05)
+            assert len(service.state.sessions) == 2 and service.unsent, "a minute has not passed"
+            monkeypatch.setattr(service_module, "_STALL_S", 0.1)
+            await wait_until_async(
+                lambda: service.tidy() or len(service.state.sessions) == 1, what="the peer is cut off"
+            )
             assert [session.connection.remote for session in service.state.sessions.values()] == [
                 str(busy.sock.getsockname())
             ]
@@ -129,7 +131,7 @@ def test_a_bug_of_ours_is_answered_and_logged(tmp_path, monkeypatch, caplog):
                 raise KeyError("in the background")
 
             service.state.spawn(fails())
-            await asyncio.sleep(0.01)
+            await wait_until_async(lambda: "in the background" in caplog.text)
 
     with caplog.at_level(logging.ERROR, "luna_daemon"):
         asyncio.run(main())
@@ -149,8 +151,8 @@ def test_strangers_make_nobody_allocate(tmp_path):
             call = msgspec.Raw(msgspec.msgpack.encode({"op": "lora.check", "name": "x" * (4 << 20)}))
             await asyncio.to_thread(peer.channel.send, m.Request(1, call))
             assert isinstance(await asyncio.to_thread(peer.receive), m.Reply)
-            await asyncio.sleep(0.01)
-            assert [len(connection._buffer) for connection in service._connections] == [64 << 10]
+            (connection,) = service._connections
+            await wait_until_async(lambda: len(connection._buffer) == 64 << 10, what="the large buffer is given back")
             peer.channel.close()
 
     asyncio.run(main())
@@ -172,11 +174,11 @@ def test_slots_asked_for_by_who_left(tmp_path, answered):
                 assert isinstance(answer, m.Reply), answer
                 peer.channel.send(m.Bye())
             peer.channel.close()
-            for _ in range(100):
-                await asyncio.sleep(0.02)
-                if not service.state.sessions and arena.bytes_reserved and not arena.bytes_used:
-                    return
-            raise AssertionError(f"{arena.bytes_used} bytes are still in use")
+            arena = service.state.memory.arena
+            await wait_until_async(
+                lambda: not service.state.sessions and arena.bytes_reserved and not arena.bytes_used,
+                what=lambda: f"{arena.bytes_used} bytes are still in use",
+            )
 
     asyncio.run(main())
 

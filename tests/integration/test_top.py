@@ -73,7 +73,7 @@ def test_it_follows_a_daemon_that_ends_and_comes_back(start_daemon):
     """State, then that it is away, then the new one; ``q`` ends it and leaves the terminal as it was."""
     daemon = start_daemon(toml=DEMO_TOML)
     with Terminal(daemon) as terminal:
-        assert "No workers" in terminal.until("No clients but this one")
+        assert "No workers" in terminal.until("No clients except this one")
         import torch
 
         daemon.client(name="painter").vae_decode(torch.zeros(1, 16, 8, 8), vae_type="demo")

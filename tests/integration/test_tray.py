@@ -32,14 +32,14 @@ from tests.integration.helpers import Background, make_certificate
 TRAY = ROOT / "luna_daemon" / "tray_app.py"
 PICTURES = ROOT / "build" / "tray"
 GI = Path("/usr/lib/python3/dist-packages/gi")
-"""Debian's bindings to GTK, which give the icon its menu; they fit an interpreter of the same version."""
+"""Debian's bindings to GTK, which the icon needs; they fit an interpreter of the same version."""
 
-_TOOLS = ("Xvfb", "trayer", "xdotool", "xwininfo", "import")
+_TOOLS = ("Xvfb", "trayer", "xdotool", "xwininfo", "import", "dbus-daemon")
 _MISSING = [tool for tool in _TOOLS if shutil.which(tool) is None]
-_HAS_GI = (GI / f"_gi{sysconfig.get_config_var('EXT_SUFFIX')}").exists() and shutil.which("dbus-daemon") is not None
+if not (GI / f"_gi{sysconfig.get_config_var('EXT_SUFFIX')}").exists():
+    _MISSING.append("python3-gi for this Python")
 
-screen_needed = pytest.mark.skipif(bool(_MISSING), reason=f"no virtual screen: {', '.join(_MISSING)} not installed")
-menu_needed = pytest.mark.skipif(not _HAS_GI, reason="no menu: python3-gi for this Python, or dbus-daemon, is missing")
+screen_needed = pytest.mark.skipif(bool(_MISSING), reason=f"no virtual desktop: {', '.join(_MISSING)} not installed")
 posix = pytest.mark.skipif(os.name != "posix", reason="X11 is POSIX")
 
 
@@ -137,11 +137,11 @@ class Desk:
         path.chmod(0o755)
         return path
 
-    def give_menu(self, bus: str) -> None:
-        """GTK's bindings and a session bus, as on a desktop."""
+    def give_gtk(self) -> None:
+        """GTK's bindings, as in an environment with ``--system-site-packages``."""
         (self.folder / "gi").mkdir()
         (self.folder / "gi" / "gi").symlink_to(GI)
-        self.environ |= {"PYTHONPATH": str(self.folder / "gi"), "DBUS_SESSION_BUS_ADDRESS": bus}
+        self.environ["PYTHONPATH"] = str(self.folder / "gi")
 
     def prefer(self, **ticks: bool) -> None:
         (self.runtime_dir / "tray.json").write_text(json.dumps(ticks))
@@ -264,18 +264,13 @@ class Desk:
 
 
 @pytest.fixture
-def desk(tmp_path: Path, panel: str) -> Iterator[Desk]:
-    """A desk with a panel, but without a menu: X11 alone."""
+def desk(tmp_path: Path, panel: str, bus: str) -> Iterator[Desk]:
+    """A desk with a panel, GTK and a session bus."""
     user = Desk(tmp_path, panel)
+    user.give_gtk()
+    user.environ["DBUS_SESSION_BUS_ADDRESS"] = bus
     yield user
     user.end()
-
-
-@pytest.fixture
-def menu_desk(desk: Desk, bus: str) -> Desk:
-    """A desk with what gives the icon its menu."""
-    desk.give_menu(bus)
-    return desk
 
 
 @screen_needed
@@ -290,7 +285,7 @@ def test_the_icon_follows_the_daemon(desk: Desk) -> None:
     desk.wait_until(TrayState.RUNNING, "running again")
     os.kill(desk.pid(), signal.SIGKILL)
     desk.wait_until(TrayState.ERROR, "error")
-    assert desk.said("told the user: the daemon was killed by signal SIGKILL\n")
+    assert desk.said("notified the user: the daemon was killed by signal SIGKILL\n")
     time.sleep(3)
     assert desk.seen() is TrayState.ERROR, "it was started again, though that is not wanted"
     assert tray.poll() is None
@@ -307,7 +302,7 @@ def test_a_crashed_daemon_is_started_again(desk: Desk) -> None:
         os.kill(before, signal.SIGKILL)
         wait_for(lambda before=before: (desk.info() or {"pid": before})["pid"] != before)
         waits.append(time.monotonic() - began)
-    assert desk.said("killed by signal SIGKILL. It is started again")
+    assert desk.said("killed by signal SIGKILL. It will be restarted")
     assert waits[1] > 1.5, "the second restart did not wait longer"
 
 
@@ -320,7 +315,7 @@ def test_a_daemon_that_hangs_is_told_from_one_that_ended(desk: Desk) -> None:
     daemon.suspend()
     try:
         desk.wait_until(TrayState.ERROR, "silent", 30)
-        assert desk.said("told the user: its process lives but does not answer")
+        assert desk.said("notified the user: the daemon's process is alive but does not answer")
     finally:
         daemon.resume()
     desk.wait_until(TrayState.RUNNING, "now")
@@ -329,7 +324,7 @@ def test_a_daemon_that_hangs_is_told_from_one_that_ended(desk: Desk) -> None:
 
 @screen_needed
 def test_a_click_opens_the_page(desk: Desk) -> None:
-    """Without a menu too: the browser gets the address of the daemon's page."""
+    """The browser gets the address of the daemon's page."""
     desk.start()
     wait_for(lambda: (desk.info() or {}).get("ws_port"))
     wait_for(lambda: desk.click() or time.sleep(0.5) or desk.opened.exists())
@@ -373,7 +368,7 @@ def test_a_daemon_of_others_making_is_attached_to(desk: Desk, start_daemon) -> N
     theirs.process.kill()
     theirs.process.wait()
     desk.wait_until(TrayState.ERROR, "now")
-    assert desk.said("the daemon ended without tidying up after itself")
+    assert desk.said("the daemon ended without cleaning up")
 
 
 @screen_needed
@@ -398,7 +393,7 @@ def test_one_tray_per_user(desk: Desk) -> None:
     tray = desk.start()
     second = desk.run(str(TRAY))
     assert (second.returncode, second.stdout) == (1, "")
-    assert second.stderr.startswith("luna-daemon: a tray icon of yours is shown already. ")
+    assert second.stderr.startswith("luna-daemon: this user's tray icon is shown already. ")
     assert len(second.stderr.splitlines()) == 1
     tray.kill()
     tray.wait()
@@ -422,10 +417,8 @@ def test_the_predecessors_arguments_reach_the_daemon(desk: Desk) -> None:
 
 
 @screen_needed
-@menu_needed
-def test_the_menu(menu_desk: Desk) -> None:
+def test_the_menu(desk: Desk) -> None:
     """Every entry does what it says: stop drains, start starts, the log opens, the tick is kept, exit obeys it."""
-    desk = menu_desk
     tray = desk.start()
     desk.wait_until(TrayState.RUNNING, "now")
     wait_for(lambda: (desk.info() or {}).get("ws_port"))
@@ -456,11 +449,9 @@ def test_the_menu(menu_desk: Desk) -> None:
 
 
 @screen_needed
-@menu_needed
 @pytest.mark.skipif(shutil.which("dbus-monitor") is None, reason="no dbus-monitor to see notifications with")
-def test_a_crash_is_notified(menu_desk: Desk, bus: str) -> None:
+def test_a_crash_is_notified(desk: Desk, bus: str) -> None:
     """The desktop is asked to show what happened."""
-    desk = menu_desk
     seen = desk.folder / "notified"
     with seen.open("w") as output:
         watch = ["dbus-monitor", "--address", bus, "interface='org.freedesktop.Notifications',member='Notify'"]
@@ -468,7 +459,7 @@ def test_a_crash_is_notified(menu_desk: Desk, bus: str) -> None:
         desk.start()
         desk.wait_until(TrayState.RUNNING, "now")
         os.kill(desk.pid(), signal.SIGKILL)
-        wait_for(lambda: "the daemon was killed by signal SIGKILL. It is started again" in seen.read_text())
+        wait_for(lambda: "the daemon was killed by signal SIGKILL. It will be restarted" in seen.read_text())
 
 
 # --- where there can be no icon ---
@@ -493,20 +484,37 @@ def test_without_a_display(tmp_path: Path, how: list[str]) -> None:
 
 @posix
 @pytest.mark.skipif(importlib.util.find_spec("pystray") is None, reason="pystray is not installed")
+def test_without_gtk(tmp_path: Path) -> None:
+    """One line says what to install, and how an environment finds it; exit code 2, and nothing was started."""
+    user = Desk(tmp_path, ":917")
+    (tmp_path / "gi.py").write_text("raise ModuleNotFoundError(\"No module named 'gi'\")")
+    user.environ["PYTHONPATH"] = str(tmp_path)
+    done = user.run(str(TRAY))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(
+        "luna-daemon: the tray icon needs GTK 3 with its Python bindings (No module named 'gi'). Install python3-gi"
+    )
+    assert "--system-site-packages" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (user.runtime_dir / "tray.lock").exists() and not (user.runtime_dir / str(user.port)).exists()
+
+
+@screen_needed
 def test_with_a_display_that_is_not_there(tmp_path: Path) -> None:
     """The same for a display that cannot be opened."""
-    done = Desk(tmp_path, ":917").run(str(TRAY))
+    user = Desk(tmp_path, ":917")
+    user.give_gtk()
+    done = user.run(str(TRAY))
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("luna-daemon: no display for a tray icon: Can't connect to display")
+    assert done.stderr.startswith("luna-daemon: the tray icon needs GTK 3 with its Python bindings (Gtk could not be")
     assert len(done.stderr.splitlines()) == 1
 
 
 @screen_needed
-def test_on_a_screen_without_a_panel(tmp_path: Path) -> None:
-    """A tray that nobody would see is not left running."""
-    with virtual_screen() as display:
-        user = Desk(tmp_path, display)
-        done = user.run(str(TRAY))
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"luna-daemon: nothing on display {display} shows tray icons. ")
-    assert len(done.stderr.splitlines()) == 1
+def test_without_a_session_bus(tmp_path: Path, panel: str) -> None:
+    """GTK alone is not enough: notifications and menus need the bus."""
+    user = Desk(tmp_path, panel)
+    user.give_gtk()
+    done = user.run(str(TRAY))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("luna-daemon: the tray icon cannot be shown (")
+    assert "session bus" in done.stderr and len(done.stderr.splitlines()) == 1

@@ -30,7 +30,7 @@ def test_slots_come_back_when_tensors_die(start_daemon):
     del tensor
     assert daemon.info()["arena"]["used"] >= 1 << 20
     del view
-    daemon.wait_for(lambda info: info["arena"]["used"] == 0, 5)
+    daemon.wait_for(lambda info: info["arena"]["used"] == 0)
 
 
 def test_deadline(start_daemon):
@@ -51,7 +51,7 @@ def test_cancel_stops_a_running_request(start_daemon):
     client.call(m.Echo())
     with pytest.raises(RequestCancelled):
         client.call(m.Echo(0, seconds=30.0), is_cancelled=lambda: True)
-    daemon.wait_for(lambda info: info["in_flight"] == 0, 5)
+    daemon.wait_for(lambda info: info["in_flight"] == 0)
 
 
 def test_progress_reaches_the_caller(start_daemon):

@@ -1,13 +1,14 @@
-"""Stand-ins that unit tests pass where the package takes an object: clocks, slots, peers, clients, local models."""
+"""Stand-ins that unit tests pass where the package takes an object: clocks, slots, peers, clients, local models.
+
+Nothing here imports torch: tests that need tensors bring their own.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import socket
 from collections.abc import Callable, Iterator
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from luna_daemon.client import Answer
 from luna_daemon.core import LunaError
@@ -15,6 +16,9 @@ from luna_daemon.pool.work import Outcome, Piece
 from luna_daemon.wire import messages as m
 from luna_daemon.wire.arena import Slot
 from luna_daemon.wire.connection import Connection
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Clock:
@@ -150,7 +154,7 @@ class Client:
             raise entry
         return entry
 
-    def tell_fallbacks(self) -> None:
+    def report_pending(self) -> None:
         self.told, self.fallbacks = self.told + self.fallbacks, 0
 
 

@@ -115,17 +115,24 @@ def test_fallbacks_are_told_once():
     """The daemon hears the number once, and nothing when there is nothing to tell."""
     client = Recording(answer())
     client.fallbacks = 3
-    client.tell_fallbacks()
-    client.tell_fallbacks()
+    client.report_pending()
+    client.report_pending()
     assert client.calls == [m.Report(fallbacks=3)] and client.fallbacks == 0
+    client.count_materialised()
+    client.report_pending()
+    assert client.calls[1:] == [m.Report(materialised=1)]
 
 
 def test_fallbacks_that_could_not_be_told_are_told_later():
     """A report that fails neither raises nor loses the number."""
     client = Recording(DaemonConnectionError("away"))
     client.fallbacks = 3
-    client.tell_fallbacks()
+    client.report_pending()
+    client.count_materialised()
     assert client.fallbacks == 3
+    client.reply = answer()
+    client.report_pending()
+    assert client.calls[-1] == m.Report(3, 1)
 
 
 def test_nothing_is_connected_before_the_first_call():

@@ -238,7 +238,7 @@ def test_unknown_variable_is_warned_about(caplog):
     """A slip in a variable's name is ignored, but said, with what was probably meant."""
     with caplog.at_level(logging.WARNING, "luna_daemon"):
         assert load_settings({}, {"LUNA_PROT": "3"}).port == 19283
-    assert caplog.messages == ["LUNA_PROT is no setting and is ignored; did you mean LUNA_PORT?"]
+    assert caplog.messages == ["LUNA_PROT is not a setting and is ignored; did you mean LUNA_PORT?"]
 
 
 def test_variables_that_are_no_settings_are_not_warned_about(caplog):

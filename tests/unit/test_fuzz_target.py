@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -38,14 +39,31 @@ def test_the_kept_corpus(target):
         target.run(file.read_bytes())
 
 
-@settings(max_examples=3000, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.sampled_from(sorted(SEEDS)), st.sampled_from(sorted(SEEDS)), DAMAGE)
-def test_damaged_conversations(target, first, second, damage):
-    """Two messages, some bytes changed, from whoever: typed errors at most."""
+def damaged(first, second, damage):
+    """Two messages of one conversation, some bytes changed."""
     data = bytearray(SEEDS[first] + SEEDS[second][1:])
     for place, value in damage:
         data[place % len(data)] = value
-    target.run(bytes(data))
+    return bytes(data)
+
+
+@settings(max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(sorted(SEEDS)), st.sampled_from(sorted(SEEDS)), DAMAGE)
+def test_damaged_conversations(target, first, second, damage):
+    """From whoever: typed errors at most; what fails is reduced to its least damage."""
+    target.run(damaged(first, second, damage))
+
+
+def test_thousands_of_damaged_conversations(target):
+    """More of them, by a seeded generator that costs next to nothing."""
+    generator, names = random.Random(0), sorted(SEEDS)
+    for _ in range(3000):
+        damage = [(generator.randrange(1 << 16), generator.randrange(256)) for _ in range(generator.randint(0, 4))]
+        data = damaged(generator.choice(names), generator.choice(names), damage)
+        try:
+            target.run(data)
+        except BaseException as error:
+            raise AssertionError(f"{data!r}") from error
 
 
 def test_it_would_notice(target, monkeypatch):

@@ -6,21 +6,14 @@ import ast
 import importlib
 import subprocess
 import sys
-from pathlib import Path
 
+import grimp
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = ROOT / "luna_daemon"
-FILES = sorted(PACKAGE.rglob("*.py"))
+from benchmarks import sizes
+from benchmarks.sizes import PACKAGE, ROOT, files, module_name
 
-
-def module_name(path: Path) -> str:
-    """A file's dotted name."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
+FILES = files()
 LIGHT_BACKENDS = {"luna_daemon.backends", "luna_daemon.backends.base", "luna_daemon.backends.echo"}
 CONTROL = sorted(
     {name for name in map(module_name, FILES) if ".backends" not in name and not name.endswith("__main__")}
@@ -76,7 +69,10 @@ def test_the_package_has_few_rooms_and_many_tenants():
 
 
 def test_the_control_process_needs_no_torch():
-    """With torch, ComfyUI, diffusers and transformers impossible to import, everything outside the backends imports."""
+    """With torch, ComfyUI, diffusers and transformers impossible to import, everything outside the backends imports.
+
+    So do the stand-ins of the unit tests.
+    """
     script = f"""
 import sys
 class Blocked:
@@ -85,7 +81,7 @@ class Blocked:
             raise ImportError(name + " is blocked")
 sys.meta_path.insert(0, Blocked())
 import importlib
-for name in {CONTROL!r}:
+for name in {[*CONTROL, "tests.unit.fakes"]!r}:
     importlib.import_module(name)
 assert "torch" not in sys.modules
 try:
@@ -110,6 +106,96 @@ def test_imports_flow_one_way():
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert " kept, 0 broken" in ran.stdout
+
+
+# --- shape ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_module_has_one_role():
+    """The sums of ``benchmarks/sizes.py`` leave nothing out; a module that it does not know is named."""
+    assert {sizes.role_of(path) for path in FILES} == set(sizes.ROLES)
+    with pytest.raises(LookupError, match="'attic' has 0 roles"):
+        sizes.role_of(PACKAGE / "attic" / "things.py")
+
+
+def test_circles_are_found():
+    """Of any length, and nothing else."""
+    graph = grimp.ImportGraph()
+    for importer, imported in ("ab", "bc", "ca", "cd", "de", "fa"):
+        graph.add_import(importer=importer, imported=imported)
+    assert sizes.circles(graph) == [["a", "b", "c"]]
+    graph.add_import(importer="e", imported="d")
+    assert sizes.circles(graph) == [["a", "b", "c"], ["d", "e"]]
+
+
+def test_upward_imports_are_found():
+    """Into a higher layer, and into a neighbour of the same; not downward, nor within one package."""
+    graph = grimp.ImportGraph()
+    for importer, imported in ("top", "core"), ("top.a", "top.b"), ("core", "top.a"), ("left.a", "right"):
+        graph.add_import(importer=f"luna_daemon.{importer}", imported=f"luna_daemon.{imported}")
+    assert sizes.upward(graph, [{"top"}, {"left", "right"}, {"core"}]) == [
+        "luna_daemon.core imports luna_daemon.top.a", "luna_daemon.left.a imports luna_daemon.right",
+    ]  # fmt: skip
+
+
+def test_the_layers_are_those_of_the_contract():
+    """Read from ``.importlinter``: highest first, every name of the package once."""
+    order = sizes.layers()
+    assert order[0] == {"__main__"} and order[-1] == {"core"} and {"lora", "shells"} in order
+    names = [name for layer in order for name in layer]
+    assert sorted([*names, "__init__"]) == sorted(path.stem for path in PACKAGE.iterdir() if path.name[:3] != "__p")
+
+
+def test_type_checking_imports_count(tmp_path):
+    """An import that only type checkers see closes a circle too."""
+    (tmp_path / "ring").mkdir()
+    (tmp_path / "ring" / "__init__.py").touch()
+    (tmp_path / "ring" / "a.py").write_text("from . import b")
+    (tmp_path / "ring" / "b.py").write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from . import a")
+    assert sizes.circles(sizes.import_graph("ring", tmp_path)) == [["ring.a", "ring.b"]]
+
+
+def test_public_names_are_found():
+    """Functions, classes and their methods; not overloads, setters, nested functions, nor what has an underscore."""
+    source = '''
+def one():
+    """Told."""
+    def within(): ...
+async def two(): ...
+def _three(): ...
+class Four:
+    """Told."""
+    def five(self): ...
+    def _six(self): ...
+    def __len__(self): ...
+    @property
+    def seven(self): ...
+    @seven.setter
+    def seven(self, value): ...
+    @overload
+    def eight(self): ...
+class _Nine:
+    def ten(self): ...
+'''
+    told = {part.name: part.documented for part in sizes.public(source, "m")}
+    assert told == {"m.one": True, "m.two": False, "m.Four": True, "m.Four.five": False, "m.Four.seven": False}
+    assert [(part.name, part.lines) for part in sizes.functions(source, "m")][:2] == [("m.one", 3), ("m.two", 1)]
+    assert [(part.name, part.lines) for part in sizes.classes(source, "m")] == [("m.Four", 11), ("m._Nine", 2)]
+
+
+def test_what_is_too_large_is_named():
+    """Each kind beyond its limit; of the two classes that may be large, one."""
+    link, pool = sorted(sizes.LARGE_CLASSES)
+
+    def too_large(**parts):
+        kinds = {"modules": [], "functions": [], "classes": [], "public": [], "circles": [], "upward": []}
+        return sizes.Shape({}, **{**kinds, **parts}).too_large
+
+    assert too_large(modules=[sizes.Part("m", 450), sizes.Part("n", 451)]) == ["n has 451 lines"]
+    assert too_large(functions=[sizes.Part("f", 50), sizes.Part("g", 51)]) == ["g has 51 lines"]
+    assert too_large(classes=[sizes.Part("c", 250), sizes.Part("d", 251)]) == ["d has 251 lines"]
+    assert too_large(classes=[sizes.Part(link, 300), sizes.Part(pool, 250)]) == []
+    assert len(too_large(classes=[sizes.Part(link, 300), sizes.Part(pool, 251)])) == 2
 
 
 # --- nothing executable ------------------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
-// What the buttons do: one call each, and a word about how it went.
+// What the buttons do: one call to the daemon each, and a message about the outcome.
 
 /**
+ * Make the function that runs a button's call and reports the outcome.
  * @param {(body: object) => Promise<object|null>} call answers `{result, notes}` or `{error, message, hint}`
  * @param {(severity: string, text: string) => void} say
- * @returns {(button: HTMLButtonElement, body: object, done: string) => Promise<boolean>} runs an op, with the button
- *   out of use meanwhile; `done` is said when it has succeeded
+ * @returns {(button: HTMLButtonElement, body: object, done: string) => Promise<boolean>} runs an op with the button
+ *   disabled meanwhile; `done` is the message of a success
  */
 export function createActions(call, say) {
   return async (button, body, done) => {
@@ -20,7 +21,7 @@ export function createActions(call, say) {
       say("success", [done, ...(answer.notes ?? [])].join(". "));
       return true;
     } catch (error) {
-      say("error", `That did not reach the daemon: ${error.message}`);
+      say("error", `The daemon was not reached: ${error.message}`);
       return false;
     } finally {
       button.removeAttribute("aria-busy");
@@ -29,7 +30,7 @@ export function createActions(call, say) {
 }
 
 /**
- * Have a button ask once more before it acts: what cannot be taken back is not one slip away.
+ * Make a button ask for confirmation before the button acts, where an action cannot be undone.
  * @param {HTMLButtonElement} button @param {string} question @param {() => void} action
  */
 export function confirmFirst(button, question, action) {

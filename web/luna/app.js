@@ -1,4 +1,4 @@
-// The panel: puts the views into a place and keeps them up to date.
+// The panel: creates the views and updates them with each message of the daemon.
 
 import { el } from "./dom.js";
 import { createActions } from "./actions.js";
@@ -15,12 +15,13 @@ import { createModels } from "./views/models.js";
 import { createWorkers } from "./views/workers.js";
 
 /**
+ * Show the panel inside an element and keep its views up to date.
  * @param {HTMLElement|ShadowRoot} place
  * @param {object} options
  * @param {(body: object) => Promise<object|null>} options.call asks the daemon to change something
- * @param {(severity: string, text: string) => void} [options.toast] shows a message; else the panel does
- * @param {ReturnType<typeof createStore>} [options.store] kept by the caller, if it lives longer than the panel
- * @param {boolean} [options.sayStart] whether an absent daemon's page tells how to start it
+ * @param {(severity: string, text: string) => void} [options.toast] shows a message; by default the panel does
+ * @param {ReturnType<typeof createStore>} [options.store] state that outlives the panel
+ * @param {boolean} [options.sayStart] whether to say how a daemon is started while none answers
  * @returns {{root: HTMLElement, store: object, close: () => void}}
  */
 export function mount(place, { call, toast, store = createStore(), sayStart = false }) {

@@ -1,4 +1,4 @@
-// A small line chart in SVG: time runs to the right, up to the last two minutes.
+// A small line chart in SVG of the last two minutes; time runs to the right.
 
 import { attribute, el, keyed, svg, text } from "./dom.js";
 import { WINDOW_S } from "./store.js";
@@ -12,14 +12,15 @@ const LEAST_S = 30;
  * @typedef {object} Line
  * @property {string} name
  * @property {string} tone a class: `a`, `b`, `c`, `d`
- * @property {boolean} [area] filled down to the ground
+ * @property {boolean} [area] whether the area below the line is filled
  * @property {Array<[number, number|null]>} points milliseconds and value; null is a gap
  */
 
 /**
- * @param {string} label what it shows, for those who cannot see it
- * @param {(value: number) => string} format of the values at the grid
- * @param {boolean} [logarithmic] decades are equally high
+ * Create a line chart.
+ * @param {string} label description of the chart for screen readers
+ * @param {(value: number) => string} format text of a value at the grid
+ * @param {boolean} [logarithmic] scale by powers of ten
  * @returns {{node: HTMLElement, draw: (lines: Line[], since: number, now: number) => void}}
  */
 export function createChart(label, format, logarithmic = false) {
@@ -30,7 +31,7 @@ export function createChart(label, format, logarithmic = false) {
     grid, paths,
   );
   const ticks = el("div.ticks", { "aria-hidden": true });
-  const waiting = el("p.quiet.waiting", {}, "No requests seen yet");
+  const waiting = el("p.quiet.waiting", {}, "No requests seen in the last two minutes");
   const node = el("div.chart", {}, picture, ticks, waiting);
 
   function draw(lines, since, now) {
@@ -58,14 +59,14 @@ export function createChart(label, format, logarithmic = false) {
   return { node, draw };
 }
 
-/** Points without gaps. */
+/** Split points into runs without gaps. */
 function runs(points) {
-  const found = [[]];
+  const split = [[]];
   for (const [at, value] of points) {
-    if (value === null) found.push([]);
-    else found[found.length - 1].push([at, value]);
+    if (value === null) split.push([]);
+    else split.at(-1).push([at, value]);
   }
-  return found.filter((run) => run.length > 0);
+  return split.filter((run) => run.length > 0);
 }
 
 function outline(run, x, y, fill) {
@@ -75,15 +76,15 @@ function outline(run, x, y, fill) {
   return fill ? `${line}L${x(run[run.length - 1][0]).toFixed(1)},${HEIGHT}L${x(run[0][0]).toFixed(1)},${HEIGHT}Z` : line;
 }
 
-/** From nought to a round number above the highest. */
+/** Scale from zero to a round number at or above the highest value; to 1 if all values are zero. */
 function linear(values) {
-  const highest = Math.max(1e-9, ...values);
+  const highest = Math.max(0, ...values) || 1;
   const power = 10 ** Math.floor(Math.log10(highest));
   const top = [1, 2, 5, 10].map((step) => step * power).find((step) => step >= highest * 0.999);
   return { place: (value) => value / top, marks: [top / 2, top] };
 }
 
-/** Powers of ten around the values. */
+/** Scale by powers of ten that enclose the values. */
 function decades(values) {
   const positive = values.filter((value) => value > 0);
   const low = Math.floor(Math.log10(Math.min(...positive, 1e9)));

@@ -1,8 +1,9 @@
-// Elements. What they show is set as text only, never as markup: names of LoRAs come from anywhere.
+// Helpers for DOM elements. Contents are set as text only, never as markup: names of LoRAs may hold anything.
 
 /**
+ * Create an HTML element.
  * @param {string} tag `div`, or with classes: `div.card.wide`
- * @param {object} [props] attributes; functions named `onclick` and so on are listeners; null and false are left out
+ * @param {object} [props] attributes, and listeners under names such as `onclick`; null and false are left out
  * @param {...(Node|string|null)} children
  * @returns {HTMLElement}
  */
@@ -11,7 +12,7 @@ export function el(tag, props = {}, ...children) {
   return filled(document.createElement(name), props, classes, children);
 }
 
-/** The same for SVG. @returns {SVGElement} */
+/** Create an SVG element; parameters as for `el`. @returns {SVGElement} */
 export function svg(tag, props = {}, ...children) {
   const [name, ...classes] = tag.split(".");
   return filled(document.createElementNS("http://www.w3.org/2000/svg", name), props, classes, children);
@@ -27,7 +28,7 @@ function filled(node, props, classes, children) {
   return node;
 }
 
-/** Set an attribute, or remove it for null and false; nothing happens if it is so already. */
+/** Set an attribute, or remove the attribute for null and false; an equal value is left alone. */
 export function attribute(node, name, value) {
   if (value === null || value === undefined || value === false) node.removeAttribute(name);
   else {
@@ -36,15 +37,15 @@ export function attribute(node, name, value) {
   }
 }
 
-/** Set the text; a text that stays is left alone, and so is a selection in it. */
+/** Set an element's text; an equal text is left alone, which keeps a selection in the text. */
 export function text(node, value) {
   const wanted = String(value);
   if (node.textContent !== wanted) node.textContent = wanted;
 }
 
 /**
- * Bring a parent's children in line with a list, one child for each key; children are kept and moved, so that the
- * keyboard's focus and hover stay where they are.
+ * Match a parent's children to a list, one child per key. Children are kept and moved, so that keyboard focus and
+ * hover stay on the same item.
  * @param {HTMLElement} parent
  * @param {Array<object>} items
  * @param {(item: object) => string} keyOf
@@ -67,12 +68,12 @@ export function keyed(parent, items, keyOf, make, update) {
     if (node === next) next = next.nextElementSibling;
     else parent.insertBefore(node, next);
   }
-  for (const gone of old.values()) gone.remove();
+  for (const node of old.values()) node.remove();
   if (focused && parent.contains(focused)) focused.focus({ preventScroll: true });
 }
 
 /**
- * A part of the panel with its heading.
+ * Create a section of the panel with a heading.
  * @param {string} name for `data-part` @param {string} title @param {...Node} children
  * @returns {HTMLElement}
  */

@@ -1,8 +1,8 @@
-// Figures as people read them.
+// Numbers as text for people.
 
 const UNITS = ["B", "kB", "MB", "GB", "TB"];
 
-/** @param {number|undefined} n bytes @returns {string} such as `1.5 GB`, in powers of 1024 */
+/** Format a size. @param {number|undefined} n bytes @returns {string} such as `1.5 GB`, in powers of 1024 */
 export function bytes(n) {
   if (!Number.isFinite(n)) return "–";
   let step = 0;
@@ -10,7 +10,7 @@ export function bytes(n) {
   return `${n >= 100 || step === 0 ? Math.round(n) : n.toFixed(1)} ${UNITS[step]}`;
 }
 
-/** @param {number|undefined} ms milliseconds @returns {string} such as `40 µs`, `0.4 ms`, `350 ms`, `1.2 s` */
+/** Format a short time. @param {number|undefined} ms milliseconds @returns {string} such as `40 µs`, `0.4 ms`, `350 ms`, `1.2 s` */
 export function duration(ms) {
   if (!Number.isFinite(ms)) return "–";
   if (ms >= 60_000) return span(ms / 1000);
@@ -22,7 +22,7 @@ function short(n) {
   return n < 10 ? String(Number(n.toFixed(1))) : String(Math.round(n));
 }
 
-/** @param {number|undefined} s seconds @returns {string} the two largest parts: `4 s`, `2 min 5 s`, `3 d 4 h` */
+/** Format a long time. @param {number|undefined} s seconds @returns {string} the two largest units: `4 s`, `2 min 5 s`, `3 d 4 h` */
 export function span(s) {
   if (!Number.isFinite(s)) return "–";
   s = Math.max(0, Math.floor(s));
@@ -32,38 +32,38 @@ export function span(s) {
   return `${Math.floor(s / 86400)} d ${Math.floor((s % 86400) / 3600)} h`;
 }
 
-/** @param {number|undefined} n @returns {string} with thin spaces between thousands */
+/** Format a count. @param {number|undefined} n @returns {string} with thin spaces between thousands */
 export function count(n) {
   return Number.isFinite(n) ? String(Math.round(n)).replace(/\B(?=(\d{3})+$)/g, "\u202f") : "–";
 }
 
-/** @param {number|undefined} n a rate @returns {string} two digits below ten */
+/** Format a rate. @param {number|undefined} n per second @returns {string} two digits below ten */
 export function rate(n) {
   if (!Number.isFinite(n)) return "–";
   return n < 10 ? String(Number(n.toPrecision(2))) : count(n);
 }
 
-/** @param {number} hits @param {number} misses @returns {string} hits of all lookups, in percent */
+/** Format a hit rate. @param {number} hits @param {number} misses @returns {string} hits among all lookups, in percent */
 export function share(hits, misses) {
   return hits + misses > 0 ? `${Math.round((100 * hits) / (hits + misses))} %` : "–";
 }
 
-/** @param {Date} moment @returns {string} `14:02:11` */
+/** Format a time of day. @param {Date} moment @returns {string} `14:02:11` */
 export function clock(moment) {
   return moment.toTimeString().slice(0, 8);
 }
 
-/** @param {string} path a file's path or name @returns {string} its last part, without a weight file's ending */
+/** Shorten a file's path or name. @param {string} path @returns {string} the last part, without the ending of a weight file */
 export function leaf(path) {
   return String(path).split(/[\\/]/).pop().replace(/\.(safetensors|sft|pt|pth|ckpt|bin)$/, "");
 }
 
-/** @param {string} key a model's key, `vae:sdxl_vae:4856a0…` @returns {{kind: string, name: string}} */
+/** Split a model's key. @param {string} key such as `vae:sdxl_vae:4856a0…` @returns {{kind: string, name: string}} */
 export function modelName(key) {
   const [kind, ...rest] = String(key).split(":");
   if (rest.length === 0) return { kind: "", name: kind };
   return { kind: KINDS[kind] ?? kind, name: (rest.length > 1 ? rest.slice(0, -1) : rest).join(":") };
 }
 
-/** What people call the kinds of models. */
+/** Names of the kinds of models. */
 export const KINDS = { vae: "VAE", clip: "text encoder" };

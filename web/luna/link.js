@@ -1,12 +1,12 @@
-// The connection to the daemon: a WebSocket that is opened again until it holds.
+// The WebSocket to the daemon, reopened whenever the connection breaks.
 
 const RETRY_MS = [500, 1000, 2000];
-/** A status comes each second; after so long without one the connection is dead, whatever the socket says. */
+/** A status comes each second; after this long without one the connection counts as dead. */
 const SILENCE_MS = 6000;
 
 /**
- * Feed a store with the daemon's messages, for as long as the page lives.
- * @param {URL} url http(s); the WebSocket's scheme follows from it
+ * Feed a store with the daemon's messages until the returned function is called.
+ * @param {URL} url an http or https address, which becomes ws or wss
  * @param {{receive: (message: object) => void, lose: (why?: string) => void}} store
  * @returns {() => void} ends the connection
  */

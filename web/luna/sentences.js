@@ -1,15 +1,17 @@
-// Events of the daemon in words.
+// Events of the daemon as sentences.
 
 import { bytes } from "./format.js";
 
 const WORDS = {
-  worker_started: "starts", worker_ready: "is ready", worker_stopped: "has ended", worker_crashed: "crashed",
-  model_loaded: "loaded", model_unloaded: "unloaded", model_evicted: "made room:",
+  worker_started: "starts", worker_ready: "is ready", worker_stopped: "has stopped", worker_crashed: "crashed",
+  model_loaded: "loaded", model_unloaded: "unloaded", model_evicted: "evicted",
 };
+const REASONS = { asked: "on request" };
 
 /**
+ * Word an event.
  * @param {"scaling"|"error"} kind
- * @param {object} event as the daemon sent it
+ * @param {object} event the daemon's message
  * @returns {string}
  */
 export function sentence(kind, event) {
@@ -18,7 +20,7 @@ export function sentence(kind, event) {
 
 function scaling({ event, worker, model, why, bytes: size }) {
   const text = [`Worker ${worker}`, WORDS[event] ?? String(event).replaceAll("_", " "), model].filter(Boolean).join(" ");
-  return [text, Number.isFinite(size) ? bytes(size) : "", why].filter(Boolean).join(", ");
+  return [text, Number.isFinite(size) ? bytes(size) : "", REASONS[why] ?? why].filter(Boolean).join(", ");
 }
 
 function trouble({ code, message, hint, op, model }) {

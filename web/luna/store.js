@@ -1,26 +1,26 @@
-// What the panel knows: the last status, a short past for the charts, and whether the daemon is there.
+// State of the panel: the last status, a short history for the charts, and whether the daemon answers.
 
 import { sentence } from "./sentences.js";
 
-/** Seconds that the charts show. */
+/** Length of the charts in seconds. */
 export const WINDOW_S = 120;
 const EVENTS = 30;
-/** Ops that are work; the rest is housekeeping of connections. */
+/** Ops that count as requests; the others only manage connections. */
 const WORK = /^(vae|clip|lora|echo|models\.load)/;
 
 /**
  * @typedef {object} State
  * @property {"connecting"|"live"|"away"} link
- * @property {string} why what is known about an absence
+ * @property {string} why why the daemon is away, if that is known
  * @property {object|null} info the daemon's `info`
- * @property {Date|null} seen when it came
- * @property {Array<{at: number, throughput: number|null, latency: Object<string, number>}>} past one for each status:
- *   requests per second, and by op the median (ms) of what was answered since the one before
+ * @property {Date|null} seen when `info` arrived
+ * @property {Array<{at: number, throughput: number|null, latency: Object<string, number>}>} past per status:
+ *   requests per second, and by op the median latency (ms) of the answers since the status before
  * @property {Array<{key: string, at: Date, kind: string, text: string}>} events newest first
  */
 
 /**
- * Keeps the state and tells subscribers of each change.
+ * Create the state, which notifies subscribers of each change.
  * @param {() => number} [now] milliseconds
  */
 export function createStore(now = () => Date.now()) {
@@ -28,9 +28,9 @@ export function createStore(now = () => Date.now()) {
   const state = { link: "connecting", why: "", info: null, seen: null, past: [], events: [] };
   const subscribers = new Set();
   const answered = new Map();
-  const tell = () => subscribers.forEach((subscriber) => subscriber(state));
+  const notify = () => subscribers.forEach((subscriber) => subscriber(state));
 
-  const take = {
+  const apply = {
     status(info) {
       remember(state, info, answered, now());
       Object.assign(state, { link: "live", why: "", info, seen: new Date(now()) });
@@ -65,33 +65,33 @@ export function createStore(now = () => Date.now()) {
 
   return {
     state,
-    /** @param {(state: State) => void} subscriber called now and after each change @returns {() => void} ends it */
+    /** @param {(state: State) => void} subscriber called now and after each change @returns {() => void} unsubscribes */
     subscribe(subscriber) {
       subscribers.add(subscriber);
       subscriber(state);
       return () => subscribers.delete(subscriber);
     },
-    /** A message of the daemon. One of a type that is not known is of a later version, and no harm. */
+    /** Apply a message of the daemon. Unknown types belong to a later version and are ignored. */
     receive({ type, data }) {
-      if (take[type] !== undefined && take[type](data ?? {}) !== false) tell();
+      if (apply[type] !== undefined && apply[type](data ?? {}) !== false) notify();
     },
-    /** The connection is gone. */
+    /** Record that the connection is lost. */
     lose() {
       lose();
-      tell();
+      notify();
     },
   };
 }
 
-/** @param {object} info @returns {number} requests for work, of all ops */
+/** Count the requests of all ops. @param {object} info @returns {number} */
 export function workDone(info) {
   return Object.entries(info.requests ?? {}).reduce((sum, [op, n]) => sum + (WORK.test(op) ? n : 0), 0);
 }
 
-/** @param {object} info @returns {Array<[string, object]>} latency of work by op, the busiest first */
+/** List the latency by op, the busiest op first. @param {object} info @returns {Array<[string, object]>} */
 export function latencies(info) {
-  const known = Object.entries(info.latency ?? {}).filter(([op, facts]) => WORK.test(op) && facts.count > 0);
-  return known.sort(([a, x], [b, y]) => y.count - x.count || a.localeCompare(b));
+  const ops = Object.entries(info.latency ?? {}).filter(([op, { count }]) => WORK.test(op) && count > 0);
+  return ops.sort(([a, x], [b, y]) => y.count - x.count || a.localeCompare(b));
 }
 
 function remember(state, info, answered, at) {

@@ -1,6 +1,6 @@
-// Dark or light: as the system says on the daemon's page, as ComfyUI's palette says in its window.
+// Dark or light theme: the system's on the daemon's page, the palette's in ComfyUI.
 
-/** @param {HTMLElement} root */
+/** Follow the system's theme. @param {HTMLElement} root */
 export function followSystem(root) {
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const apply = () => (root.dataset.theme = dark.matches ? "dark" : "light");
@@ -8,7 +8,7 @@ export function followSystem(root) {
   apply();
 }
 
-/** ComfyUI marks its body in dark palettes. @param {HTMLElement} root @returns {() => void} stops following */
+/** Follow ComfyUI, which marks the body in dark palettes. @param {HTMLElement} root @returns {() => void} stops following */
 export function followComfyUI(root) {
   const apply = () => (root.dataset.theme = document.body.classList.contains("dark-theme") ? "dark" : "light");
   const observer = new MutationObserver(apply);

@@ -1,10 +1,11 @@
-// Short messages at the foot of the daemon's page; in ComfyUI its own toasts are used instead.
+// Short messages at the foot of the daemon's page; the panel in ComfyUI uses ComfyUI's toasts instead.
 
 import { el } from "./dom.js";
 
 const SHOWN_MS = 8000;
 
 /**
+ * Create the place for messages, and the function that shows one.
  * @param {HTMLElement} root
  * @returns {(severity: "info"|"success"|"error", text: string) => void}
  */

@@ -1,10 +1,11 @@
-// The daemon's token, asked for when something is to be changed.
+// Dialog for the daemon's token, shown before the first change.
 
 import { el } from "./dom.js";
 
 /**
+ * Ask the user for the token.
  * @param {HTMLElement} root where the dialog is shown
- * @returns {Promise<string>} what was entered; empty if the user left
+ * @returns {Promise<string>} the token; empty if the user cancelled
  */
 export function askForToken(root) {
   const field = el("input", {
@@ -12,8 +13,8 @@ export function askForToken(root) {
   });
   const form = el(
     "form", { method: "dialog" },
-    el("h2", {}, "The token, please"),
-    el("p", {}, "Looking is free; changing something needs the daemon’s token. This shows it:"),
+    el("h2", {}, "Enter the daemon’s token"),
+    el("p", {}, "Viewing needs no token, but changing something does. This command prints the token:"),
     el("code", {}, "luna-daemon token"),
     field,
     el(
@@ -21,7 +22,7 @@ export function askForToken(root) {
       el("button", { type: "button", onclick: () => dialog.close() }, "Cancel"),
       el("button.primary", { type: "submit", value: "ok" }, "Unlock"),
     ),
-    el("p.quiet", {}, "It is kept until this tab closes."),
+    el("p.quiet", {}, "The token is kept until this tab closes."),
   );
   const dialog = el("dialog", { "aria-label": "Token" }, form);
   root.append(dialog);

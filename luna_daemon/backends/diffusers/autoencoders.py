@@ -19,13 +19,8 @@ from .tiling import DECODE_TILES, ENCODE_TILES, TileShape, run_tiled
 
 Run = Callable[[torch.Tensor], torch.Tensor]
 
-TINY_SCALES = {
-    "sd15": (0.18215, 0.0),
-    "sdxl": (0.13025, 0.0),
-    "sd3": (1.5305, 0.0609),
-    "flux": (0.3611, 0.1159),
-}
-"""TAESD works on the diffusion model's latents; per family, what turns a VAE's latents into those (scale, shift)."""
+TINY_SCALES = {"sd15": (0.18215, 0.0), "sdxl": (0.13025, 0.0), "sd3": (1.5305, 0.0609), "flux": (0.3611, 0.1159)}
+"""TAESD works on the diffusion model's latents: per family the (scale, shift) from a VAE's latents to those."""
 
 
 class Autoencoder:
@@ -50,7 +45,7 @@ class Autoencoder:
         self.nbytes = sum(parameter.nbytes for parameter in model.parameters())
 
     def properties(self) -> dict[str, Any]:
-        """Plain facts, as ``VaeModel`` asks."""
+        """Attributes as ``VaeModel`` names them."""
         return {
             "latent_channels": self._channels,
             "downscale_ratio": self._ratio,
@@ -62,7 +57,7 @@ class Autoencoder:
 
     @torch.inference_mode()
     def encode(self, pixels: torch.Tensor, tiling: Tiling | None, step: Step) -> tuple[torch.Tensor, list[str]]:
-        """Encode ``[B,H,W,C]`` in 0..1, cropped around the centre to whole latents; channels past RGB are dropped."""
+        """Encode as ``VaeModel`` does, cropped around the centre to whole latents; channels past RGB are dropped."""
         images = self._crop(pixels).movedim(-1, 1)
 
         def run(image: torch.Tensor) -> torch.Tensor:
@@ -73,7 +68,7 @@ class Autoencoder:
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor, tiling: Tiling | None, step: Step) -> tuple[torch.Tensor, list[str]]:
-        """Decode ``[B,C,h,w]`` to ``[B,H,W,3]`` in 0..1."""
+        """Decode as ``VaeModel`` does, to RGB."""
         if latents.ndim != 4 or latents.shape[1] != self._channels or 0 in latents.shape:
             raise BadRequest(f"latents have shape {list(latents.shape)}, must be [B,{self._channels},h,w]")
 
@@ -101,7 +96,7 @@ class Autoencoder:
     def _in_one_or_tiles(
         self, source: torch.Tensor, run: Run, tiling: Tiling | None, tiles: TileShape, step: Step
     ) -> tuple[torch.Tensor, list[str]]:
-        """Each image in one pass, or tiled where asked or where memory is short."""
+        """Run each image in one pass; in tiles if the caller wants tiles, or if memory is short."""
         verb = "decoded" if tiles is DECODE_TILES else "encoded"
         notes: list[str] = []
         if tiling is None:
@@ -123,7 +118,7 @@ class Autoencoder:
         return result, notes
 
     def _attempt(self, work: Callable[[], torch.Tensor]) -> torch.Tensor | None:
-        """``None`` where memory ran out."""
+        """Run ``work``; ``None`` if memory ran out."""
         try:
             return work()
         except RuntimeError as error:
@@ -137,7 +132,7 @@ class Autoencoder:
 
 
 def _one_by_one(source: torch.Tensor, run: Run, step: Step) -> torch.Tensor:
-    """One image at a time: a larger batch has other bits, and free memory must not decide them."""
+    """Run one image at a time: a batch's size decides bits, and free memory must not."""
     results = []
     for i in range(source.shape[0]):
         step(i, source.shape[0])
@@ -148,26 +143,28 @@ def _one_by_one(source: torch.Tensor, run: Run, step: Step) -> torch.Tensor:
 def load_kl(part: Part, dtype: torch.dtype, device: torch.device) -> Autoencoder:
     """Build a KL autoencoder (SD1.5, SDXL, SD3, Flux).
 
+    Args:
+        part: of name ``kl``.
+        dtype: of weights and activations.
+        device: where the model runs.
+
     Raises:
         ModelLoadError: another family, or weights are missing.
     """
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    config = kl_config(part)
+    tensors = part_tensors(part)
     with torch.device("meta"):
-        model: Any = AutoencoderKL(**config)
-    assign_weights(part, model, part_tensors(part), dtype, device)
+        model: Any = AutoencoderKL(**kl_config(part, tensors))
+    assign_weights(part, model, tensors, dtype, device)
 
-    def encode(images: torch.Tensor) -> torch.Tensor:
-        latents: torch.Tensor = model.encode(images).latent_dist.mode()
-        return latents
-
-    def decode(latents: torch.Tensor) -> torch.Tensor:
-        images: torch.Tensor = model.decode(latents, return_dict=False)[0]
-        return images
-
-    levels = len(model.config.block_out_channels)
-    return Autoencoder(model, encode, decode, part.shape("decoder.conv_in.weight")[1], 2 ** (levels - 1))
+    return Autoencoder(
+        model,
+        lambda images: model.encode(images).latent_dist.mode(),
+        lambda latents: model.decode(latents, return_dict=False)[0],
+        model.config.latent_channels,
+        2 ** (len(model.config.block_out_channels) - 1),
+    )
 
 
 def load_tiny(parts: list[Part], family: str, dtype: torch.dtype, device: torch.device) -> Autoencoder:
@@ -177,7 +174,7 @@ def load_tiny(parts: list[Part], family: str, dtype: torch.dtype, device: torch.
         parts: ``tiny``, or ``tiny_encoder`` and ``tiny_decoder``.
         family: a key of ``TINY_SCALES``; only used where the file has no ``vae_scale`` of its own.
         dtype: of weights and activations.
-        device: where it runs.
+        device: where the model runs.
 
     Raises:
         ModelLoadError: weights are missing, or the family is needed and unknown.
@@ -193,15 +190,13 @@ def load_tiny(parts: list[Part], family: str, dtype: torch.dtype, device: torch.
         model: Any = AutoencoderTiny(latent_channels=channels)
     assign_weights(parts[0], model, tensors, dtype, device)
 
-    def encode(images: torch.Tensor) -> torch.Tensor:
-        latents: torch.Tensor = model.encode(images, return_dict=False)[0]
-        return latents / scale + shift
-
-    def decode(latents: torch.Tensor) -> torch.Tensor:
-        images: torch.Tensor = model.decode((latents - shift) * scale, return_dict=False)[0]
-        return images
-
-    return Autoencoder(model, encode, decode, channels, 8)
+    return Autoencoder(
+        model,
+        lambda images: model.encode(images, return_dict=False)[0] / scale + shift,
+        lambda latents: model.decode((latents - shift) * scale, return_dict=False)[0],
+        channels,
+        8,
+    )
 
 
 def _tiny_scale(part: Part, tensors: Tensors, family: str) -> tuple[torch.Tensor, torch.Tensor]:

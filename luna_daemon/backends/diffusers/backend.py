@@ -1,6 +1,6 @@
-"""The backend for machines without ComfyUI: diffusers' and transformers' modules, ComfyUI's conventions and results.
+"""The backend's face: what diffusers' and transformers' modules compute, with ComfyUI's conventions and results.
 
-Knows the VAEs and text encoders of SD1.5, SDXL, SD3 and Flux, and TAESD.
+Known are the VAEs and text encoders of SD1.5, SDXL, SD3 and Flux, and TAESD.
 """
 
 from __future__ import annotations
@@ -21,11 +21,15 @@ class DiffusersBackend:
     name = "diffusers"
 
     def versions(self) -> dict[str, str]:
-        """Versions of everything that decides bits; a library that is not installed is left out."""
+        """Versions of the libraries that decide bits; a library that is not installed is left out."""
         return {name: metadata.version(name) for name in _LIBRARIES if find_spec(name) is not None}
 
     def devices(self) -> list[str]:
-        """Devices it can use, best first."""
+        """Devices of this machine, best first: ``cuda:0`` ... ``cpu``.
+
+        Raises:
+            ModelLoadError: a library is not installed.
+        """
         _require_libraries()
         from .loading import usable_devices
 
@@ -36,7 +40,8 @@ class DiffusersBackend:
 
         Raises:
             ConfigError: no such device, precision or family.
-            ModelLoadError: the files are not a model of this kind, truncated, or of an unknown layout.
+            ModelLoadError: the files are not a model of this kind, truncated, or of an unknown layout; or a library is
+                not installed.
             OutOfMemory: no room on the device.
         """
         _require_libraries()

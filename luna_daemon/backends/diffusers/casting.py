@@ -1,4 +1,4 @@
-"""Weights kept in their stored type, computed with in the activations' type.
+"""Weights kept in their stored dtype, and cast to the activations' dtype at each use.
 
 Each layer casts its weights when it runs, so a float16 file stays mapped and shared between processes while results
 are those of float32. The layers' classes are swapped in place: no copies, no reference cycles.
@@ -24,7 +24,7 @@ class _LayerNorm(nn.LayerNorm):
 
 
 class _Embedding(nn.Embedding):
-    """Always gives float32, which the layers after it follow."""
+    """Gives float32 always, which the following layers compute in."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.weight.element_size() == 1:
@@ -34,7 +34,7 @@ class _Embedding(nn.Embedding):
 
 
 class _T5Norm(nn.Module):
-    """transformers' T5LayerNorm rounds its result to the weight's type; this one does not."""
+    """T5LayerNorm of transformers without rounding the result to the weight's dtype."""
 
     weight: nn.Parameter
     variance_epsilon: float
@@ -45,7 +45,7 @@ class _T5Norm(nn.Module):
 
 
 class _T5GatedFeedForward(nn.Module):
-    """transformers' T5DenseGatedActDense rounds its input to the weight's type; this one does not."""
+    """T5DenseGatedActDense of transformers without rounding the input to the weight's dtype."""
 
     wi_0: nn.Module
     wi_1: nn.Module
@@ -69,10 +69,10 @@ _SWAPS: dict[str, type[nn.Module]] = {
 
 
 def cast_at_use(model: nn.Module) -> None:
-    """Make every layer of a CLIP or T5 encoder cast its weights to its input's type.
+    """Make every layer of a CLIP or T5 encoder cast the layer's weights to the input's dtype.
 
     Raises:
-        TypeError: a layer with weights of its own that is not known here.
+        TypeError: a layer with weights is of a class that is not known here.
     """
     for name, module in model.named_modules():
         swap = _SWAPS.get(type(module).__name__)

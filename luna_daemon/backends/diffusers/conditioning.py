@@ -1,4 +1,4 @@
-"""How families combine their text encoders: which layer, which pooled vector, what is joined to what."""
+"""How model families combine text encoders: which layer, which pooled vector, what is joined to what."""
 
 from __future__ import annotations
 
@@ -24,14 +24,16 @@ _SD3_POOLED = {"l": 768, "g": 1280}
 
 @dataclass(frozen=True)
 class Use:
-    """How a family reads one encoder."""
+    """How a family uses one text encoder."""
 
     layer: int | None
-    """``None`` is the last."""
+    """The hidden layer to take, negative from the end; ``None`` is the last."""
     normed: bool
     """Apply the final layer norm to a layer that is not the last."""
     projected: bool
+    """Apply the text projection to the pooled vector."""
     min_length: int = 0
+    """Tokens that a short prompt is padded to; 0 for CLIP, which pads to its number of positions."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,11 @@ class Family:
     """A model family's text side."""
 
     uses: dict[str, Use]
+    """By the encoder's name, in the family's order."""
     required: tuple[frozenset[str], ...]
-    """Sets of encoders that are enough, any one of them; an empty set means any that are there."""
+    """Sets of encoders, each of which is enough; the empty set means that any encoders are."""
     join: Callable[[Encoded], tuple[torch.Tensor, torch.Tensor]]
+    """From the encoders' results to ``cond`` ``[1,T,D]`` and ``pooled_output`` ``[1,P]``."""
 
 
 def _first(encoded: Encoded) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,8 +68,7 @@ def _sd3(encoded: Encoded) -> tuple[torch.Tensor, torch.Tensor]:
     t5 = encoded["t5xxl"][0] if "t5xxl" in encoded else None
     width = _SD3_WIDTH if t5 is None else t5.shape[-1]
     pooled = torch.cat(
-        [encoded[name][1] if name in encoded else torch.zeros(1, size) for name, size in _SD3_POOLED.items()],
-        dim=-1,
+        [encoded[name][1] if name in encoded else torch.zeros(1, size) for name, size in _SD3_POOLED.items()], dim=-1
     )
     clip: torch.Tensor | None = None
     if "l" in encoded and "g" in encoded:
@@ -92,15 +95,18 @@ FAMILIES = {
         _sd3,
     ),
     "flux": Family(
-        {"l": Use(None, True, False), "t5xxl": Use(None, True, False, 256)},
-        (frozenset(["l", "t5xxl"]),),
-        _flux,
+        {"l": Use(None, True, False), "t5xxl": Use(None, True, False, 256)}, (frozenset(["l", "t5xxl"]),), _flux
     ),
 }
 
 
 class TextEncoders:
-    """A family's encoders as one text model."""
+    """A family's encoders as one text model.
+
+    Args:
+        name: a key of ``FAMILIES``.
+        encoders: by name; those that the family does not use are left out.
+    """
 
     def __init__(self, name: str, encoders: dict[str, TextEncoder]) -> None:
         self._name = name
@@ -109,7 +115,7 @@ class TextEncoders:
         self.nbytes = sum(encoder.nbytes for encoder in self._encoders.values())
 
     def properties(self) -> dict[str, Any]:
-        """Plain facts, as ``TextModel`` asks; sizes come from zeros through the family's own joining."""
+        """Attributes as ``TextModel`` names them; sizes come from joining zeros as the family joins."""
         blank = {
             name: (torch.zeros(1, 1, encoder.width), torch.zeros(1, encoder.pooled_width))
             for name, encoder in self._encoders.items()
@@ -128,17 +134,12 @@ class TextEncoders:
         }
 
     def tokenize(self, text: str) -> Tokens:
-        """Parse weights and split into padded chunks, for each encoder that is loaded."""
+        """Parse weights and split into padded chunks, for each loaded encoder; raises as ``parse_weights``."""
         return {name: tokenize(text, encoder.ids, encoder.rules) for name, encoder in self._encoders.items()}
 
     @torch.inference_mode()
     def encode(self, tokens: Tokens, layer: int | None, unprojected: bool) -> dict[str, torch.Tensor]:
-        """Encode to ``{"cond": [1,T,D], "pooled_output": [1,P]}``; tokens of encoders not loaded are ignored.
-
-        Raises:
-            BadRequest: an encoder got no tokens, or tokens or a layer that it does not have.
-            OutOfMemory: no room on the device.
-        """
+        """Encode as ``TextModel`` does; tokens of encoders that are not loaded are ignored."""
         encoded: Encoded = {}
         no_clip = self._name == "sd3" and not tokens.get("l") and not tokens.get("g")
         for name, encoder in self._encoders.items():

@@ -1,4 +1,10 @@
-"""Files' key names renamed to the library's, and the library's configuration from the shapes."""
+"""Key names of files renamed to those of diffusers and transformers, and the modules' configurations from shapes.
+
+Tensors stay views of the mapped file, so that processes which load one file share its pages. Of the libraries' own
+loaders only ``convert_ldm_vae_checkpoint`` keeps to that: ``convert_open_clip_checkpoint`` copies the attention's
+weights, ``from_single_file`` asks the hub for a configuration, ``from_pretrained`` fills missing weights at random
+instead of refusing the file, and diffusers' renaming of old attention blocks is private to its models.
+"""
 
 from __future__ import annotations
 
@@ -9,82 +15,68 @@ from typing import Any
 import torch
 
 from ...core import ModelLoadError
-from .layouts import Part
+from .layouts import Part, count_numbers
 
 Tensors = dict[str, torch.Tensor]
+"""A part's tensors by the library's keys."""
 
 
 def part_tensors(part: Part) -> Tensors:
-    """The part's tensors, renamed to the library's keys; still views of the mapped file."""
+    """Load a part's tensors under the library's keys, as views of the mapped file.
+
+    Raises:
+        ModelLoadError: the file changed since its header was read.
+    """
     raw = part.weights.load(part.weights.below(part.prefix))
-    tensors = {key[len(part.prefix) :]: tensor for key, tensor in raw.items()}
-    return _CONVERTERS[part.layout](tensors)
+    return _CONVERTERS[part.layout]({key[len(part.prefix) :]: tensor for key, tensor in raw.items()})
+
+
+def _shape(part: Part, tensors: Tensors, key: str) -> torch.Size:
+    if key not in tensors:
+        raise ModelLoadError(f"{part.weights.source} lacks {key}")
+    return tensors[key].shape
 
 
 # --- VAE ---------------------------------------------------------------------------------------------------------
 
 
-def kl_config(part: Part) -> dict[str, Any]:
-    """Arguments of diffusers' ``AutoencoderKL`` from the shapes.
+def kl_config(part: Part, tensors: Tensors) -> dict[str, Any]:
+    """Arguments of diffusers' ``AutoencoderKL``.
 
     Raises:
-        ModelLoadError: a VAE of another family.
+        ModelLoadError: a VAE of another family, or half a VAE.
     """
-    conv = part.shape("decoder.conv_in.weight")
-    if len(conv) != 4 or conv[1] > 16 or part.has("decoder.mid.block_1.mix_factor"):
+    conv = _shape(part, tensors, "decoder.conv_in.weight")
+    if len(conv) != 4 or conv[1] > 16 or any(key.endswith(".mix_factor") for key in tensors):
         raise ModelLoadError(
             f"{part.weights.source} is a VAE of another family (input convolution {list(conv)})",
             "This backend knows the VAEs of SD1.5, SDXL, SD3 and Flux, and TAESD",
         )
-    ldm = part.layout == "ldm"
-    block = "encoder.down.{}.block.{}" if ldm else "encoder.down_blocks.{}.resnets.{}"
-    pattern = r"encoder\.down\.(\d+)\.block\." if ldm else r"encoder\.down_blocks\.(\d+)\.resnets\."
-    levels = part.count(pattern)
+    levels = count_numbers(tensors, r"encoder\.down_blocks\.(\d+)\.resnets\.")
     if not levels:
         raise ModelLoadError(f"{part.weights.source} is a VAE without its encoder")
-    per_level = part.count(pattern.replace(r"(\d+)", "0") + r"(\d+)\.")
-    widths = [part.shape(block.format(level, 0) + ".conv1.weight")[0] for level in range(levels)]
+    first_layer = "encoder.down_blocks.{}.resnets.0.conv1.weight"
     return {
         "down_block_types": ("DownEncoderBlock2D",) * levels,
         "up_block_types": ("UpDecoderBlock2D",) * levels,
-        "block_out_channels": widths,
-        "layers_per_block": per_level,
+        "block_out_channels": [_shape(part, tensors, first_layer.format(level))[0] for level in range(levels)],
+        "layers_per_block": count_numbers(tensors, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
         "latent_channels": conv[1],
         "norm_num_groups": part.weights.config.get("norm_num_groups", 32),
-        "use_quant_conv": part.has("quant_conv.weight"),
-        "use_post_quant_conv": part.has("post_quant_conv.weight"),
-        "mid_block_add_attention": part.has("decoder.mid.attn_1.q.weight" if ldm else _DIFFUSERS_ATTENTION),
+        "use_quant_conv": "quant_conv.weight" in tensors,
+        "use_post_quant_conv": "post_quant_conv.weight" in tensors,
+        "mid_block_add_attention": "decoder.mid_block.attentions.0.group_norm.weight" in tensors,
     }
 
 
-_DIFFUSERS_ATTENTION = "decoder.mid_block.attentions.0.group_norm.weight"
-
-_LDM_TO_DIFFUSERS = (
-    (r"\.nin_shortcut\.", ".conv_shortcut."),
-    (r"coder\.norm_out\.", "coder.conv_norm_out."),
-    (r"encoder\.down\.(\d+)\.block\.", r"encoder.down_blocks.\1.resnets."),
-    (r"encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
-    (r"decoder\.up\.(\d+)\.block\.", r"decoder.up_blocks.\1.resnets."),
-    (r"decoder\.up\.(\d+)\.upsample\.", r"decoder.up_blocks.\1.upsamplers.0."),
-    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
-    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
-    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
-    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
-    (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
-)
-
-
 def _from_ldm(tensors: Tensors) -> Tensors:
-    """LDM counts the decoder's levels from the outside, diffusers from the inside."""
-    levels = [int(m.group(1)) for key in tensors if (m := re.match(r"decoder\.up\.(\d+)\.", key))]
-    top = max(levels, default=0)
-    renamed: Tensors = {}
-    for key, tensor in tensors.items():
-        for pattern, new in _LDM_TO_DIFFUSERS:
-            key = re.sub(pattern, new, key)
-        key = re.sub(r"up_blocks\.(\d+)", lambda m: f"up_blocks.{top - int(m.group(1))}", key)
-        renamed[key] = tensor
-    return _from_diffusers(renamed)
+    from diffusers.loaders import single_file_utils
+
+    library: Any = single_file_utils
+    blocks = range(count_numbers(tensors, r"decoder\.up\.(\d+)\."))
+    config = {"down_block_types": blocks, "up_block_types": blocks}
+    renamed: Tensors = library.convert_ldm_vae_checkpoint(tensors, config)
+    return renamed
 
 
 _OLD_ATTENTION = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
@@ -105,12 +97,11 @@ def _from_diffusers(tensors: Tensors) -> Tensors:
 
 def _from_comfy_tiny(tensors: Tensors) -> Tensors:
     """Both halves in one file; ``vae_scale`` and ``vae_shift`` keep their names."""
-    halves: Tensors = {k: v for k, v in tensors.items() if k in ("vae_scale", "vae_shift")}
-    for half in ("encoder", "decoder"):
-        prefix = f"taesd_{half}."
-        bare = {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-        halves.update(_from_raw_tiny(bare))
-    return halves
+    renamed: Tensors = {key: tensor for key, tensor in tensors.items() if key in ("vae_scale", "vae_shift")}
+    for prefix in ("taesd_encoder.", "taesd_decoder."):
+        half = {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        renamed.update(_from_raw_tiny(half))
+    return renamed
 
 
 def _from_raw_tiny(tensors: Tensors) -> Tensors:
@@ -127,52 +118,45 @@ def _from_raw_tiny(tensors: Tensors) -> Tensors:
 # --- text encoders -----------------------------------------------------------------------------------------------
 
 
-def clip_config(part: Part) -> dict[str, Any]:
-    """Arguments of transformers' ``CLIPTextConfig`` from the shapes; a folder's ``config.json`` comes first."""
-    if part.layout == "open_clip":
-        embedding, position, depth = (
-            "token_embedding.weight",
-            "positional_embedding",
-            r"transformer\.resblocks\.(\d+)\.",
-        )
-        inner = "transformer.resblocks.0.mlp.c_fc.weight"
-    else:
-        embedding, position = "embeddings.token_embedding.weight", "embeddings.position_embedding.weight"
-        depth, inner = r"encoder\.layers\.(\d+)\.", "encoder.layers.0.mlp.fc1.weight"
-    vocabulary, width = part.shape(embedding)
+def clip_config(part: Part, tensors: Tensors) -> dict[str, Any]:
+    """Arguments of transformers' ``CLIPTextConfig``; what shapes do not tell comes from a folder's ``config.json``.
+
+    Raises:
+        ModelLoadError: weights are missing.
+    """
+    vocabulary, width = _shape(part, tensors, "embeddings.token_embedding.weight")
     given = part.weights.config
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
-        "intermediate_size": part.shape(inner)[0],
-        "num_hidden_layers": part.count(depth),
+        "intermediate_size": _shape(part, tensors, "encoder.layers.0.mlp.fc1.weight")[0],
+        "num_hidden_layers": count_numbers(tensors, r"encoder\.layers\.(\d+)\."),
         # Every CLIP text encoder in use has heads of 64.
         "num_attention_heads": given.get("num_attention_heads", max(1, width // 64)),
-        "max_position_embeddings": part.shape(position)[0],
+        "max_position_embeddings": _shape(part, tensors, "embeddings.position_embedding.weight")[0],
         "hidden_act": given.get("hidden_act", "quick_gelu" if part.name == "l" else "gelu"),
         "layer_norm_eps": given.get("layer_norm_eps", 1e-5),
         "projection_dim": width,
     }
 
 
-def t5_config(part: Part) -> dict[str, Any]:
-    """Arguments of transformers' ``T5Config`` (version 1.1, gated) from the shapes.
+def t5_config(part: Part, tensors: Tensors) -> dict[str, Any]:
+    """Arguments of transformers' ``T5Config`` (version 1.1, gated).
 
     Raises:
-        ModelLoadError: umT5, whose every layer has a position bias.
+        ModelLoadError: weights are missing, or the encoder is a umT5, whose every layer has a position bias.
     """
-    if part.has("encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"):
+    if "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight" in tensors:
         raise ModelLoadError(f"{part.weights.source} is a umT5 text encoder, which SD3 and Flux do not use")
-    shared = "shared.weight" if part.has("shared.weight") else "encoder.embed_tokens.weight"
-    vocabulary, width = part.shape(shared)
     attention = "encoder.block.0.layer.0.SelfAttention."
-    buckets, heads = part.shape(attention + "relative_attention_bias.weight")
+    vocabulary, width = _shape(part, tensors, "shared.weight")
+    buckets, heads = _shape(part, tensors, attention + "relative_attention_bias.weight")
     return {
         "vocab_size": vocabulary,
         "d_model": width,
-        "d_kv": part.shape(attention + "q.weight")[0] // heads,
-        "d_ff": part.shape("encoder.block.0.layer.1.DenseReluDense.wi_0.weight")[0],
-        "num_layers": part.count(r"encoder\.block\.(\d+)\."),
+        "d_kv": _shape(part, tensors, attention + "q.weight")[0] // heads,
+        "d_ff": _shape(part, tensors, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight")[0],
+        "num_layers": count_numbers(tensors, r"encoder\.block\.(\d+)\."),
         "num_heads": heads,
         "relative_attention_num_buckets": buckets,
         "feed_forward_proj": "gated-gelu",
@@ -191,6 +175,13 @@ def text_projection(part: Part) -> torch.Tensor:
             tensor = part.weights.load([name])[name]
             return tensor if name != key else tensor.t()
     raise ModelLoadError(f"{part.weights.source} lacks {key}.weight")
+
+
+def _from_hf(tensors: Tensors) -> Tensors:
+    """T5's embedding has two names, of which files may have either."""
+    names = ("shared.weight", "encoder.embed_tokens.weight")
+    shared = next((tensors[name] for name in names if name in tensors), None)
+    return tensors if shared is None else tensors | dict.fromkeys(names, shared)
 
 
 _OPEN_CLIP_TO_HF = (
@@ -225,6 +216,6 @@ _CONVERTERS: dict[str, Callable[[Tensors], Tensors]] = {
     "diffusers": _from_diffusers,
     "comfy": _from_comfy_tiny,
     "raw": _from_raw_tiny,
-    "hf": dict,
+    "hf": _from_hf,
     "open_clip": _from_open_clip,
 }

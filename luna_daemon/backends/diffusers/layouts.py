@@ -1,4 +1,4 @@
-"""What a file holds, told from its keys and shapes.
+"""Which VAEs and text encoders a file holds, told by keys and shapes.
 
 Names of files and metadata are never trusted: ComfyUI users rename files.
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ...core import ModelLoadError
 from .weightfiles import WeightFiles
 
 
@@ -20,48 +20,33 @@ class Part:
     name: str
     """``kl``, ``tiny``, ``tiny_encoder``, ``tiny_decoder``; ``l``, ``g``, ``h``, ``t5xxl``."""
     layout: str
-    """Whose key names: ``ldm``, ``diffusers``, ``comfy``, ``raw``, ``hf``, ``open_clip``."""
+    """Naming scheme of the keys: ``ldm``, ``diffusers``, ``comfy``, ``raw``, ``hf``, ``open_clip``."""
     prefix: str
+    """What the file puts before the layout's keys."""
     weights: WeightFiles
 
-    def has(self, key: str) -> bool:
-        """Whether the part has that key, prefix left out."""
-        return self.prefix + key in self.weights
+    def keys(self) -> list[str]:
+        """Keys without the prefix."""
+        return [key[len(self.prefix) :] for key in self.weights.below(self.prefix)]
 
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a tensor of this part.
 
-        Raises:
-            ModelLoadError: it is missing.
-        """
-        if not self.has(key):
-            raise ModelLoadError(f"{self.weights.source} lacks {self.prefix}{key}")
-        return self.weights.shape(self.prefix + key)
-
-    def count(self, pattern: str) -> int:
-        """How many distinct numbers stand where ``pattern`` has its group."""
-        matcher = re.compile(re.escape(self.prefix) + pattern)
-        return len({m.group(1) for key in self.weights.entries if (m := matcher.match(key))})
+def count_numbers(keys: Iterable[str], pattern: str) -> int:
+    """Count the distinct numbers that keys have where ``pattern`` has its group."""
+    return len({match.group(1) for key in keys if (match := re.match(pattern, key))})
 
 
 _TEXT_PREFIXES = (
-    "",
-    "text_model.",
-    "cond_stage_model.transformer.text_model.",
-    "cond_stage_model.transformer.",
-    "conditioner.embedders.0.transformer.text_model.",
-    "text_encoders.clip_l.transformer.text_model.",
+    "", "text_model.", "cond_stage_model.transformer.text_model.", "cond_stage_model.transformer.",
+    "conditioner.embedders.0.transformer.text_model.", "text_encoders.clip_l.transformer.text_model.",
     "text_encoders.clip_g.transformer.text_model.",
-)
+)  # fmt: skip
 _OPEN_CLIP_PREFIXES = (
-    "",
-    "conditioner.embedders.1.model.",
-    "conditioner.embedders.0.model.",
-    "cond_stage_model.model.",
-)
+    "", "conditioner.embedders.1.model.", "conditioner.embedders.0.model.", "cond_stage_model.model.",
+)  # fmt: skip
+_T5_PREFIXES = ("", "text_encoders.t5xxl.transformer.")
 _VAE_PREFIXES = ("", "first_stage_model.", "vae.")
 
-# Part, layout, key that tells it, prefixes it may have.
+# Part, layout, a key that only this layout has, prefixes that files put before it.
 _PROBES: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("kl", "ldm", "decoder.mid.block_1.norm1.weight", _VAE_PREFIXES),
     ("kl", "diffusers", "decoder.mid_block.resnets.0.norm1.weight", _VAE_PREFIXES),
@@ -69,17 +54,12 @@ _PROBES: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("tiny", "diffusers", "decoder.layers.0.weight", _VAE_PREFIXES),
     ("clip", "hf", "embeddings.token_embedding.weight", _TEXT_PREFIXES),
     ("clip", "open_clip", "token_embedding.weight", _OPEN_CLIP_PREFIXES),
-    (
-        "t5xxl",
-        "hf",
-        "encoder.block.0.layer.1.DenseReluDense.wi_0.weight",
-        ("", "text_encoders.t5xxl.transformer."),
-    ),
+    ("t5xxl", "hf", "encoder.block.0.layer.1.DenseReluDense.wi_0.weight", _T5_PREFIXES),
 )
 
 
 def find_parts(weights: WeightFiles) -> list[Part]:
-    """Every VAE and text encoder inside the file; a whole checkpoint has several."""
+    """Find every VAE and text encoder inside a file; a whole checkpoint has several."""
     parts = [
         Part(name, layout, prefix, weights)
         for name, layout, probe, prefixes in _PROBES
@@ -97,26 +77,23 @@ def find_parts(weights: WeightFiles) -> list[Part]:
 def _named(part: Part) -> Part:
     """Tell CLIP-L, H and G apart by depth, as ComfyUI does."""
     pattern = r"transformer\.resblocks\.(\d+)\." if part.layout == "open_clip" else r"encoder\.layers\.(\d+)\."
-    depth = part.count(pattern)
+    depth = count_numbers(part.keys(), pattern)
     name = "g" if depth > 30 else "h" if depth > 22 else "l"
     return Part(name, part.layout, part.prefix, part.weights)
 
 
 def describe(weights: WeightFiles) -> str:
-    """What a file holds, for an error message."""
+    """Describe what a file holds, for an error message: ``a VAE and a CLIP-L text encoder``."""
     titles = {
         "kl": "a VAE", "tiny": "a TAESD VAE", "tiny_encoder": "a TAESD encoder", "tiny_decoder": "a TAESD decoder",
         "l": "a CLIP-L text encoder", "h": "a CLIP-H text encoder", "g": "a CLIP-G text encoder",
         "t5xxl": "a T5 text encoder",
     }  # fmt: skip
-    found = [titles[part.name] for part in find_parts(weights)]
-    if found:
-        return " and ".join(found)
+    if parts := find_parts(weights):
+        return " and ".join(titles[part.name] for part in parts)
     if any("lora_" in key or ".lora" in key for key in weights.entries):
         return "a LoRA"
     if weights.below("model.diffusion_model."):
         return "a diffusion model without text encoder or VAE"
-    heads = Counter(key.split(".")[0] for key in weights.entries)
-    return (
-        f"{len(weights.entries)} tensors of an unknown layout ({', '.join(name for name, _ in heads.most_common(5))})"
-    )
+    heads = Counter(key.split(".")[0] for key in weights.entries).most_common(5)
+    return f"{len(weights.entries)} tensors of an unknown layout ({', '.join(name for name, _ in heads)})"

@@ -1,4 +1,4 @@
-"""Weights into modules, and which device and number type a model gets."""
+"""Weights into modules, and which device and dtype a model gets."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def assign_weights(part: Part, model: nn.Module, tensors: Tensors, dtype: torch.dtype, device: torch.device) -> None:
     """Give a module made on the meta device its weights; what needs no conversion stays a view of the mapped file.
+
+    Args:
+        part: names the file in errors.
+        tensors: by the module's keys; further tensors are ignored.
 
     Raises:
         ModelLoadError: weights are missing or have other shapes.
@@ -37,12 +41,12 @@ def assign_weights(part: Part, model: nn.Module, tensors: Tensors, dtype: torch.
 
 
 def usable_devices() -> list[str]:
-    """Best first."""
+    """Every GPU, then the CPU."""
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
 
 
 def pick_device(asked: str) -> torch.device:
-    """``auto`` is the first GPU, or the CPU if there is none.
+    """Resolve a device setting; ``auto`` is the first GPU, or the CPU without a GPU.
 
     Raises:
         ConfigError: no such device.
@@ -55,7 +59,7 @@ def pick_device(asked: str) -> torch.device:
 
 
 def pick_dtype(asked: str, automatic: torch.dtype) -> torch.dtype:
-    """Resolve a precision setting.
+    """Resolve a precision setting; ``auto`` is ``automatic``.
 
     Raises:
         ConfigError: not a precision.
@@ -74,7 +78,14 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 @contextmanager
 def memory_errors(doing: str) -> Iterator[None]:
-    """Turn the library's out-of-memory errors into ours, which say what was being done."""
+    """Turn torch's out-of-memory errors into typed ones.
+
+    Args:
+        doing: what needed the memory, for the message.
+
+    Raises:
+        OutOfMemory: the body found no room.
+    """
     try:
         yield
     except RuntimeError as error:

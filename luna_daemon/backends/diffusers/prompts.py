@@ -28,7 +28,7 @@ class ChunkRules:
     length: int
     """Tokens per chunk, start and end included."""
     min_length: int = 0
-    """The last chunk is padded to this."""
+    """The number of tokens that the last chunk is padded to."""
 
 
 def parse_weights(text: str) -> list[tuple[str, float]]:
@@ -86,7 +86,15 @@ def _groups(text: str) -> list[str]:
 
 
 def tokenize(text: str, ids: Callable[[str], list[int]], rules: ChunkRules) -> list[Chunk]:
-    """Turn a prompt into padded chunks; ``ids`` gives the tokens of a segment without start and end."""
+    """Turn a prompt into padded chunks.
+
+    Args:
+        ids: gives the tokens of a segment, without start and end token.
+        rules: how the encoder wants chunks.
+
+    Raises:
+        BadRequest: parentheses nested too deep.
+    """
     groups = [
         [(token, weight) for token in ids(part)]
         for segment, weight in parse_weights(text)
@@ -137,6 +145,6 @@ def chunk_tokens(groups: list[Chunk], rules: ChunkRules) -> list[Chunk]:
 
 
 def empty_chunk(rules: ChunkRules, length: int) -> list[int]:
-    """Token ids of an empty prompt: what weights interpolate from."""
+    """Token ids of an empty prompt, padded to ``length``: weights interpolate from its encoding."""
     ids = [rules.end] if rules.start is None else [rules.start, rules.end]
     return ids + [rules.pad] * (length - len(ids))

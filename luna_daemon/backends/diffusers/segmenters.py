@@ -1,4 +1,4 @@
-"""Text to token ids, from whatever tokenizer this machine has; nothing is ever downloaded."""
+"""Text to token ids, with the first tokenizer found on this machine; nothing is ever downloaded."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def find_segmenter(family: str, model_folder: Path | None, environ: Mapping[str,
     Args:
         family: ``clip`` or ``t5``.
         model_folder: the text encoder's folder of the diffusers layout; ``None`` for a single file.
-        environ: where ``COMFYUI_PATH`` is looked up.
+        environ: the environment, for ``COMFYUI_PATH``.
 
     Raises:
-        ModelLoadError: there is none; the message lists what was tried.
+        ModelLoadError: no tokenizer, or a broken one; the message lists what was tried.
     """
     folders: list[Path] = []
     if model_folder is not None:

@@ -1,7 +1,8 @@
-"""From a resolved model's files to a loaded model: which parts are there, whether they are enough, who loads them."""
+"""From a ``LoadSpec`` to a loaded model: which parts the files hold, whether those are enough, what loads them."""
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -12,9 +13,9 @@ from .autoencoders import Autoencoder, load_kl, load_tiny
 from .conditioning import FAMILIES, TextEncoders
 from .layouts import Part, describe, find_parts
 from .loading import pick_device, pick_dtype
-from .segmenters import Ids, find_segmenter
+from .segmenters import find_segmenter
 from .textencoders import load_text_encoder
-from .weightfiles import WeightFiles, component_folders, open_weights
+from .weightfiles import component_folders, open_weights
 
 _VAE_PARTS = {"kl", "tiny", "tiny_encoder", "tiny_decoder"}
 _ALIASES = {"sd1": "sd15", "sd1.5": "sd15", "stable_diffusion": "sd15", "sd35": "sd3", "sd3.5": "sd3"}
@@ -27,7 +28,7 @@ def load_vae(spec: LoadSpec) -> Autoencoder:
 
     Raises:
         ConfigError: no such device or precision.
-        ModelLoadError: no VAE in the files, or half of one.
+        ModelLoadError: no VAE in the files, half a VAE, or a family that this backend does not know.
     """
     parts = _parts(spec, "vae", "a VAE", _VAE_PARTS)
     device = pick_device(spec.device)
@@ -72,17 +73,14 @@ def load_text(spec: LoadSpec) -> TextEncoders:
         parts[part.name] = part
     _check_enough(family, parts)
     device = pick_device(spec.device)
-    segmenters: dict[tuple[str, Path | None], Ids] = {}
+    dtype = None if spec.precision == "auto" else pick_dtype(spec.precision, torch.float16)
+    segmenter = cache(find_segmenter)
     encoders = {}
     for name, use in FAMILIES[family].uses.items():
-        if name not in parts:
-            continue
-        source = parts[name].weights.source
-        key = ("t5" if name == "t5xxl" else "clip", source if source.is_dir() else None)
-        if key not in segmenters:
-            segmenters[key] = find_segmenter(*key)
-        dtype = None if spec.precision == "auto" else pick_dtype(spec.precision, torch.float16)
-        encoders[name] = load_text_encoder(parts[name], dtype, device, segmenters[key], use.min_length)
+        if name in parts:
+            source = parts[name].weights.source
+            ids = segmenter("t5" if name == "t5xxl" else "clip", source if source.is_dir() else None)
+            encoders[name] = load_text_encoder(parts[name], dtype, device, ids, use.min_length)
     return TextEncoders(family, encoders)
 
 
@@ -100,15 +98,10 @@ def _check_enough(family: str, parts: dict[str, Part]) -> None:
 def _parts(spec: LoadSpec, component: str, title: str, names: set[str]) -> list[Part]:
     """All parts of that kind; every file must contribute one."""
     parts: list[Part] = []
-    for weights in _opened(spec, component):
-        found = [part for part in find_parts(weights) if part.name in names]
-        if not found:
+    for place in [place for file in spec.files for place in component_folders(Path(file), component)]:
+        weights = open_weights(place)
+        wanted = [part for part in find_parts(weights) if part.name in names]
+        if not wanted:
             raise ModelLoadError(f"{weights.source} is {describe(weights)}, not {title}")
-        parts += found
+        parts += wanted
     return parts
-
-
-def _opened(spec: LoadSpec, component: str) -> list[WeightFiles]:
-    paths = map(Path, spec.files)
-    places = [place for path in paths for place in (component_folders(path, component) if path.is_dir() else [path])]
-    return [open_weights(place) for place in places]

@@ -1,4 +1,4 @@
-"""One text encoder: chunks of weighted tokens in, hidden states and pooled vector out, as ComfyUI's ``SDClipModel``."""
+"""One text encoder: from chunks of weighted tokens to hidden states and pooled vector, as ComfyUI's ``SDClipModel``."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .segmenters import Ids
 
 
 class TextEncoder:
-    """A CLIP or T5 encoder on its device, with the tokenizer that belongs to it.
+    """A CLIP or T5 encoder on a device, with its tokenizer.
 
     Args:
         name: ``l``, ``g`` or ``t5xxl``.
-        model: transformers' module; its layers cast their weights at use.
+        model: transformers' module, whose layers cast weights at use.
         norm: the model's final layer norm.
         projection: ``[P,D]`` for CLIP's pooled vector, or ``None``.
         ids: the tokenizer.
@@ -31,13 +31,7 @@ class TextEncoder:
     """
 
     def __init__(
-        self,
-        name: str,
-        model: nn.Module,
-        norm: nn.Module,
-        projection: torch.Tensor | None,
-        ids: Ids,
-        rules: ChunkRules,
+        self, name: str, model: nn.Module, norm: nn.Module, projection: torch.Tensor | None, ids: Ids, rules: ChunkRules
     ) -> None:
         self.name = name
         self.ids = ids
@@ -62,7 +56,7 @@ class TextEncoder:
 
         Args:
             chunks: equally long lists of (token id, weight); none at all encodes the empty prompt.
-            layer: whose output to take: ``None`` or too deep is the last, -2 the penultimate.
+            layer: the hidden layer to take: ``None`` or too deep is the last, -2 the penultimate.
             normed: whether the final layer norm is applied to a layer that is not the last.
             projected: whether the pooled vector goes through the text projection.
 
@@ -70,7 +64,7 @@ class TextEncoder:
             ``[1,T,D]``, chunks joined, and the first chunk's pooled ``[1,P]``; float32 on the CPU.
 
         Raises:
-            BadRequest: a token, a length or a layer that this encoder does not have.
+            BadRequest: a token, a chunk length or a layer that this encoder does not have.
         """
         rows = self._check(chunks)
         weights = torch.tensor([[weight for _, weight in chunk] for chunk in chunks], dtype=torch.float32)
@@ -100,7 +94,7 @@ class TextEncoder:
         return rows
 
     def _run(self, rows: torch.Tensor, layer: int | None, normed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """The wanted layer's and the last layer's normed output, both ``[S,T,D]`` float32."""
+        """Output of the wanted layer and normed output of the last, both ``[S,T,D]`` float32."""
         index = self._layer_index(layer)
         result = self._model(input_ids=rows, output_hidden_states=index is not None)
         last: torch.Tensor = result.last_hidden_state
@@ -120,7 +114,7 @@ class TextEncoder:
         return layer % self._layers
 
     def _pool(self, last: torch.Tensor, row: list[int], projected: bool) -> torch.Tensor:
-        """The state at the first end token, as CLIP pools."""
+        """The hidden state at the first end token, which is CLIP's pooled vector."""
         end = row.index(self.rules.end) if self.rules.end in row else len(row) - 1
         pooled = last[:, end]
         if projected and self._projection is not None:
@@ -131,14 +125,14 @@ class TextEncoder:
 def load_text_encoder(
     part: Part, dtype: torch.dtype | None, device: torch.device, ids: Ids, min_length: int
 ) -> TextEncoder:
-    """Build an encoder from its file; on the CPU and in the file's type its weights stay mapped.
+    """Build an encoder; on the CPU and in the file's dtype the weights stay mapped.
 
     Args:
         part: ``l``, ``g`` or ``t5xxl``.
         dtype: what weights are kept in; ``None`` as ComfyUI would. Activations are float32.
-        device: where it runs.
-        ids: its tokenizer.
-        min_length: what T5 pads short prompts to; CLIP pads to its number of positions.
+        device: where the encoder runs.
+        ids: the tokenizer.
+        min_length: tokens that T5 pads short prompts to; CLIP pads to its number of positions.
 
     Raises:
         ModelLoadError: weights are missing, have other shapes, or are quantised with scales.
@@ -150,7 +144,7 @@ def load_text_encoder(
         model, norm = _new_t5(part, tensors)
         rules = ChunkRules(None, 1, 0, 99_999_999, min_length)
     else:
-        model, norm, positions = _new_clip(part)
+        model, norm, positions = _new_clip(part, tensors)
         rules = ChunkRules(49406, 49407, 0 if part.name == "g" else 49407, positions)
         if part.name == "g":
             projection = text_projection(part).to(device, dtype)
@@ -160,17 +154,17 @@ def load_text_encoder(
 
 
 def _kept_dtype(part: Part, tensors: Tensors) -> torch.dtype:
-    """CLIP is kept in float16; T5 in the file's type unless that is larger."""
+    """CLIP is kept in float16; T5 in the file's dtype unless that is larger."""
     if "scaled_fp8" in tensors:
         raise ModelLoadError(f"{part.weights.source} is scaled float8", "Give the fp16 or the plain float8 file")
     norm = tensors.get("encoder.final_layer_norm.weight")
     return torch.float16 if norm is None or norm.element_size() > 2 else norm.dtype
 
 
-def _new_clip(part: Part) -> tuple[nn.Module, nn.Module, int]:
+def _new_clip(part: Part, tensors: Tensors) -> tuple[nn.Module, nn.Module, int]:
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    config = CLIPTextConfig(**clip_config(part), bos_token_id=49406, eos_token_id=49407)
+    config = CLIPTextConfig(**clip_config(part, tensors), bos_token_id=49406, eos_token_id=49407)
     with torch.device("meta"):
         model: Any = CLIPTextModel(config)
     # transformers 4 has one more level than 5.
@@ -185,9 +179,5 @@ def _new_t5(part: Part, tensors: Tensors) -> tuple[nn.Module, nn.Module]:
     from transformers import T5Config, T5EncoderModel
 
     with torch.device("meta"):
-        model: Any = T5EncoderModel(T5Config(**t5_config(part)))
-    embedding = "encoder.embed_tokens.weight"
-    shared = tensors.get("shared.weight", tensors.get(embedding))
-    if shared is not None:
-        tensors["shared.weight"] = tensors[embedding] = shared
+        model: Any = T5EncoderModel(T5Config(**t5_config(part, tensors)))
     return model, model.encoder.final_layer_norm

@@ -28,7 +28,7 @@ class TileShape:
     overlap: int
 
     def merged(self, asked: Tiling) -> TileShape:
-        """Replace what the caller gave.
+        """The shape with the caller's sizes in place of the defaults.
 
         Raises:
             BadRequest: a size for which the three passes are not defined.
@@ -47,11 +47,11 @@ class TileShape:
         return TileShape(sizes["tile_x"], sizes["tile_y"], overlap)
 
     def wide(self) -> TileShape:
-        """Twice the width, half the height."""
+        """The shape with twice the width and half the height."""
         return TileShape(self.x * 2, self.y // 2, self.overlap)
 
     def tall(self) -> TileShape:
-        """Half the width, twice the height."""
+        """The shape with half the width and twice the height."""
         return TileShape(self.x // 2, self.y * 2, self.overlap)
 
 
@@ -73,7 +73,7 @@ def run_tiled(source: torch.Tensor, run: Run, shapes: list[TileShape], scale: fl
         ``[B,D,H*scale,W*scale]`` float32 on the CPU.
 
     Raises:
-        BadRequest: an overlap that leaves a pass no way forward, or tiles that leave a gap.
+        BadRequest: an overlap as large as a tile, or tiles that leave a gap.
     """
     height, width = source.shape[-2:]
     places = [
@@ -100,10 +100,10 @@ def run_tiled(source: torch.Tensor, run: Run, shapes: list[TileShape], scale: fl
 
 
 def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
-    """Where the tiles of one axis begin; a single 0 if one tile covers it.
+    """Starts of the tiles along one axis; a single 0 if one tile covers the axis.
 
     Raises:
-        BadRequest: the overlap eats the tile.
+        BadRequest: the overlap is as large as the tile.
     """
     if size <= tile:
         return [0]

@@ -1,4 +1,4 @@
-"""Headers of model files: read without torch, checked against the file, before a shell is built from them."""
+"""State dicts without weights, and the headers of model files that they are made from."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luna_daemon.comfyui.meta import is_kept, joined, read_header, read_tensor, weightless
+from luna_daemon.comfyui.meta import is_kept, joined, read_tensor, weightless
 from luna_daemon.core import LunaError, ModelLoadError, ModelNotFound
+from luna_daemon.files.safetensors import open_header
 
 ROOT = Path(__file__).resolve().parents[3]
 torch = pytest.importorskip("torch")
@@ -46,20 +47,20 @@ def raw(path, table, data=b"", length=None):
 
 def test_a_header_names_everything(model):
     path, tensors = model
-    header = read_header(path)
+    header = open_header(path)
     assert header.metadata == {"config": "{}"} and header.tensors.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        info = header.tensors[name]
-        assert (info.dtype, info.shape) == (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-        assert info.count == tensor.numel() and torch.equal(read_tensor(header, name), tensor)
+        ref = header.tensors[name]
+        assert (ref.dtype, ref.shape) == (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        assert torch.equal(read_tensor(path, ref), tensor)
 
 
 def test_a_header_needs_no_torch(model):
     """The control process and a client without tensors may read one."""
     script = (
         "import sys; sys.modules['torch'] = None\n"
-        "from luna_daemon.comfyui.meta import read_header\n"
-        f"print(len(read_header({str(model[0])!r}).tensors))"
+        "from luna_daemon.files.safetensors import open_header\n"
+        f"print(len(open_header({str(model[0])!r}).tensors))"
     )
     ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert ran.stdout == "7\n", ran.stderr
@@ -69,7 +70,7 @@ def test_a_state_dict_without_weights(model):
     """Only scalars, tokenizers and statistics are read."""
     path, tensors = model
     found, metadata = weightless(path)
-    assert metadata == {"config": "{}"} and list(found) == list(read_header(path).tensors)
+    assert metadata == {"config": "{}"} and found.keys() == tensors.keys()
     assert {name for name, value in found.items() if value.is_meta} == {"layer.weight", "counts"}
     for name, value in found.items():
         assert (value.dtype, value.shape) == (tensors[name].dtype, tensors[name].shape)
@@ -103,7 +104,7 @@ def test_what_is_no_model_file(tmp_path, name):
     path = tmp_path / "bad.safetensors"
     path.write_bytes(WRONG[name])
     with pytest.raises(ModelLoadError, match=r"bad\.safetensors"):
-        read_header(path)
+        open_header(path)
 
 
 @pytest.mark.parametrize(
@@ -115,27 +116,39 @@ def test_what_is_no_model_file(tmp_path, name):
     ],
 )  # fmt: skip
 def test_entries_that_do_not_fit_the_file(tmp_path, change):
-    assert read_header(raw(tmp_path / "good.safetensors", {"a": ENTRY}, bytes(16))).tensors["a"].shape == (2, 2)
+    assert open_header(raw(tmp_path / "good.safetensors", {"a": ENTRY}, bytes(16))).tensors["a"].shape == (2, 2)
     with pytest.raises(ModelLoadError, match="'a'"):
-        read_header(raw(tmp_path / "bad.safetensors", {"a": ENTRY | change}, bytes(16)))
+        open_header(raw(tmp_path / "bad.safetensors", {"a": ENTRY | change}, bytes(16)))
 
 
 @pytest.mark.parametrize("entry", [None, 3, [], {}, "x"])
 def test_entries_that_are_none(tmp_path, entry):
     with pytest.raises(ModelLoadError):
-        read_header(raw(tmp_path / "bad.safetensors", {"a": entry}))
+        open_header(raw(tmp_path / "bad.safetensors", {"a": entry}))
 
 
 def test_a_truncated_file(model, tmp_path):
     path = tmp_path / "cut.safetensors"
     path.write_bytes(model[0].read_bytes()[:-10])
     with pytest.raises(ModelLoadError, match="truncated"):
-        read_header(path)
+        open_header(path)
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [("F4", [4]), ("F6_E2M3", [8])])
+def test_a_dtype_that_torch_does_not_have(tmp_path, dtype, shape):
+    """The header can be read; a state dict cannot be made, and the error says of which file and dtype."""
+    nbytes = 2 if dtype == "F4" else 6
+    path = raw(
+        tmp_path / "x.safetensors", {"a": {"dtype": dtype, "shape": shape, "data_offsets": [0, nbytes]}}, bytes(nbytes)
+    )
+    assert open_header(path).tensors["a"].nbytes == nbytes
+    with pytest.raises(ModelLoadError, match=rf"x\.safetensors has tensors of dtype {dtype}"):
+        weightless(path)
 
 
 def test_a_missing_file(tmp_path):
     with pytest.raises(ModelNotFound, match=r"none\.safetensors"):
-        read_header(tmp_path / "none.safetensors")
+        open_header(tmp_path / "none.safetensors")
 
 
 @given(st.binary(max_size=200))
@@ -143,7 +156,7 @@ def test_any_bytes_are_a_model_file_or_a_typed_error(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
     path.write_bytes(data)
     try:
-        read_header(path)
+        open_header(path)
     except LunaError:
         return
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from luna_daemon import __version__
-from luna_daemon.commands import cli, doctor, terminal
+from luna_daemon.commands import cli, doctor, installed, models, terminal
 from luna_daemon.system import runtime
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -137,20 +137,6 @@ def test_options_of_serve_reach_the_settings(monkeypatch, tmp_path, run):
 
 
 @pytest.mark.parametrize(
-    ("nbytes", "text"), [(0, "0 B"), (999, "999 B"), (1024, "1 KB"), (12582912, "12 MB"), (3 << 30, "3.0 GB")]
-)
-def test_sizes(nbytes, text):
-    """Sizes are read at a glance: at most four characters and a unit."""
-    assert terminal.size(nbytes) == text
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(4.2, "4 s"), (61, "1 min"), (7260, "2 h 1 min")])
-def test_times(seconds, text):
-    """Times have the unit that fits them."""
-    assert terminal.span(seconds) == text
-
-
-@pytest.mark.parametrize(
     ("name", "kind", "kinds"),
     [
         ("sdxl", "all", ["vae", "clip"]),
@@ -166,7 +152,7 @@ def test_kinds_of_a_name(name, kind, kinds):
         def models(self) -> dict:
             return {"named": {"sdxl": {"vae": ["v"], "clip": ["c"]}, "tiny": {"vae": ["v"], "clip": []}}}
 
-    assert cli._kinds(Client(), name, kind) == kinds
+    assert models._kinds(Client(), name, kind) == kinds
 
 
 def test_a_taken_number_is_not_mistaken_for_the_daemon(tmp_path):
@@ -219,7 +205,7 @@ def _info(key: str) -> dict:
 # --- doctor ---
 
 
-def _by_name(checks) -> dict[str, doctor.Check]:
+def _by_name(checks) -> dict[str, installed.Check]:
     return {check.name: check for check in checks}
 
 
@@ -234,13 +220,13 @@ def test_doctor_asks_for_what_pyproject_asks_for():
     block = re.search(r"^dependencies = \[(.*?)^\]", text, re.DOTALL | re.MULTILINE)
     assert block is not None
     wanted = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', block[1]))
-    assert wanted == doctor.DEPENDENCIES
+    assert wanted == installed.DEPENDENCIES
 
 
 def test_doctor_names_missing_and_old_dependencies_and_stops_there(monkeypatch):
     """Without its dependencies nothing more is looked at; each comes with what installs it."""
     versions = {"msgspec": None, "rich": "12.9"}
-    monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name, "999"))
+    monkeypatch.setattr(installed, "_version", lambda name: versions.get(name, "999"))
     checks = _by_name(doctor.examine({}))
     assert checks["msgspec"] == ("msgspec", "problem", "not installed", "pip install 'msgspec>=0.18'")
     assert checks["rich"] == ("rich", "problem", "12.9 is too old", "pip install 'rich>=13'")
@@ -292,12 +278,12 @@ def test_doctor_finds_modules_without_importing_them(tmp_path, monkeypatch):
     library.mkdir()
     (library / "there.py").write_text("raise SystemExit('imported')")
     monkeypatch.setenv("PYTHONPATH", str(library))
-    assert doctor._importable(sys.executable, ["here_only", "there"]) == {"there": "of unknown version"}
+    assert installed._importable(sys.executable, ["here_only", "there"]) == {"there": "of unknown version"}
 
 
 def test_doctor_without_torch(port, tmp_path, monkeypatch):
     """No torch for the workers is a problem, with ComfyUI's folder and without."""
-    monkeypatch.setattr(doctor, "_importable", lambda python, names: {n: "9" for n in names if n != "torch"})
+    monkeypatch.setattr(installed, "_importable", lambda python, names: {n: "9" for n in names if n != "torch"})
     assert _examine(port, tmp_path)["torch"].level == "problem"
     assert _examine(port, tmp_path, comfyui_path=_comfyui(tmp_path))["torch"].level == "problem"
 
@@ -348,7 +334,7 @@ def test_doctor_on_gpus(port, tmp_path, monkeypatch):
     monkeypatch.setattr("luna_daemon.system.gpu.gpu_memory", lambda: [gpu])
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object())
     torch = {"torch": "2.0+cu128"}
-    monkeypatch.setattr(doctor, "_importable", lambda python, names: torch)
+    monkeypatch.setattr(installed, "_importable", lambda python, names: torch)
     assert _examine(port, tmp_path, vae_device="cuda:0")["GPU"].level == "ok"
     missing = _examine(port, tmp_path, vae_device="cuda:3")["GPU"]
     assert (missing.level, "there is no cuda:3" in missing.found) == ("problem", True)
@@ -435,7 +421,7 @@ def test_doctor_on_shared_memory(port, tmp_path):
     assert not (tmp_path / "not").exists()
     small = _examine(port, tmp_path, arena_dir=tmp_path, arena_mb=1)["shared memory"]
     assert small.level == "warning"
-    assert "go by TCP" in small.found
+    assert "by TCP" in small.found
     assert not list(tmp_path.glob("luna-daemon*"))
     assert "switched off" in _examine(port, tmp_path, arena=False)["shared memory"].found
 

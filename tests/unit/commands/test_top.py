@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from luna_daemon.commands.top import away, picture
+from luna_daemon.commands.top import render, render_away
 
 WORKER = {
     "number": 2, "pid": 7, "key": "diffusers@cpu", "device": "cpu", "state": "idle", "rss": 450 << 20, "requests": 12,
@@ -50,11 +50,11 @@ def drawn(document: Any, width: int) -> str:
 @pytest.mark.parametrize("width", [60, 80, 130, 200])
 def test_everything_is_there_at_any_width(width):
     """State, load, workers, latency, caches, LoRA, GPUs, clients, events."""
-    text = " ".join(drawn(picture(info(), "127.0.0.1:19283", width), width).split())
+    text = " ".join(drawn(render(info(), "127.0.0.1:19283", width), width).split())
     for words in (
         "Luna Daemon 1.2.3 running", "127.0.0.1:19283", "up 1 h 1 min", "2.5 requests/s", "queue 3 of 256", "20 ms",
         "crashes 1", "errors 2", "fallbacks 0", "450 MB", "80.2", "120.0", "700", "conditioning", "512 MB",
-        "8 used last of 11", "ComfyUI", "shared memory", "20.0 GB", "80.0 GB", "model loaded", "out of memory",
+        "LoRAs: 8 of 11", "ComfyUI", "shared memory", "20.0 GB", "80.0 GB", "model loaded", "out of memory",
     ):  # fmt: skip
         assert words in text, words
     assert "top itself" not in text and "sdxl_vae" in text.replace(" ", "")
@@ -62,7 +62,7 @@ def test_everything_is_there_at_any_width(width):
 
 def test_loras_used_last_come_first():
     """Eight of them; the rest is counted in the title."""
-    text = drawn(picture(info(), "x", 80), 80)
+    text = drawn(render(info(), "x", 80), 80)
     assert text.index("style 11") < text.index("style 10") < text.index("style 4")
     assert "style 3" not in text
 
@@ -73,13 +73,13 @@ def test_a_daemon_that_has_done_nothing_yet():
     caches["lora"]["loras"] = {}
     bare = info(workers=[], latency={}, gpus=[], clients=[], scaling=[], caches=caches)
     bare["arena"] = {"folder": None, "why": "off", "used": 0, "max_bytes": 0}
-    text = drawn(picture(bare, "x", 80), 80)
+    text = drawn(render(bare, "x", 80), 80)
     assert "No workers" in text and "No clients" in text
-    assert "GPUs" not in text and "Latency" not in text and "LoRA," not in text and "Lately" not in text
+    assert "GPUs" not in text and "Latency" not in text and "LoRAs" not in text and "Recent events" not in text
 
 
-def test_a_daemon_that_is_away():
+def test_a_daemon_that_is_render_away():
     """Why, since when, and that it is asked again."""
-    text = drawn(away("127.0.0.1:19283", "no Luna Daemon answers", None), 60)
+    text = drawn(render_away("127.0.0.1:19283", "no Luna Daemon answers", None), 60)
     assert "away" in text and "no Luna Daemon answers" in text and "Last seen" not in text
-    assert time.strftime("%H:%M:%S", time.localtime(0)) in drawn(away("x", "gone", 0.0), 60)
+    assert time.strftime("%H:%M:%S", time.localtime(0)) in drawn(render_away("x", "gone", 0.0), 60)

@@ -129,7 +129,7 @@ def test_a_checkpoint_may_bring_its_own_encoders(part):
     """If none is chosen; some chosen and some not is still an error."""
     slots = part("loaders.encoders").clip_slots
     assert slots("SDXL", ("None", "None", "None", "vision"), from_checkpoint=True) == []
-    with pytest.raises(BadRequest, match="With all of them None the checkpoint's own"):
+    with pytest.raises(BadRequest, match="To use the checkpoint's own, set all of them to None"):
         slots("SDXL", ("a", "None", "None", "None"), from_checkpoint=True)
 
 
@@ -166,7 +166,7 @@ def test_gguf_needs_its_node_pack(part, comfyui, monkeypatch):
 
     monkeypatch.setitem(comfyui.nodes, "UnetLoaderGGUF", Loader)
     assert diffusion.load_diffusion("unet", "flux.gguf") == ("wrapped", "flux.gguf")
-    with pytest.raises(BadRequest, match="keeps its own"):
+    with pytest.raises(BadRequest, match="does not apply to the GGUF file"):
         diffusion.load_diffusion("unet", "flux.gguf", "bf16")
 
 
@@ -218,6 +218,6 @@ def test_an_output_that_is_not_served_says_so(part):
     """Whatever a node does with it; ComfyUI may look it over."""
     nothing = part("not_served").NotServed("llm", "use another")
     for use in (lambda: nothing.generate("x"), lambda: nothing(1), lambda: nothing["cond"]):
-        with pytest.raises((AttributeError, TypeError), match="output 'llm' holds nothing: use another"):
+        with pytest.raises((AttributeError, TypeError), match="output 'llm' is empty: use another"):
             use()
     assert not hasattr(nothing, "get_ram_usage") and "llm" in repr(nothing)

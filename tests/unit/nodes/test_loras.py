@@ -43,7 +43,7 @@ def test_tags_are_taken_out(tags, prompt, clean, found):
 )
 def test_a_broken_tag_is_named(tags, tag):
     """It would otherwise silently change the picture."""
-    with pytest.raises(BadRequest, match="is no LoRA tag") as caught:
+    with pytest.raises(BadRequest, match="is not a LoRA tag") as caught:
         tags.parse_lora_tags(f"a cat {tag}")
     assert tag in str(caught.value)
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from luna_daemon.client import Answer
 from luna_daemon.comfyui.patches import Unsendable
 from luna_daemon.core import DaemonConnectionError, LunaError, ModelLoadError, PoisonRequest
 from luna_daemon.shells import backing as comfy_backing
-from luna_daemon.shells.backing import Backing
+from luna_daemon.shells.backing import Backing, Request
+from luna_daemon.wire import messages as m
 from luna_daemon.wire.messages import ModelRef
 
 REF = ModelRef("vae", name="sdxl")
@@ -23,6 +25,7 @@ class Client:
         self.device, self.fallbacks = device, 0
         self.unloaded: list[ModelRef] = []
         self.error: LunaError | None = None
+        self.failure: LunaError | None = None
 
     def warm(self, model: ModelRef) -> dict[str, Any]:
         return {"device": self.device}
@@ -32,9 +35,11 @@ class Client:
         if self.error is not None:
             raise self.error
 
-    def report(self, **counts: int) -> None: ...
+    def call(self, call: m.Call, tensors: Any, **options: Any) -> Answer:
+        assert self.failure is not None
+        raise self.failure
 
-    def tell_fallbacks(self) -> None: ...
+    def count_materialised(self) -> None: ...
 
 
 class Local:
@@ -48,19 +53,17 @@ class Local:
 def played(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     memory = SimpleNamespace(
         get_torch_device=lambda: SimpleNamespace(type=device), free_memory=lambda *_: None,
-        soft_empty_cache=lambda: None, OOM_EXCEPTION=MemoryError,
+        soft_empty_cache=lambda: None, OOM_EXCEPTION=MemoryError, processing_interrupted=lambda: False,
     )  # fmt: skip
     monkeypatch.setattr(comfy_backing, "comfy", lambda name: memory)
     monkeypatch.setattr(comfy_backing, "running_comfyui", lambda: None)
 
 
 def fall_back(backing: Backing, error: LunaError) -> str:
-    backing.make_room(lambda: 0)
-
-    def remote() -> str:
-        raise error
-
-    return backing.either(remote, lambda model: "local")
+    """A call that the daemon refuses."""
+    backing.client.failure = error  # type: ignore[attr-defined]
+    request = Request(m.VaeDecode(REF), [], lambda answer: "daemon", may_draw=False)
+    return backing.compute(lambda: request, lambda model: "local", lambda: 0)
 
 
 CANNOT_LOAD, CANNOT_SEND = ModelLoadError("broken"), Unsendable("a function")

@@ -22,10 +22,10 @@ from luna_daemon.tray.state import (
     Sight,
     TrayState,
     View,
-    figures,
     judge,
     menu,
     notice,
+    statistics,
     title,
 )
 
@@ -85,7 +85,7 @@ def test_how_a_crash_is_told():
     assert judge(RUNNING, Sight(exit_code=1)).detail == "the daemon crashed with exit code 1"
     assert judge(RUNNING, Sight(exit_code=-9)).detail.endswith("9" if sys.platform == "win32" else "SIGKILL")
     assert judge(RUNNING, Sight(exit_code=-200)).detail.endswith("signal 200")
-    assert "without tidying" in judge(RUNNING, Sight(left_behind=True)).detail
+    assert "without cleaning up" in judge(RUNNING, Sight(left_behind=True)).detail
     dying = judge(STOPPING, Sight(exit_code=1))
     assert (dying.state, dying.crashed) == (TrayState.ERROR, False)
 
@@ -93,10 +93,10 @@ def test_how_a_crash_is_told():
 # --- which words ---
 
 
-def test_figures():
+def test_statistics():
     """Each model counts once, its memory wherever it is held, the tray's own connection not at all."""
-    assert figures(info()) == "2 workers (1 busy), 2 models of 2.5 GB, 1 client"
-    assert figures(info(workers=[], clients=[], queue={"waiting": 3})) == "0 workers, 0 models, 0 clients, 3 waiting"
+    assert statistics(info()) == "2 workers (1 busy), 2 models of 2.5 GB, 1 client"
+    assert statistics(info(workers=[], clients=[], queue={"waiting": 3})) == "0 workers, 0 models, 0 clients, 3 waiting"
 
 
 def test_tooltips_suit_every_desktop():
@@ -111,7 +111,7 @@ def test_notices():
     """Errors and ends are told, once; what was asked for and the figures are not."""
     assert notice(RUNNING, RUNNING, True) == notice(STOPPED, STARTING, True) == notice(STARTING, RUNNING, True) == ""
     assert notice(RUNNING, CRASHED, False) == CRASHED.detail
-    assert notice(RUNNING, CRASHED, True) == f"{CRASHED.detail}. It is started again"
+    assert notice(RUNNING, CRASHED, True) == f"{CRASHED.detail}. It will be restarted"
     assert notice(STARTING, FAILED, True) == "no"
     assert notice(STOPPING, STOPPED, True) == "The daemon has stopped"
     assert notice(HANGS, RUNNING, True) == "The daemon answers again"
@@ -172,17 +172,21 @@ def test_ticks_are_kept(tmp_path, caplog):
 
 
 def test_every_state_is_told_without_colour():
-    """In grey, and as small as panels are, no two icons look alike; transparent or on a panel's ground."""
+    """In grey on a dark panel, and as small as panels are, no two icons look alike."""
     pytest.importorskip("PIL")
     import numpy as np
+    from PIL import Image
 
-    small = {s: tray_icon.draw_icon(s, False).convert("L").resize((16, 16)) for s in TrayState}
+    def on_a_panel(state):
+        drawn = tray_icon.draw_icon(state)
+        return Image.alpha_composite(Image.new("RGBA", drawn.size, (40, 42, 46, 255)), drawn)
+
+    small = {s: on_a_panel(s).convert("L").resize((16, 16)) for s in TrayState}
     for one, other in itertools.combinations(TrayState, 2):
         apart = np.abs(np.asarray(small[one], float) - np.asarray(small[other], float)).mean()
         assert apart > 8, (one, other)
     corner = tray_icon.draw_icon(TrayState.RUNNING).getpixel((0, 0))
     assert corner == (0, 0, 0, 0)
-    assert tray_icon.draw_icon(TrayState.RUNNING, False).mode == "RGB"
 
 
 # --- the command ---
@@ -221,9 +225,9 @@ def test_without_pystray_one_line_says_what_to_install(clean, monkeypatch, tmp_p
     assert err == "luna-daemon: the tray icon needs pystray and Pillow. pip install luna-daemon[tray]\n"
 
 
-@pytest.mark.parametrize("module", ["tray_app", "tray.icon", "tray.state", "tray.watch", "tray.x11"])
+@pytest.mark.parametrize("module", ["tray_app", "tray.icon", "tray.state", "tray.watch"])
 def test_neither_torch_nor_a_screen_is_needed_to_import_it(module):
     """torch is not imported, and pystray, which opens the display, only when an icon is to be shown."""
-    code = f"import sys, luna_daemon.{module}; print({{'torch', 'pystray', 'PIL', 'Xlib'}} & set(sys.modules))"
+    code = f"import sys, luna_daemon.{module}; print({{'torch', 'pystray', 'PIL', 'gi'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

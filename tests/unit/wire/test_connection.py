@@ -339,7 +339,7 @@ def test_a_slot_is_held_until_it_has_left():
         async with served(peer) as (reader, _):
             reader._transport.pause_reading()
             peer.connections[0].send(m.Reply(1), [peer.memory.slot(32 << 20)])
-            await asyncio.sleep(0.05)
+            await until(lambda: peer.connections[0].stalled_s > 0)
             assert peer.memory.live == 1
             reader._transport.resume_reading()
             _, payload = await read_frame(reader)
@@ -389,7 +389,7 @@ def test_a_slow_reader_is_not_read_from():
             seen = -1
             while seen != len(peer.frames):
                 seen = len(peer.frames)
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.05)  # that nothing more comes is told by time alone
             assert seen < total, "everything was read though nothing was taken"
             reader._transport.resume_reading()
             for number in range(total):
@@ -439,7 +439,7 @@ def test_closing_lets_out_what_is_queued():
             for number in range(8):
                 peer.connections[0].send(m.Reply(number), [peer.memory.slot(4 << 20)])
             peer.connections[0].close()
-            await asyncio.sleep(0.02)
+            await until(lambda: peer.connections[0].stalled_s > 0)
             reader._transport.resume_reading()
             for number in range(8):
                 message, payload = await read_frame(reader)
@@ -459,7 +459,8 @@ def test_the_owner_is_told_once():
             peer.connections[0].close()
             peer.connections[0].close()
             assert await reader.read() == b""
-        await asyncio.sleep(0.01)
+        for _ in range(10):  # turns of the loop in which it could be told again
+            await asyncio.sleep(0)
         assert len(peer.reasons) == 1
 
     asyncio.run(work())

@@ -26,6 +26,7 @@ from luna_daemon.wire.arena import Arena
 from luna_daemon.wire.channel import Channel
 from luna_daemon.wire.frame import decode_call, encode_frame
 from luna_daemon.wire.link import Link
+from tests.waiting import within
 
 LIMITS = m.Limits(1 << 20, 1 << 30, 1 << 30, 10, 10)
 BIG = 1 << 20
@@ -165,10 +166,8 @@ def test_what_answers_instead_of_a_daemon(tmp_path, data, error, says):
 def test_a_silent_listener_is_given_up(tmp_path):
     """Something that accepts and says nothing is not waited for longer than a second or so."""
     port, thread = answer_once(None)
-    start = time.monotonic()
-    with pytest.raises(DaemonConnectionError, match=r"did not greet within 0.8 s.*predecessor"):
+    with within(2), pytest.raises(DaemonConnectionError, match=r"did not greet within 0.8 s.*predecessor"):
         Link("127.0.0.1", port, tmp_path, "test", False)
-    assert time.monotonic() - start < 4
     thread.join(6)
 
 
@@ -396,7 +395,7 @@ def test_results_survive_the_end_of_the_client(start, arena):
     link, daemon = start(lambda daemon, request, asked: lend(daemon, request, 5), arena)
     (tensor,) = call(link, m.Echo(BIG)).tensors
     link.close()
-    time.sleep(0.05)
+    time.sleep(0.05)  # that nothing is said is told by time alone
     assert not any(isinstance(message, m.Bye) for message in daemon.came), "the daemon would lend the memory to others"
     assert int(tensor.sum()) == BIG
     del tensor

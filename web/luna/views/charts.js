@@ -8,21 +8,23 @@ import { latencies } from "../store.js";
 const TONES = ["a", "b", "c", "d"];
 const BRIDGED_MS = 8000;
 
-/** @returns {{node: HTMLElement, update: (state: object) => void}} */
+/** Create the charts and the table of latencies. @returns {{node: HTMLElement, update: (state: object) => void}} */
 export function createCharts() {
   const throughput = createChart("Requests per second, the last two minutes", rate);
   const latency = createChart("Latency by op, the last two minutes", power, true);
   const rows = el("tbody");
-  const head = ["op", "requests", "median", "95 %"].map((name) => el("th", { scope: "col" }, name));
+  const head = [["op"], ["requests"], ["median"], ["p95", "95 % of the requests took no longer"]].map(([name, title = null]) =>
+    el("th", { scope: "col", title }, name),
+  );
   const table = el("table.ops", {}, el("thead", {}, el("tr", {}, ...head)), rows);
   const node = card(
-    "charts", "Pace",
+    "charts", "Throughput and latency",
     el("h3", {}, "Requests per second"), throughput.node,
-    el("h3", {}, "Latency ", el("span.quiet", {}, "median, second by second")), latency.node, table,
+    el("h3", {}, "Latency ", el("span.quiet", {}, "median per second")), latency.node, table,
   );
   const tones = new Map();
 
-  /** An op keeps its colour as long as it is drawn. */
+  /** Assign colours; an op keeps a colour for as long as the op is drawn. */
   function assign(drawn) {
     for (const op of tones.keys()) if (!drawn.includes(op)) tones.delete(op);
     for (const op of drawn) {
@@ -34,8 +36,8 @@ export function createCharts() {
   function update({ info, past }) {
     const now = past.at(-1)?.at ?? 0;
     const since = past[0]?.at ?? 0;
-    const pace = past.map(({ at, throughput }) => [at, throughput]);
-    throughput.draw([{ name: "all", tone: "a", area: true, points: pace }], since, now);
+    const rates = past.map(({ at, throughput }) => [at, throughput]);
+    throughput.draw([{ name: "all", tone: "a", area: true, points: rates }], since, now);
     const ops = latencies(info);
     const drawn = ops.slice(0, TONES.length).map(([op]) => op);
     assign(drawn);
@@ -52,12 +54,12 @@ export function createCharts() {
   return { node, update };
 }
 
-/** A power of ten at the grid, which needs no minutes. */
+/** Format a power of ten at the grid, which needs no minutes. */
 function power(ms) {
   return ms >= 1000 ? `${ms / 1000} s` : duration(ms);
 }
 
-/** Latency of an op over time: a line over short pauses, none over long ones or while the daemon was away. */
+/** Points of an op's latency: connected over short pauses, but not over long ones or an absence of the daemon. */
 function bridged(past, op) {
   const points = [];
   let last = null;

@@ -1,15 +1,15 @@
-// What happened lately: workers that came and went, requests that failed.
+// Recent events: workers and models that came and went, requests that failed.
 
 import { attribute, card, el, keyed, text } from "../dom.js";
 import { clock } from "../format.js";
 
 const SHOWN = 8;
 
-/** @returns {{node: HTMLElement, update: (state: object) => void}} */
+/** Create the list of events. @returns {{node: HTMLElement, update: (state: object) => void}} */
 export function createEvents() {
   const list = el("ol.events");
-  const none = el("p.empty", {}, "Nothing yet.");
-  const node = card("events", "Lately", none, list);
+  const none = el("p.empty", {}, "No events yet.");
+  const node = card("events", "Recent events", none, list);
 
   function update({ events }) {
     none.hidden = events.length > 0;

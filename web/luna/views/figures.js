@@ -1,15 +1,15 @@
-// The figures that say at a glance whether all is well.
+// Key statistics, in one line of tiles.
 
 import { attribute, el, text } from "../dom.js";
 import { count, duration, rate } from "../format.js";
 import { workDone } from "../store.js";
 
-/** @returns {{node: HTMLElement, update: (state: object) => void}} */
+/** Create the tiles. @returns {{node: HTMLElement, update: (state: object) => void}} */
 export function createFigures() {
   const tiles = {};
   const node = el("dl.figures", { "data-part": "figures" });
   for (const [name, label] of [
-    ["throughput", "per second"], ["requests", "requests"], ["in_flight", "in flight"], ["queue", "waiting"],
+    ["throughput", "requests/s"], ["requests", "requests"], ["in_flight", "in flight"], ["queue", "queued"],
     ["clients", "clients"], ["fallbacks", "fallbacks"],
   ]) {
     const value = el("dd", { "data-field": name });
@@ -33,11 +33,11 @@ export function createFigures() {
     set("in_flight", count(info.in_flight));
     set(
       "queue", count(queue.waiting),
-      queue.waiting ? `oldest ${duration(queue.oldest_s * 1000)}` : `room for ${count(queue.limit)}`,
+      queue.waiting ? `oldest ${duration(queue.oldest_s * 1000)}` : `limit ${count(queue.limit)}`,
       full ? "bad" : null,
     );
     set("clients", count(info.clients?.length));
-    set("fallbacks", count(info.fallbacks), info.fallbacks ? "done by local models" : "", info.fallbacks ? "warn" : null);
+    set("fallbacks", count(info.fallbacks), info.fallbacks ? "computed locally" : "", info.fallbacks ? "warn" : null);
   }
   return { node, update };
 }

@@ -1,4 +1,4 @@
-// The top line: the moon, the state, since when; and draining.
+// The top line: the moon, state, uptime and version, and the button that drains the daemon.
 
 import { attribute, el, svg, text } from "../dom.js";
 import { confirmFirst } from "../actions.js";
@@ -6,15 +6,15 @@ import { span } from "../format.js";
 
 const MOON = "M20.5 14.6A9 9 0 1 1 9.4 3.5a7.2 7.2 0 0 0 11.1 11.1z";
 
-/** @param {Function} act @returns {{node: HTMLElement, update: (state: object) => void}} */
+/** Create the top line. @param {Function} act runs a call @returns {{node: HTMLElement, update: (state: object) => void}} */
 export function createHeader(act) {
   const moon = svg("svg.moon", { viewBox: "0 0 24 24", "aria-hidden": true }, svg("path", { d: MOON }));
   const status = el("span.status", { role: "status", "data-field": "status" });
   const uptime = el("span", { "data-field": "uptime" });
   const facts = el("span.quiet", { "data-field": "facts" });
-  const drain = el("button.bare", { type: "button", title: "Take nothing new; finish what runs" }, "Drain");
-  confirmFirst(drain, "Really? It takes no new work until it is started again", () =>
-    act(drain, { op: "drain" }, "The daemon takes nothing new and finishes what runs"),
+  const drain = el("button.bare", { type: "button", title: "Accept no new requests and finish the running ones" }, "Drain");
+  confirmFirst(drain, "Drain? Only a restart accepts requests again", () =>
+    act(drain, { op: "drain" }, "The daemon accepts no new requests and finishes the running ones"),
   );
   const node = el(
     "header", {}, moon,
@@ -22,10 +22,10 @@ export function createHeader(act) {
   );
 
   function update({ link, info }) {
-    const word = link === "live" ? info.status : link;
-    text(status, word);
-    attribute(node, "data-status", word);
     const live = link === "live";
+    const state = live ? info.status : link;
+    text(status, state);
+    attribute(node, "data-status", state);
     text(uptime, live ? `up ${span(info.uptime_s)}` : "");
     text(facts, live ? [info.version, info.backend, info.pid ? `process ${info.pid}` : ""].filter(Boolean).join(" · ") : "");
     drain.hidden = !live || info.status !== "running";

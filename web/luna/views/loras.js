@@ -1,24 +1,24 @@
-// The LoRAs in RAM: a table that sorts by its headings, with pin and evict.
+// Table of the LoRAs in RAM: sorted by a click on a heading, with buttons to pin and evict.
 
 import { attribute, card, el, keyed, text } from "../dom.js";
 import { bytes, count, duration, leaf, span } from "../format.js";
 
 const COLUMNS = [
-  { name: "name", label: "LoRA", value: (one) => leaf(one.name).toLowerCase() },
-  { name: "bytes", label: "Size", value: (one) => one.bytes ?? 0, show: (one) => bytes(one.bytes) },
-  { name: "hits", label: "Hits", value: (one) => one.hits ?? 0, show: (one) => count(one.hits) },
-  { name: "clients", label: "Clients", value: (one) => one.clients ?? -1, show: (one) => count(one.clients), wide: true },
+  { name: "name", label: "LoRA", value: (lora) => leaf(lora.name).toLowerCase() },
+  { name: "bytes", label: "Size", value: (lora) => lora.bytes ?? 0, show: (lora) => bytes(lora.bytes) },
+  { name: "hits", label: "Hits", value: (lora) => lora.hits ?? 0, show: (lora) => count(lora.hits) },
+  { name: "clients", label: "Clients", value: (lora) => lora.clients ?? -1, show: (lora) => count(lora.clients), wide: true },
   {
-    name: "load_s", label: "Load", value: (one) => one.load_s ?? -1, wide: true,
-    show: (one) => (one.load_s ? duration(one.load_s * 1000) : "–"),
+    name: "load_s", label: "Load time", value: (lora) => lora.load_s ?? -1, wide: true,
+    show: (lora) => (lora.load_s ? duration(lora.load_s * 1000) : "–"),
   },
   {
-    name: "last_used", label: "Used", value: (one) => one.last_used ?? 0,
-    show: (one) => (one.last_used ? `${span(Date.now() / 1000 - one.last_used)} ago` : "–"),
+    name: "last_used", label: "Last used", value: (lora) => lora.last_used ?? 0,
+    show: (lora) => (lora.last_used ? `${span(Date.now() / 1000 - lora.last_used)} ago` : "–"),
   },
 ];
 
-/** @param {Function} act @returns {{node: HTMLElement, update: (state: object) => void}} */
+/** Create the table. @param {Function} act runs a call @returns {{node: HTMLElement, update: (state: object) => void}} */
 export function createLoras(act) {
   let order = { by: "last_used", down: true };
   let latest = [];
@@ -30,7 +30,7 @@ export function createLoras(act) {
   const last = el("th", { scope: "col", role: "columnheader" }, el("span.unseen", {}, "Actions"));
   const head = el("thead", { role: "rowgroup" }, el("tr", { role: "row" }, ...headings, last));
   const table = el("table.loras", { role: "table", "aria-labelledby": "luna-loras" }, head, rows);
-  const none = el("p.empty", {}, "None in RAM yet. One that a client loads is kept here for all of them.");
+  const none = el("p.empty", {}, "None in RAM yet. A LoRA that one client loads is kept here for all clients.");
   const node = card("loras", "LoRAs", none, table);
 
   function sort(by) {
@@ -47,7 +47,7 @@ export function createLoras(act) {
       const by = heading.dataset.column === order.by;
       attribute(heading, "aria-sort", by ? (order.down ? "descending" : "ascending") : null);
     }
-    keyed(rows, sorted, (one) => one.name, (one) => makeRow(one, act), fill);
+    keyed(rows, sorted, (lora) => lora.name, (lora) => makeRow(lora, act), fill);
   }
 
   function update({ info }) {
@@ -60,29 +60,29 @@ export function createLoras(act) {
   return { node, update };
 }
 
-/** The roles are said aloud: in a narrow panel the rows are laid out as a grid, which would take them away. */
+/** Create a row. Roles are explicit, since the grid layout of a narrow panel would remove the implied ones. */
 function makeRow({ name }, act) {
   const cells = COLUMNS.slice(1).map((column) => el(`td${column.wide ? ".wide" : ""}`, { role: "cell" }));
   const short = leaf(name);
   const pin = el("button.bare.pin", {
-    type: "button",
+    type: "button", title: "Keep this LoRA in RAM until it is unpinned",
     onclick: () => {
       const wanted = pin.getAttribute("aria-pressed") !== "true";
-      act(pin, { op: "lora.pin", name, pinned: wanted }, wanted ? `${short} stays in RAM` : `${short} may leave RAM`);
+      act(pin, { op: "lora.pin", name, pinned: wanted }, wanted ? `${short} is pinned in RAM` : `${short} is no longer pinned`);
     },
   }, "Pin");
   const evict = el("button.bare", {
-    type: "button", "aria-label": `Evict ${short}`,
-    onclick: () => act(evict, { op: "lora.evict", name }, `${short} is not in RAM any more`),
+    type: "button", "aria-label": `Evict ${short}`, title: "Drop this LoRA from RAM; the next use reads the file again",
+    onclick: () => act(evict, { op: "lora.evict", name }, `${short} is evicted from RAM`),
   }, "Evict");
   const heading = el("th", { scope: "row", role: "rowheader", title: name }, short);
   return el("tr", { role: "row", "data-lora": name }, heading, ...cells, el("td.actions", { role: "cell" }, pin, evict));
 }
 
-function fill(row, one) {
-  COLUMNS.slice(1).forEach((column, n) => text(row.cells[n + 1], column.show(one)));
+function fill(row, lora) {
+  COLUMNS.slice(1).forEach((column, n) => text(row.cells[n + 1], column.show(lora)));
   const pin = row.querySelector(".pin");
-  attribute(pin, "aria-pressed", String(Boolean(one.pinned)));
-  attribute(pin, "aria-label", `${one.pinned ? "Unpin" : "Pin"} ${leaf(one.name)}`);
-  text(pin, one.pinned ? "Pinned" : "Pin");
+  attribute(pin, "aria-pressed", String(Boolean(lora.pinned)));
+  attribute(pin, "aria-label", `${lora.pinned ? "Unpin" : "Pin"} ${leaf(lora.name)}`);
+  text(pin, lora.pinned ? "Pinned" : "Pin");
 }

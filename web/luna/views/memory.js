@@ -1,9 +1,9 @@
-// Memory: each GPU's, the shared memory that tensors travel in, and the caches.
+// Memory of each GPU, the caches, the shared memory that carries tensors, and the daemon's process.
 
 import { attribute, card, el, keyed, text } from "../dom.js";
 import { bytes, count, share } from "../format.js";
 
-/** @returns {{node: HTMLElement, update: (state: object) => void}} */
+/** Create the bars. @returns {{node: HTMLElement, update: (state: object) => void}} */
 export function createMemory() {
   const gpus = el("ul.bars", { "data-field": "gpus" });
   const noGpu = el("p.empty", { "data-field": "no-gpu" }, "No GPU");
@@ -16,7 +16,7 @@ export function createMemory() {
     keyed(gpus, cards, (gpu) => gpu.uuid ?? gpu.index, makeBar, (bar, gpu) =>
       fill(bar, `GPU ${gpu.index}`, gpu.name ?? "", gpu.used, gpu.total),
     );
-    keyed(rest, shared(info), (one) => one.name, makeBar, (bar, { name, note, used, total }) =>
+    keyed(rest, shared(info), ({ name }) => name, makeBar, (bar, { name, note, used, total }) =>
       fill(bar, name, note, used, total),
     );
   }
@@ -24,19 +24,19 @@ export function createMemory() {
 }
 
 function shared({ caches = {}, arena = {}, rss }) {
-  const found = [];
-  for (const [name, cache] of [["Prompts", caches.conditioning], ["LoRAs", caches.lora]]) {
-    if (cache) found.push({ name, note: kept(cache), used: cache.bytes, total: cache.max_bytes });
+  const bars = [];
+  for (const [name, cache] of [["Prompt cache", caches.conditioning], ["LoRA cache", caches.lora]]) {
+    if (cache) bars.push({ name, note: usage(cache), used: cache.bytes, total: cache.max_bytes });
   }
   const { used, max_bytes: total } = arena;
-  if (total) found.push({ name: "Shared memory", note: "tensors on their way", used, total });
-  if (rss) found.push({ name: "The daemon itself", note: "", used: rss, total: null });
-  return found;
+  if (total) bars.push({ name: "Shared memory", note: "tensors in transit", used, total });
+  if (rss) bars.push({ name: "Daemon process", note: "", used: rss, total: null });
+  return bars;
 }
 
-function kept({ entries, hits, misses }) {
+function usage({ entries, hits, misses }) {
   const lookups = hits + misses;
-  return [entries ? `${count(entries)} kept` : "empty", lookups ? `${share(hits, misses)} hits` : ""].filter(Boolean).join(", ");
+  return [entries ? `${count(entries)} ${entries === 1 ? "entry" : "entries"}` : "empty", lookups ? `${share(hits, misses)} hits` : ""].filter(Boolean).join(", ");
 }
 
 function makeBar() {

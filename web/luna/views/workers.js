@@ -1,9 +1,9 @@
-// Workers as cards: what each holds, what it does, what went wrong last.
+// Workers, one card each: device, state, models, memory, requests, last error.
 
 import { attribute, card, el, keyed, text } from "../dom.js";
 import { bytes, count, modelName, span } from "../format.js";
 
-/** @returns {{node: HTMLElement, update: (state: object) => void}} */
+/** Create the cards. @returns {{node: HTMLElement, update: (state: object) => void}} */
 export function createWorkers() {
   const list = el("ul.workers");
   const none = el("p.empty", {}, "No workers yet: they start at the first request.");

@@ -297,9 +297,3 @@ def test_no_tokenizer_says_what_to_give(files: dict[str, Path], load: Load) -> N
 def test_importing_the_backend_imports_no_torch() -> None:
     code = "import sys, luna_daemon.backends.diffusers.backend; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_package_tokenizer_normalises_and_knows_the_special_tokens() -> None:
-    find = find_segmenter("clip", None, {})
-    assert find("e\u0301") == find("\u00e9") == [4166]
-    assert find("cat<|endoftext|>dog") == [2368, 49407, 1929]
