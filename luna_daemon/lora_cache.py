@@ -1,4 +1,4 @@
-"""LoRAs in RAM, shared by all clients: which are kept, which are in use, which go first. Knows no disk and no socket."""
+"""LoRAs in RAM, shared by all clients: which are kept, in use, or next to go. Knows no disk and no socket."""
 
 from __future__ import annotations
 
