@@ -1,4 +1,4 @@
-"""LoRAs in RAM, shared by all clients: which are kept, who uses them, which go first. Knows neither disk nor socket."""
+"""LoRAs in RAM, shared by all clients: which are kept, in use, or next to go. Knows no disk and no socket."""
 
 from __future__ import annotations
 

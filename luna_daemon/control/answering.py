@@ -27,7 +27,7 @@ _SIGN_S = 2.0
 
 
 class Asker(Protocol):
-    """Whoever waits for an answer."""
+    """A caller that waits for an answer: a client's request, or a worker's."""
 
     op: str
 

@@ -1,4 +1,4 @@
-"""Who speaks on a connection after its greeting: a client, or a worker."""
+"""Peers of connections after the greeting: clients and workers."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ def _must_be_the_version(root: Path, version: str) -> None:
         )
 
 
-# --- who else could have put code there --------------------------------------------------------------------------
+# --- whether other users could have put code there -------------------------------------------------------------
 
 
 def why_unsafe_root(root: Path) -> str:

@@ -1,4 +1,4 @@
-"""The service behind the socket: who may connect, and who is who."""
+"""The service behind the socket: its connections and their greetings."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _READS_S = 1.0
 _MAX_PENDING = 256
 """Connections that have not greeted yet; the oldest goes first. A client greets within milliseconds."""
 _HELLO_BYTES = 64 << 10
-"""Largest message before the greeting: who is not let in makes nobody allocate."""
+"""Largest message before the greeting: a pending connection makes the daemon allocate no more."""
 
 
 class Service:
-    """The daemon's connections. Speaks for each until its greeting; then its peer is a client or a worker.
+    """The daemon's connections, and the peer of each until its greeting; then a client or worker takes the frames.
 
     Args:
         state: what requests are answered from.
@@ -66,7 +66,7 @@ class Service:
         raise AuthenticationError("tensors before a greeting")
 
     def received(self, connection: Connection, message: m.Message, payload: Slot | None) -> None:
-        """Take the greeting: who greets rightly is spoken to by a peer of its own.
+        """Take a greeting, and hand the connection to the peer that speaks for the client or the worker.
 
         Raises:
             ProtocolError: another message, another version of the protocol, or a wrong token.

@@ -39,7 +39,7 @@ class KeptPatches(NamedTuple):
 
 
 class State:
-    """Everything that requests need, whoever sent them; knows no socket.
+    """Everything that requests need to be answered; knows no socket.
 
     Args:
         settings: limits and caches.

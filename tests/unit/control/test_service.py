@@ -1,62 +1,102 @@
-"""Which requests are the same computation: whoever joins one gets its answer."""
+"""Who is let in: greetings, and connections that have not greeted."""
 
 from __future__ import annotations
 
-import msgspec
+import asyncio
+
 import pytest
 
-from luna_daemon.control.computing import is_same
-from luna_daemon.pool.work import Piece, Work
+from luna_daemon.control import service as service_module
+from luna_daemon.control.peers import ClientPeer, WorkerPeer
+from luna_daemon.control.service import Service
+from luna_daemon.core import PROTOCOL_VERSION, AuthenticationError, Busy, ProtocolError, VersionMismatch
+from luna_daemon.pool.process import WorkerProcess
 from luna_daemon.wire import messages as m
-from luna_daemon.wire.arena import Slot
-from luna_daemon.wire.frame import encode_call
-
-SPEC = m.LoadSpec("vae:a:0", "vae", "sdxl", (), "cpu", "auto")
-CALL = encode_call(m.VaeDecode(m.ModelRef("vae", name="sdxl")))
-REF = m.TensorRef("uint8", (2, 2), 4, 0)
+from luna_daemon.wire.frame import MAX_HEADER, encode_call
+from tests.unit.control.conftest import until
 
 
-def piece(ref: m.TensorRef = REF, data: bytes = b"abcd") -> Piece:
-    """A tensor in memory of its own."""
-    slot = Slot.on_heap(len(data))
-    slot.view[:] = data
-    return Piece(ref, slot)
-
-
-def same(spec=SPEC, call=CALL, pieces=None, pin=False) -> bool:
-    """Whether a request is what the work of ``SPEC``, ``CALL`` and one piece computes."""
-    work = Work("vae.decode", CALL, SPEC, [piece()], 1, None, [], pin=pin)
-    return is_same(work, spec, msgspec.Raw(bytes(call)), [piece()] if pieces is None else pieces)
-
-
-def test_equal_in_everything():
-    """Same model, call and bytes, wherever these lie and however they came: computed once."""
-    assert same()
-    assert same(pieces=[piece(REF.placed(4096, 7, "seg-1", True))])
+def hello(token: str = "token", role: str = "client", protocol: int = PROTOCOL_VERSION) -> m.Hello:
+    return m.Hello(protocol, token, role, "test", 1, "1.0")
 
 
 @pytest.mark.parametrize(
-    "different",
+    ("message", "error"),
     [
-        {"spec": msgspec.structs.replace(SPEC, key="vae:a:1")},
-        {"call": encode_call(m.VaeDecode(m.ModelRef("vae", name="sdxl"), m.Tiling(64)))},
-        {"pieces": []},
-        {"pieces": [piece(), piece()]},
-        {"pieces": [piece(data=b"abcx")]},
-        {"pieces": [piece(m.TensorRef("uint8", (4,), 4, 0))]},
-        {"pieces": [piece(m.TensorRef("int8", (2, 2), 4, 0))]},
-        {"pieces": [piece(m.TensorRef("uint8", (2, 2), 4, 0, order=(1, 0)))]},
-        {"pin": True},
+        (hello(protocol=PROTOCOL_VERSION + 1), VersionMismatch),
+        (hello("wrong"), AuthenticationError),
+        (hello("token", "worker"), AuthenticationError),
+        (m.Request(1, encode_call(m.Ping())), ProtocolError),
+        (m.Bye(), ProtocolError),
     ],
-    ids=["model", "call", "fewer", "more", "bytes", "shape", "dtype", "order", "pinning"],
 )
-def test_different_in_anything(different):
-    """Another model, option, byte, shape, dtype or memory order is another computation; so is one that pins."""
-    assert not same(**different)
+def test_greetings_that_are_refused(state, message, error):
+    """The connection stays a pending one, without a session, and may send no tensors."""
+
+    async def main() -> None:
+        service = Service(state)
+        connection = service.connect()
+        with pytest.raises(error):
+            service.received(connection, message, None)
+        assert connection.peer is service and not state.sessions
+        with pytest.raises(AuthenticationError):
+            connection.peer.place(connection, 8)
+        service.close()
+
+    asyncio.run(main())
 
 
-def test_measuring_is_never_joined():
-    """Two echo calls are two, or a benchmark would time nothing."""
-    echo = m.LoadSpec("echo", "echo", "", (), "cpu", "auto")
-    call = encode_call(m.Echo())
-    assert not is_same(Work("echo", call, echo, [], 1, None, []), echo, call, [])
+def test_a_client_and_a_worker_are_spoken_to_by_peers_of_their_own(state, tmp_path):
+    """Larger messages are taken from then on; who is gone is forgotten."""
+
+    async def main() -> None:
+        service = Service(state)
+        worker = WorkerProcess(1, "echo@cpu", "cpu", 1, {}, tmp_path / "log")
+        state.pool._by_token[worker.token] = worker
+        client, pooled = service.connect(), service.connect()
+        service.received(client, hello(), None)
+        service.received(pooled, hello(worker.token, "worker"), None)
+        assert isinstance(client.peer, ClientPeer) and isinstance(pooled.peer, WorkerPeer)
+        assert (client.max_header, pooled.max_header) == (state.limits.header_bytes, MAX_HEADER)
+        assert [session.connection for session in state.sessions.values()] == [client]
+        assert worker.connection is pooled and not service._pending
+        for connection in (client, pooled):
+            connection.connection_lost(None)
+        assert not state.sessions and not service._connections
+
+    asyncio.run(main())
+
+
+def test_as_many_clients_as_are_allowed(state):
+    """Further ones are told when to come back; one that leaves makes room."""
+    state.settings = state.settings.model_copy(update={"max_clients": 1})
+
+    async def main() -> None:
+        service = Service(state)
+        first, second = service.connect(), service.connect()
+        service.received(first, hello(), None)
+        with pytest.raises(Busy) as refused:
+            service.received(second, hello(), None)
+        assert refused.value.retry_after_s == 5.0
+        first.connection_lost(None)
+        service.received(second, hello(), None)
+        service.close()
+
+    asyncio.run(main())
+
+
+def test_pending_connections_are_few_and_do_not_wait_for_ever(state, monkeypatch):
+    """The oldest makes room for a new one; each ends when it has not greeted in time; clients are not counted."""
+    monkeypatch.setattr(service_module, "_MAX_PENDING", 2)
+    monkeypatch.setattr(service_module, "_GREET_S", 0.05)
+
+    async def main() -> None:
+        service = Service(state)
+        client, oldest = service.connect(), service.connect()
+        service.received(client, hello(), None)
+        others = [service.connect() for _ in range(2)]
+        assert oldest._closing and not any(other._closing for other in others)
+        await until(lambda: all(other._closing for other in others))
+        assert not service._pending and not client._closing
+
+    asyncio.run(main())
