@@ -62,7 +62,7 @@ def collect_info(service: Service) -> dict[str, Any]:
         "queue": {
             "waiting": len(pool.queue),
             "oldest_s": round(max((now - work.born for work in pool.queue), default=0.0), 3),
-            "average_wait_s": round(pool.average_wait_s, 4),
+            "average_wait_s": round(pool.queue.average_wait_s, 4),
             "limit": settings.queue_limit,
         },
         "workers": [_worker(service, worker, now) for worker in pool.workers],
@@ -90,11 +90,12 @@ def collect_info(service: Service) -> dict[str, Any]:
 
 def _worker(service: Service, worker: WorkerProcess, now: float) -> dict[str, Any]:
     events = service.events
-    error, at = events.last_errors.get(worker.key, ("", None))
+    key = str(worker.key)
+    error, at = events.last_errors.get(key, ("", None))
     return {
         "number": worker.number,
         "pid": worker.pid,
-        "key": worker.key,
+        "key": key,
         "device": worker.device,
         "state": worker.state.value,
         "models": dict(worker.models),
@@ -105,8 +106,8 @@ def _worker(service: Service, worker: WorkerProcess, now: float) -> dict[str, An
         "versions": worker.versions,
         "last_error": error,
         "last_error_at": at,
-        "crashes": events.crashes[worker.key],
-        "restarts": events.restarts[worker.key],
+        "crashes": events.crashes[key],
+        "restarts": events.restarts[key],
         "comfyui": _comfyui(worker),
     }
 

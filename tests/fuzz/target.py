@@ -58,10 +58,15 @@ class Wire(asyncio.Transport):
     abort = close
 
 
-class Pool(WorkerPool):
-    """Queues as always and never starts a process."""
+class Process:
+    """A worker's process that never dials in."""
 
-    def _spawn(self, *args: Any, **more: Any) -> None: ...
+    pid = 0
+
+    def poll(self) -> int | None:
+        return None
+
+    def kill(self) -> None: ...
 
 
 class Target:
@@ -77,9 +82,10 @@ class Target:
 
     def _make(self) -> Service:
         settings = load_settings({"max_tensor_mb": 1, "arena_client_mb": 2, "max_header_mb": 1, "queue_limit": 8}, {})
+        pool = WorkerPool(settings, self.folder, spawn=lambda interpreter, config, log: Process())
         arena = open_arena(self.folder / "arena", 1, 64 << 20)
         return Service(
-            settings, Pool(settings, self.folder), ModelResolver(settings), SharedMemory(arena, ""), "token", "nowhere",
+            settings, pool, ModelResolver(settings), SharedMemory(arena, ""), "token", "nowhere",
             lambda service: {}, lambda: None, dict, lambda: "token",
         )  # fmt: skip
 
@@ -130,7 +136,7 @@ class Target:
         service.patches.clear()
         service.loras.clear()
         service.cache.clear()
-        service.pool._served.clear()
+        service.pool.queue._served.clear()
         used = service.memory.arena.bytes_used if service.memory.arena else 0
         assert used == 0, f"{used} bytes of shared memory are nobody's"
 
