@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from luna_daemon.pool.process import WAITING
+from luna_daemon.pool.spawning import WAITING
 
 USAGE = "make bench-comfy needs COMFYUI_PATH (ComfyUI's folder) and COMFYUI_PYTHON (the interpreter that runs it)"
 COUNTS = (1, 2, 4)

@@ -62,7 +62,7 @@ def collect_info(state: State) -> dict[str, Any]:
         "queue": {
             "waiting": len(pool.queue),
             "oldest_s": round(max((now - work.born for work in pool.queue), default=0.0), 3),
-            "average_wait_s": round(pool.average_wait_s, 4),
+            "average_wait_s": round(pool.queue.average_wait_s, 4),
             "limit": settings.queue_limit,
         },
         "workers": [_worker(worker, events, now) for worker in pool.workers],
@@ -98,11 +98,12 @@ def _errors(results: Counter[tuple[str, str]]) -> dict[str, int]:
 
 
 def _worker(worker: WorkerProcess, events: Events, now: float) -> dict[str, Any]:
-    error, at = events.last_errors.get(worker.key, ("", None))
+    key = str(worker.key)
+    error, at = events.last_errors.get(key, ("", None))
     return {
         "number": worker.number,
         "pid": worker.pid,
-        "key": worker.key,
+        "key": key,
         "device": worker.device,
         "state": worker.state.value,
         "models": dict(worker.models),
@@ -113,8 +114,8 @@ def _worker(worker: WorkerProcess, events: Events, now: float) -> dict[str, Any]
         "versions": worker.versions,
         "last_error": error,
         "last_error_at": at,
-        "crashes": events.crashes[worker.key],
-        "restarts": events.restarts[worker.key],
+        "crashes": events.crashes[key],
+        "restarts": events.restarts[key],
         "comfyui": _comfyui(worker),
     }
 

@@ -14,47 +14,47 @@ from ..config import Settings
 from ..core import ComfyRefused, ConfigError, ModelKind
 from ..wire.messages import ComfyId, LoadSpec
 from .devices import device_mask
-from .process import WorkerProcess
+from .process import WorkerKey, WorkerProcess
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-"""Those that we may use: fewer than the machine has in a container."""
+"""CPU cores that this process may use: in a container fewer than the machine has."""
 
 
 def backend_of(settings: Settings) -> str:
-    """The backend for those who run no ComfyUI of their own: ComfyUI's where the daemon has one."""
+    """Return the backend for clients that run no ComfyUI: ComfyUI's where the daemon has one."""
     if settings.backend != "auto":
         return settings.backend
     return "comfy" if settings.comfyui_path is not None else "diffusers"
 
 
-def worker_key(spec: LoadSpec, settings: Settings) -> str:
-    """Backend, device and with ComfyUI its folder, interpreter and flags: work goes only to workers of its own key.
+def worker_key(spec: LoadSpec, settings: Settings) -> WorkerKey:
+    """Return the key of the workers that can take work with this model.
 
     Versions are no part of it: a worker's are known once it runs, and ``fits`` compares them.
     """
     if spec.kind == ModelKind.ECHO:
-        return f"echo@{spec.device}"
+        return WorkerKey("echo", spec.device)
     if spec.comfy is not None:
-        return f"comfy-{spec.comfy.key}@{spec.device}"
-    return f"{backend_of(settings)}@{spec.device}"
+        return WorkerKey("comfy", spec.device, spec.comfy.key)
+    return WorkerKey(backend_of(settings), spec.device)
 
 
 def fits(spec: LoadSpec, versions: Mapping[str, str]) -> bool:
-    """Whether a worker of the work's key with these versions is what the client runs; not known yet is yes."""
+    """Return whether a worker of the work's key has the client's versions; one whose versions are unknown may."""
     wanted = spec.comfy
     if wanted is None or not versions:
         return True
-    theirs = {"comfyui": wanted.version, "torch": wanted.torch}
-    return all(not version or versions.get(name, version) == version for name, version in theirs.items())
+    needed = {"comfyui": wanted.version, "torch": wanted.torch}
+    return all(not version or versions.get(name, version) == version for name, version in needed.items())
 
 
 def same_place(spec: LoadSpec) -> Hashable:
-    """Equal for work that the same workers can take, and that has them load the same."""
+    """Return a value that is equal for work that the same workers can take with the same model."""
     return spec.key, spec.comfy
 
 
 def unlike(comfy: ComfyId, versions: Mapping[str, str]) -> ComfyRefused:
-    """Why even a new worker is not what the client runs: its installation was updated under it."""
+    """Return the error for a client whose ComfyUI was updated while it ran: new workers have other versions."""
     return ComfyRefused(
         f"the instance runs ComfyUI {comfy.version} with torch {comfy.torch}, but {comfy.root} with {comfy.python} is "
         f"now ComfyUI {versions.get('comfyui', '?')} with torch {versions.get('torch', '?')}",
@@ -62,27 +62,32 @@ def unlike(comfy: ComfyId, versions: Mapping[str, str]) -> ComfyRefused:
     )
 
 
-def threads_of(key: str, device: str, settings: Settings) -> int:
-    """CPU threads that such a worker keeps busy."""
-    if key.startswith("echo@") or device.startswith(("cuda", "GPU-", "xpu", "mps")):
+def threads_of(key: WorkerKey, device: str, settings: Settings) -> int:
+    """Return how many CPU threads a worker keeps busy."""
+    if key.backend == "echo" or device.startswith(("cuda", "GPU-", "xpu", "mps")):
         return 1
     return settings.cpu_threads or CORES
 
 
 def new_worker(
-    number: int, key: str, spec: LoadSpec, settings: Settings, log: Path, clock: Callable[[], float] = time.monotonic
+    number: int,
+    key: WorkerKey,
+    spec: LoadSpec,
+    settings: Settings,
+    log: Path,
+    clock: Callable[[], float] = time.monotonic,
 ) -> tuple[WorkerProcess, str]:
-    """A worker of this key, and the interpreter to start it with.
+    """Return a worker of this key, and the interpreter to start it with.
 
     Raises:
-        ConfigError: the comfy backend is set, and nobody said where ComfyUI is; or there is no such device.
+        ConfigError: the comfy backend is set without ComfyUI's folder, or the device does not exist.
     """
-    backend, comfy, device = key.partition("@")[0].partition("-")[0], spec.comfy, spec.device
+    comfy, device = spec.comfy, spec.device
     config = {
-        "backend": backend, "threads": settings.cpu_threads, "options": {},
+        "backend": key.backend, "threads": settings.cpu_threads, "options": {},
         "variables": {**device_mask(device, os.environ), **_comfyui_variable(settings)},
     }  # fmt: skip
-    if backend == "comfy":
+    if key.backend == "comfy":
         config["options"] = _comfy_options(comfy, device, settings)
     worker = WorkerProcess(number, key, device, threads_of(key, device, settings), config, log, clock)
     worker.comfy = comfy

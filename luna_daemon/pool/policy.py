@@ -1,36 +1,25 @@
-"""The pool's decisions as pure functions: which work next, which worker, when to scale, what to evict.
-
-Given plain facts, they answer; all input and output is elsewhere.
-"""
+"""The pool's decisions as pure functions: which work next, which worker, when to scale, what to evict."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-
-
-@dataclass(frozen=True)
-class Pending:
-    """A waiting piece of work, as far as its order matters."""
-
-    priority: int
-    client: int
-    waited_s: float
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass
-class Facts:
+class Candidate:
     """A worker, as far as routing matters."""
 
-    key: str
-    """Backend and device: work goes only to workers of its own key."""
-    ready: bool
+    takes: bool
+    """Runs what the work needs: backend, device, ComfyUI and versions."""
+    free: bool
     """Has imported its backend and computes nothing now."""
-    models: Mapping[str, float] = field(default_factory=dict)
-    """Loaded or loading models, with the time of their last use."""
-    kinds: frozenset[str] = frozenset()
-    """Kinds of the loaded models."""
+    models: Collection[str] = ()
+    """Loaded or loading models."""
+    kinds: Collection[str] = ()
+    """Kinds of these models."""
 
 
 @dataclass(frozen=True)
@@ -43,31 +32,32 @@ class Limits:
 
 
 def fair_order(
-    pending: Sequence[Pending], running: Mapping[int, int], served: Mapping[int, float] | None = None
+    pending: Sequence[tuple[int, int]], running: Mapping[int, int], served: Mapping[int, float] | None = None
 ) -> list[int]:
-    """Indices of ``pending`` in the order to serve them.
+    """Return the indices of ``pending`` in the order to serve them.
 
-    By priority; within it clients take turns (a client's second request comes after everybody's first, and what it
-    has running counts); among those in the same turn first whoever was served longest ago; then by arrival.
+    By priority; within a priority clients take turns (a client's second request comes after everybody's first, and
+    requests of the client that run count); in the same turn by the time since the client was served; then by arrival.
 
     Args:
+        pending: priority and client of each waiting piece of work.
         running: requests per client that are being computed.
         served: when each client was last given a worker.
     """
     turns: Counter[tuple[int, int]] = Counter()
     keys = []
-    for index, item in enumerate(pending):
-        turn = turns[item.priority, item.client] + running.get(item.client, 0)
-        turns[item.priority, item.client] += 1
-        keys.append((item.priority, turn, (served or {}).get(item.client, 0.0), index))
+    for index, (priority, client) in enumerate(pending):
+        turn = turns[priority, client] + running.get(client, 0)
+        turns[priority, client] += 1
+        keys.append((priority, turn, (served or {}).get(client, 0.0), index))
     return [index for *_, index in sorted(keys)]
 
 
 def displaced(waiting: Sequence[int], newcomer: int) -> int | None:
-    """Who leaves a full queue for a newcomer: an index of ``waiting``, or ``None`` if the newcomer must come back.
+    """Return the index of the request that leaves a full queue for a newcomer, or ``None`` if the newcomer must wait.
 
-    The last request of whoever has most in the queue, if that is more than the newcomer would have: a client with a
-    thousand requests fills the queue, and another's single one is not refused for it.
+    The last request of the client with most in the queue, if that is more than the newcomer would have: a client with
+    a thousand requests fills the queue, and another's single one is not refused for it.
 
     Args:
         waiting: the client of each request in the queue.
@@ -82,26 +72,27 @@ def displaced(waiting: Sequence[int], newcomer: int) -> int | None:
 
 
 def route(
-    key: str,
     model: str,
     kind: str,
     waited_s: float,
     queued: int,
-    workers: Sequence[Facts],
+    workers: Sequence[Candidate],
     limits: Limits,
     has_room: Callable[[], bool],
-) -> int | str:
-    """Where a piece of work goes: a worker's index, ``"spawn"`` or ``"wait"``.
+) -> int | Literal["spawn", "wait"]:
+    """Return where a piece of work goes: a worker's index, ``"spawn"`` or ``"wait"``.
 
-    A worker that has the model is best. Nobody has it: any free one loads it, so one worker serves VAE and CLIP. All
-    that have it are busy: another copy only after a queue has lasted, and if there is room.
+    A worker that has the model is best. If none has it, any free one loads it, so one worker serves VAE and CLIP. If
+    all that have it are busy, another copy is made only after a queue has lasted, and if there is room.
 
     Args:
+        waited_s: how long the oldest request for the model has waited.
+        queued: waiting requests for the model.
         has_room: asked only when a worker would be started, since finding out is slow.
     """
-    ours = [index for index, worker in enumerate(workers) if worker.key == key]
+    ours = [index for index, worker in enumerate(workers) if worker.takes]
     holders = [index for index in ours if model in workers[index].models]
-    free = [index for index in ours if workers[index].ready]
+    free = [index for index in ours if workers[index].free]
     for index in free:
         if index in holders:
             return index
@@ -115,18 +106,20 @@ def route(
         return "wait"
     if free:
         return min(free, key=lambda index: len(workers[index].models))
-    starting = any(not worker.ready and not worker.models for worker in (workers[index] for index in ours))
+    starting = any(not worker.free and not worker.models for worker in (workers[index] for index in ours))
     return "spawn" if not starting and len(ours) < limits.most and has_room() else "wait"
 
 
 def has_room(
     device: str, cores: int, threads_used: Iterable[int], threads: int, free_bytes: int | None, need_bytes: int
 ) -> bool:
-    """Whether another worker fits beside those there are.
+    """Return whether another worker fits beside those that run.
 
-    On the CPU only idle cores count: more threads than cores make everybody slower. On a GPU, memory.
+    On the CPU only idle cores count: more threads than cores make all workers slower. On a GPU only memory counts.
 
     Args:
+        threads_used: threads of each worker on the CPU.
+        threads: threads of the other worker.
         free_bytes: free memory of the GPU less the safety margin; ``None`` if unknown.
     """
     if device == "cpu":
@@ -137,7 +130,7 @@ def has_room(
 def choose_evictions(
     models: Mapping[str, tuple[float, int]], keep: set[str], need_bytes: int, budget_bytes: int
 ) -> list[str] | None:
-    """Models to unload so that ``need_bytes`` more fit; ``None`` if they never do.
+    """Return the models to unload so that ``need_bytes`` more fit, oldest use first; ``None`` if they never do.
 
     Args:
         models: per loaded model the time of its last use and its bytes.
@@ -147,25 +140,26 @@ def choose_evictions(
     if budget_bytes <= 0:
         return []
     held = sum(nbytes for _, nbytes in models.values())
-    going: list[str] = []
+    evicted: list[str] = []
     for name in sorted(models, key=lambda name: models[name][0]):
         if held + need_bytes <= budget_bytes:
             break
         if name not in keep:
-            going.append(name)
+            evicted.append(name)
             held -= models[name][1]
-    return going if held + need_bytes <= budget_bytes else None
+    return evicted if held + need_bytes <= budget_bytes else None
 
 
-def idle_action(idle_s: float, others: int, keep_at_least: int, timeout_s: float, keep_s: float) -> str:
-    """What becomes of an idle worker: ``"keep"``, ``"unload"`` (give the models' memory back) or ``"stop"``.
+def idle_action(
+    idle_s: float, others: int, keep_at_least: int, timeout_s: float, keep_s: float, pinned: bool = False
+) -> Literal["keep", "unload", "stop"]:
+    """Return what becomes of an idle worker: ``"keep"``, ``"unload"`` (give the models' memory back) or ``"stop"``.
 
     Args:
         others: other workers of the same key.
         keep_at_least: workers that stay, with their models (``MIN_*_WORKERS``).
+        pinned: the worker holds a pinned model, so it never stops.
     """
     if idle_s < timeout_s or others < keep_at_least:
         return "keep"
-    if others > 0 or idle_s >= keep_s:
-        return "stop"
-    return "unload"
+    return "stop" if (others > 0 or idle_s >= keep_s) and not pinned else "unload"

@@ -2,93 +2,53 @@
 
 from __future__ import annotations
 
-import json
-import os
 import secrets
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from ..core import WorkerState, logger
 from ..wire import messages as m
 from ..wire.arena import Leases, Slot
 from ..wire.connection import Connection
 from ..wire.frame import encode_call
-from .orphans import hold
+from .spawning import Process, Spawn, spawn
 from .work import Outcome, Piece, Work
 
 _TAIL_BYTES, _TRACE_BYTES = 4096, 32 << 10
-WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
-"""Threads that spin while they wait slow everybody on busy cores, themselves most; those that sleep at once are slower
-on idle ones. So they spin for half a millisecond at most. No bit depends on it. Record 4 has the figures."""
+_SILENT_S = 60.0
+"""A worker whose reader thread has not answered for so long is stuck; one that is stopped for seconds is not."""
 
 
-class Process(Protocol):
-    """What is asked of a started process; ``subprocess.Popen`` is one."""
+class WorkerKey(NamedTuple):
+    """What a worker is started for: it takes only work of an equal key."""
 
-    pid: int
+    backend: str
+    device: str
+    """As the settings name it: ``auto`` here stays ``auto`` when the worker has chosen."""
+    comfy: str = ""
+    """``ComfyId.key`` of the ComfyUI that a comfy worker runs."""
 
-    def poll(self) -> int | None:
-        """Return its exit code, or ``None`` while it runs."""
-        ...
-
-    def kill(self) -> None:
-        """Ask the system to end it now."""
-        ...
-
-
-Spawn = Callable[[str, dict[str, Any], Path], Process]
-"""Starts a worker's process: interpreter, settings for its standard input, log file. Raises ``OSError``."""
-
-
-def spawn(interpreter: str, config: dict[str, Any], log: Path) -> Process:
-    """Start a worker's process.
-
-    Args:
-        config: written to its standard input as one JSON line.
-        log: what it prints is appended here.
-
-    Raises:
-        OSError: the interpreter cannot be run.
-    """
-    script = Path(__file__).resolve().with_name("child.py")
-    environment = {**_waiting(), **os.environ, "PYTHONUNBUFFERED": "1"}
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            [interpreter, str(script)],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=output,
-            env=environment,
-            # Of its own, so that Ctrl-C in the daemon's terminal drains instead of killing what computes.
-            start_new_session=True,
-            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
-        )
-    try:
-        hold(process)
-        assert process.stdin is not None
-        process.stdin.write(json.dumps(config).encode() + b"\n")
-        process.stdin.close()
-    except OSError:
-        process.kill()
-        raise
-    return process
+    def __str__(self) -> str:
+        """Return the key as ``info``, metrics and log lines show it."""
+        return f"{self.backend}-{self.comfy}@{self.device}" if self.comfy else f"{self.backend}@{self.device}"
 
 
 class WorkerProcess:
     """A worker from its start to its end.
 
     Args:
-        key: backend and device, with ComfyUI its folder, interpreter and flags; work is routed by it.
-        config: what the child reads from standard input, without address and token.
-        log: file for what the child prints.
+        number: counts the daemon's workers.
+        device: where the worker computes; ``auto`` until it has chosen.
+        threads: CPU threads that it keeps busy.
+        config: ``child.WorkerConfig`` without address and token.
+        log: file for the output of the process.
         clock: monotonic seconds.
     """
 
     def __init__(
-        self, number: int, key: str, device: str, threads: int, config: dict[str, Any], log: Path,
+        self, number: int, key: WorkerKey, device: str, threads: int, config: dict[str, Any], log: Path,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self.number = number
@@ -104,19 +64,19 @@ class WorkerProcess:
         self.idle_since = self.born
         self.heard = self.born
         self.started_s = 0.0
-        """How long its start took."""
+        """Seconds from the start of the process until the worker was ready."""
         self.pid = 0
         self.served = 0
         self.rss = 0
         self.models: dict[str, int] = {}
-        """Loaded models and their bytes."""
+        """Bytes of each loaded model, by key, as the worker last reported."""
         self.used: dict[str, float] = {}
-        """Per loaded or loading model the time of its last use."""
+        """Time of the last use of each loaded or loading model, by key."""
         self.kinds: dict[str, str] = {}
-        """Per such model its kind."""
+        """Kind of each loaded or loading model, by key."""
         self.versions: dict[str, str] = {}
         self.comfy: m.ComfyId | None = None
-        """The ComfyUI that it runs, if any."""
+        """The ComfyUI that the worker runs, if any."""
         self.devices: list[str] = []
         self.sees_arena = False
         self.work: Work | None = None
@@ -128,7 +88,7 @@ class WorkerProcess:
     # --- life ---
 
     def start(self, interpreter: str, host: str, port: int, spawn: Spawn = spawn) -> None:
-        """Start the process; it dials back to ``host:port`` with its token.
+        """Start the process, which dials ``host:port`` and shows its token.
 
         Raises:
             OSError: the interpreter cannot be run.
@@ -138,12 +98,8 @@ class WorkerProcess:
         self.pid = self._process.pid
         logger.info("worker %d starts (%s, pid %d)", self.number, self.key, self.pid)
 
-    def greeted(self, connection: Connection) -> None:
-        """Its connection is here."""
-        self.connection = connection
-
-    def ready(self, message: m.WorkerReady) -> None:
-        """It has imported its backend."""
+    def on_ready(self, message: m.WorkerReady) -> None:
+        """Record that the worker has imported its backend and takes jobs."""
         self.versions, self.devices, self.sees_arena = message.versions, message.devices, message.arena
         if self.device == "auto" and message.devices:
             self.device = message.devices[0]
@@ -152,25 +108,52 @@ class WorkerProcess:
         self.started_s = self.idle_since - self.born
         logger.info("worker %d is ready after %.1f s", self.number, self.started_s)
 
+    @property
+    def is_free(self) -> bool:
+        """Whether the worker is ready and computes nothing."""
+        return self.state is WorkerState.IDLE and self.work is None
+
+    def failure(self, now: float, start_s: float) -> str:
+        """Return why the worker must be given up; empty while it is well.
+
+        Args:
+            now: monotonic seconds.
+            start_s: how long a start may take.
+        """
+        if self.state is not WorkerState.STARTING:
+            silent_s = now - self.heard
+            return f"it has been silent for {silent_s:.0f} s" if silent_s > _SILENT_S else ""
+        if self.exited():
+            return "it ended at its start"
+        return "it did not start in time" if now - self.born > start_s else ""
+
     def exited(self) -> bool:
         """Whether the process has ended."""
         return self._process is None or self._process.poll() is not None
 
     def kill(self) -> None:
-        """End it now; ``exited`` tells when it has (one that hangs in a driver takes its time)."""
+        """End the process now; ``exited`` says when it has ended, which takes a while if it hangs in a driver."""
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
 
     def stop(self) -> None:
-        """Let it end: it exits when its connection closes."""
+        """Let the process end: it exits when its connection closes."""
         self.state = WorkerState.STOPPING
         if self.connection is not None:
             self.connection.close()
         else:
             self.kill()
 
+    def abandon(self) -> None:
+        """Kill the process, close the connection and forget the job."""
+        self.state = WorkerState.DEAD
+        self.work, self.job = None, 0
+        self.kill()
+        if self.connection is not None:
+            self.connection.close()
+
     def tail(self) -> str:
-        """The last thing it printed: why a start failed."""
+        """Return the last line of the log: what a process that crashed had to say."""
         lines = self._printed(_TAIL_BYTES).splitlines()
         return lines[-1].strip() if lines else ""
 
@@ -180,7 +163,7 @@ class WorkerProcess:
         return trace if heading else ""
 
     def _printed(self, nbytes: int) -> str:
-        """The end of its log."""
+        """Return the last ``nbytes`` of the log."""
         try:
             with self.log.open("rb") as log:
                 log.seek(max(0, self.log.stat().st_size - nbytes))
@@ -191,14 +174,14 @@ class WorkerProcess:
     # --- work ---
 
     def give(self, work: Work, job: int, unload: list[str]) -> None:
-        """Send it a job."""
+        """Send a job, which unloads the models ``unload`` first."""
         assert self.connection is not None
         self.work, self.job = work, job
         work.started = self._clock()
         key = work.spec.key
         self.state = WorkerState.BUSY if key in self.models else WorkerState.LOADING
-        for gone in unload:
-            self._forget(gone)
+        for evicted in unload:
+            self._forget(evicted)
         for name, spec in work.models.items():
             self.used[name], self.kinds[name] = work.started, spec.kind
         patches = []
@@ -212,7 +195,7 @@ class WorkerProcess:
         self.connection.send(m.Job(job, work.call, work.spec, refs, unload, patches, grant), inline)
 
     def _placed(self, pieces: list[Piece]) -> tuple[list[m.TensorRef], list[Slot]]:
-        """Descriptors for this worker, and the slots that must travel with the job."""
+        """Return descriptors for this worker, and the slots that must travel with the job."""
         refs: list[m.TensorRef] = []
         inline: list[Slot] = []
         at = 0
@@ -227,9 +210,9 @@ class WorkerProcess:
         return refs, inline
 
     def done(self) -> Work | None:
-        """Its job has ended, one way or the other."""
+        """Record that the job has ended, with a result or an error, and return its work."""
         work, self.work, self.job = self.work, None, 0
-        self.leases.release_all()  # slots that it was granted and did not use
+        self.leases.release_all()  # slots that were granted and not used
         self.served += 1
         self.idle_since = self._clock()
         if self.state in (WorkerState.BUSY, WorkerState.LOADING):
@@ -237,7 +220,7 @@ class WorkerProcess:
         return work
 
     def outcome(self, message: m.Reply, payload: Slot | None) -> Outcome:
-        """Its answer with the memory behind each tensor; takes over the payload."""
+        """Return a reply with the memory behind each tensor; takes over the payload."""
         pieces = []
         for ref in message.tensors:
             if ref.slot:
@@ -251,24 +234,24 @@ class WorkerProcess:
         return Outcome(message.result, pieces, message.notes)
 
     def cancel(self) -> None:
-        """Stop its job at the next tile."""
+        """Ask the worker to stop its job at the next tile."""
         if self.connection is not None and self.job:
             self.connection.send(m.Cancel(self.job))
 
     def unload(self, keys: list[str]) -> None:
-        """Have it give models' memory back."""
+        """Ask the worker to give the memory of models back."""
         if self.connection is not None and keys:
             for key in keys:
                 self._forget(key)
             self.connection.send(m.Unload(keys))
 
     def ping(self) -> None:
-        """Ask for a sign of life; its reader thread answers even while a job computes."""
+        """Ask for a sign of life; the worker's reader thread answers even while a job computes."""
         if self.connection is not None:
             self.connection.send(m.Request(0, encode_call(m.Ping())))
 
-    def status(self, message: m.WorkerStatus) -> None:
-        """It told what it holds."""
+    def on_status(self, message: m.WorkerStatus) -> None:
+        """Record which models the worker holds."""
         self.models, self.rss = message.models, message.rss
         busy = self.work.models if self.work is not None else {}
         for key in [key for key in self.used if key not in self.models and key not in busy]:
@@ -280,8 +263,3 @@ class WorkerProcess:
         self.models.pop(key, None)
         self.used.pop(key, None)
         self.kinds.pop(key, None)
-
-
-def _waiting() -> dict[str, str]:
-    """How the threads of a worker wait for each other, unless somebody has decided about it."""
-    return {} if WAITING.keys() & os.environ.keys() else WAITING

@@ -61,10 +61,15 @@ class Wire(asyncio.Transport):
     abort = close
 
 
-class Pool(WorkerPool):
-    """Queues as always and never starts a process."""
+class Process:
+    """A worker's process that never dials in."""
 
-    def _spawn(self, *args: Any, **more: Any) -> None: ...
+    pid = 0
+
+    def poll(self) -> int | None:
+        return None
+
+    def kill(self) -> None: ...
 
 
 class Target:
@@ -80,10 +85,11 @@ class Target:
 
     def _make(self) -> Service:
         settings = load_settings({"max_tensor_mb": 1, "arena_client_mb": 2, "max_header_mb": 1, "queue_limit": 8}, {})
+        pool = WorkerPool(settings, self.folder, spawn=lambda interpreter, config, log: Process())
         arena = open_arena(self.folder / "arena", 1, 64 << 20)
         access = Access("token", "nowhere", lambda: "token")
         return Service(State(
-            settings, Pool(settings, self.folder), ModelResolver(settings), SharedMemory(arena, ""), access,
+            settings, pool, ModelResolver(settings), SharedMemory(arena, ""), access,
             lambda state: {}, lambda: None, dict,
         ))  # fmt: skip
 
@@ -133,7 +139,7 @@ class Target:
         state.patches.clear()
         state.loras.clear()
         state.conditionings.clear()
-        state.pool._served.clear()
+        state.pool.queue._served.clear()
         used = state.memory.arena.bytes_used if state.memory.arena else 0
         assert used == 0, f"{used} bytes of shared memory are nobody's"
 

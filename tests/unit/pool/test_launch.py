@@ -10,6 +10,7 @@ import pytest
 from luna_daemon.config import load_settings
 from luna_daemon.core import ConfigError
 from luna_daemon.pool import launch
+from luna_daemon.pool.process import WorkerKey
 from luna_daemon.wire.messages import ComfyId, LoadSpec
 
 COMFY = ComfyId("/comfy", "/env/bin/python", "0.8.0", "2.9", ("--fp32-vae",))
@@ -32,11 +33,12 @@ def test_another_place_or_flag_is_another_worker(changes):
 def test_the_key_has_backend_and_device_and_no_version():
     """A worker's versions are known only once it runs."""
     key = launch.worker_key(SPEC, settings())
-    assert key == launch.worker_key(with_comfy(version="1", torch="3"), settings()) == f"comfy-{COMFY.key}@cpu"
-    assert launch.worker_key(msgspec.structs.replace(SPEC, device="cuda:1"), settings()).endswith("@cuda:1")
+    assert key == launch.worker_key(with_comfy(version="1", torch="3"), settings())
+    assert str(key) == f"comfy-{COMFY.key}@cpu"
+    assert str(launch.worker_key(msgspec.structs.replace(SPEC, device="cuda:1"), settings())).endswith("@cuda:1")
     bare = msgspec.structs.replace(SPEC, comfy=None)
-    assert launch.worker_key(bare, settings()) == "diffusers@cpu"
-    assert launch.worker_key(LoadSpec("echo", "echo", "", (), "cpu", "auto"), settings()) == "echo@cpu"
+    assert str(launch.worker_key(bare, settings())) == "diffusers@cpu"
+    assert str(launch.worker_key(LoadSpec("echo", "echo", "", (), "cpu", "auto"), settings())) == "echo@cpu"
 
 
 @pytest.mark.parametrize(
@@ -69,7 +71,9 @@ def test_bits_are_the_clients_and_memory_the_daemons(tmp_path):
 
 def test_other_backends_run_here(tmp_path):
     bare = msgspec.structs.replace(SPEC, comfy=None)
-    worker, python = launch.new_worker(1, "diffusers@cpu", bare, settings(comfyui_path=tmp_path), tmp_path / "log")
+    worker, python = launch.new_worker(
+        1, WorkerKey("diffusers", "cpu"), bare, settings(comfyui_path=tmp_path), tmp_path / "log"
+    )
     assert (python, worker.config["backend"], worker.config["options"]) == (sys.executable, "diffusers", {})
     assert worker.config["variables"] == {"COMFYUI_PATH": str(tmp_path)}
 
@@ -77,7 +81,11 @@ def test_other_backends_run_here(tmp_path):
 def test_comfy_without_a_comfyui(tmp_path):
     with pytest.raises(ConfigError, match="needs ComfyUI's folder"):
         launch.new_worker(
-            1, "comfy@cpu", msgspec.structs.replace(SPEC, comfy=None), settings(backend="comfy"), tmp_path / "log"
+            1,
+            WorkerKey("comfy", "cpu"),
+            msgspec.structs.replace(SPEC, comfy=None),
+            settings(backend="comfy"),
+            tmp_path / "log",
         )
 
 

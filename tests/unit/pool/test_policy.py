@@ -7,9 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from luna_daemon.pool.policy import (
-    Facts,
+    Candidate,
     Limits,
-    Pending,
     choose_evictions,
     displaced,
     fair_order,
@@ -23,7 +22,7 @@ from luna_daemon.pool.policy import (
 
 def order(*pending: tuple[int, int], running: dict[int, int] | None = None) -> list[int]:
     """``fair_order`` of ``(priority, client)`` pairs in the order of their arrival."""
-    return fair_order([Pending(priority, client, 0.0) for priority, client in pending], running or {})
+    return fair_order(pending, running or {})
 
 
 def test_first_come_first_served():
@@ -100,20 +99,20 @@ def test_a_full_queue_becomes_fairer(waiting, newcomer):
 LIMITS = Limits(most=2, queue_threshold=2, delay_s=1.0)
 
 
-def worker(*models: str, ready: bool = True, key: str = "d@auto") -> Facts:
+def worker(*models: str, ready: bool = True, takes: bool = True) -> Candidate:
     """A worker that holds these models; their kind is the name's first part."""
     kinds = frozenset(model.partition(":")[0] for model in models)
-    return Facts(key, ready, dict.fromkeys(models, 0.0), kinds)
+    return Candidate(takes, ready, models, kinds)
 
 
-def where(*workers: Facts, waited: float = 0.0, queued: int = 1, room: bool | None = None, limits: Limits = LIMITS):
+def where(*workers: Candidate, waited: float = 0.0, queued: int = 1, room: bool | None = None, limits: Limits = LIMITS):
     """Where a request for ``vae:a`` goes; ``room=None`` means that nobody may ask."""
 
     def has_room() -> bool:
         assert room is not None, "asked for room though no worker would be started"
         return room
 
-    return route("d@auto", "vae:a", "vae", waited, queued, workers, limits, has_room)
+    return route("vae:a", "vae", waited, queued, workers, limits, has_room)
 
 
 def test_the_worker_that_has_the_model_is_best():
@@ -128,7 +127,7 @@ def test_the_first_worker_is_started_at_once():
 
 def test_workers_of_another_key_are_not_used():
     """Another backend or device never gets the work, even if it has the model."""
-    assert where(worker("vae:a", key="echo@cpu")) == "spawn"
+    assert where(worker("vae:a", takes=False)) == "spawn"
 
 
 def test_a_free_worker_loads_what_nobody_has():
@@ -269,3 +268,9 @@ def test_evictions_make_it_fit(models, keep, need, budget):
 def test_what_becomes_of_an_idle_worker(idle, others, least, action):
     """Extra workers end after the timeout; the last one gives memory back first; ``MIN_*`` workers stay as they are."""
     assert idle_action(idle, others, least, timeout_s=30.0, keep_s=600.0) == action
+
+
+@pytest.mark.parametrize("idle, others, action", [(29.9, 1, "keep"), (30.0, 1, "unload"), (9999.0, 0, "unload")])
+def test_a_worker_with_a_pinned_model_never_stops(idle, others, action):
+    """It gives the other models back instead."""
+    assert idle_action(idle, others, 0, timeout_s=30.0, keep_s=600.0, pinned=True) == action

@@ -8,7 +8,7 @@ import msgspec
 
 from luna_daemon.config import load_settings
 from luna_daemon.core import InternalError
-from luna_daemon.pool.process import WorkerProcess
+from luna_daemon.pool.process import WorkerKey, WorkerProcess
 from luna_daemon.pool.work import Work
 from luna_daemon.wire import messages as m
 from luna_daemon.workers import WorkerPool
@@ -29,7 +29,7 @@ KeyError: 'weights'
 
 def worker_with(log) -> WorkerProcess:
     """A worker that computes job 7."""
-    worker = WorkerProcess(3, "diffusers@cpu", "cpu", 1, {}, log)
+    worker = WorkerProcess(3, WorkerKey("diffusers", "cpu"), "cpu", 1, {}, log)
     spec = m.LoadSpec("vae:demo:0123", "vae", "sd3", (), "cpu", "auto")
     worker.work, worker.job = Work("vae.decode", msgspec.Raw(b""), spec, [], 1, None, [Waiter()]), 7
     return worker

@@ -12,7 +12,7 @@ from luna_daemon.config import load_settings
 from luna_daemon.control.access import Access
 from luna_daemon.control.state import State
 from luna_daemon.files.resolver import ModelResolver
-from luna_daemon.pool.process import WorkerProcess
+from luna_daemon.pool.process import WorkerKey, WorkerProcess
 from luna_daemon.status.metrics import render
 from luna_daemon.wire.shared_memory import SharedMemory
 from luna_daemon.workers import WorkerPool
@@ -74,7 +74,7 @@ def test_gpus(state):
 
 def test_workers_and_their_models(state, tmp_path):
     """Models of one name in one worker are summed: two files of one name are no error of the scrape."""
-    worker = WorkerProcess(4, "diffusers@cpu", "cpu", 1, {}, tmp_path / "log")
+    worker = WorkerProcess(4, WorkerKey("diffusers", "cpu"), "cpu", 1, {}, tmp_path / "log")
     worker.models = {"vae:ae:01": 100, "vae:ae:02": 50, "clip:ae:03": 7}
     worker.rss = 1000
     state.pool.workers.append(worker)
