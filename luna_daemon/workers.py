@@ -154,11 +154,6 @@ class WorkerPool:
         self.queue.forget(client)
 
     @property
-    def crashes(self) -> int:
-        """Workers that ended without having been stopped."""
-        return self.fleet.crashes
-
-    @property
     def in_flight(self) -> int:
         """Requests that wait or are computed."""
         return len(self.queue) + sum(worker.work is not None for worker in self.workers)

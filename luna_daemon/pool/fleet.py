@@ -42,7 +42,6 @@ class Fleet:
         spawn: Spawn,
     ) -> None:
         self.workers: list[WorkerProcess] = []
-        self.crashes = 0
         self.address = ("", 0)
         """Host and port that workers dial."""
         self._logs, self._events, self._clock, self._sleep, self._spawn = logs, events, clock, sleep, spawn
@@ -150,7 +149,7 @@ class Fleet:
     # --- ending ---
 
     def remove(self, worker: WorkerProcess, why: str) -> str:
-        """Take a worker out of service, kill its process and count a crash if nobody had stopped it.
+        """Take a worker out of service, kill its process and report a crash if nobody had stopped it.
 
         Returns:
             Why the worker ended: the last line of its log, else ``why``.
@@ -164,7 +163,6 @@ class Fleet:
         if stopped:
             self._report("worker_stopped", worker, workers=len(self.workers))
         else:
-            self.crashes += 1
             words = (worker.number, worker.pid, why, last_line or "none")
             logger.error("worker %d (pid %d) died: %s; last words: %s", *words)
             self._events.worker_crashed(worker.number, str(worker.key), last_line or why)

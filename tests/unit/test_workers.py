@@ -424,7 +424,7 @@ def test_idle_stages(bench):
     assert worker.state is WorkerState.STOPPING and worker.connection.closed
     bench.process(worker).code = 0
     bench.pool.lost(worker, "closed")
-    assert not bench.pool.workers and bench.pool.crashes == 0 and bench.heard[-1] == "worker_stopped"
+    assert not bench.pool.workers and bench.pool.events.crashes.total() == 0 and bench.heard[-1] == "worker_stopped"
 
 
 def test_a_request_begins_the_idle_time_again(bench):
@@ -461,7 +461,7 @@ def test_extra_workers_end_first(bench):
     assert "stopping" in states
     for worker in [worker for worker in bench.pool.workers if worker.state is WorkerState.STOPPING]:
         bench.pool.lost(worker, "closed")
-    assert bench.pool.crashes == 0
+    assert bench.pool.events.crashes.total() == 0
 
 
 @pytest.mark.parametrize("kind", ["vae", "clip"])
@@ -516,7 +516,7 @@ def test_a_process_that_cannot_be_started(bench):
         bench.submit()
     bench.clock.now += 0.1
     bench.submit()
-    assert len(bench.processes) == 1 and not bench.pool.crashes
+    assert len(bench.processes) == 1 and not bench.pool.events.crashes.total()
 
 
 def test_all_that_wait_for_such_a_worker_fail(bench):
@@ -541,7 +541,7 @@ def test_a_start_that_ends_or_hangs(bench, code):
     bench.tick(2.0)
     (error,) = waiter.errors
     assert isinstance(error, WorkerCrashed) and "no torch" in error.message
-    assert bench.processes[0].code is not None and not bench.pool.workers and bench.pool.crashes == 1
+    assert bench.processes[0].code is not None and not bench.pool.workers and bench.pool.events.crashes.total() == 1
 
 
 def test_a_good_start_forgives(bench):
@@ -562,7 +562,7 @@ def test_a_crash_of_a_worker_that_had_started_is_no_failed_start(bench):
     bench = bench()
     bench.crash(bench.worker("a"))
     bench.submit()
-    assert len(bench.processes) == 2 and bench.pool.crashes == 1
+    assert len(bench.processes) == 2 and bench.pool.events.crashes.total() == 1
 
 
 def test_a_worker_that_runs_is_used_though_another_could_not_start(bench):
@@ -593,7 +593,7 @@ def test_a_request_is_tried_again_on_another_worker(bench):
     second = bench.ready()
     assert second is not worker and second.work.waiters == [waiter]
     bench.answer(second)
-    assert waiter.outcomes and (bench.pool.crashes, bench.pool.retries) == (1, 1)
+    assert waiter.outcomes and (bench.pool.events.crashes.total(), bench.pool.retries) == (1, 1)
 
 
 def test_a_request_that_crashed_two_workers_is_refused(bench):
@@ -606,7 +606,7 @@ def test_a_request_that_crashed_two_workers_is_refused(bench):
     (error,) = waiter.errors
     assert isinstance(error, PoisonRequest) and "vae:a:0" in error.message and "pid 2" in error.message
     bench.answer(bench.ready())
-    assert other.outcomes and (bench.pool.crashes, bench.pool.retries) == (2, 1)
+    assert other.outcomes and (bench.pool.events.crashes.total(), bench.pool.retries) == (2, 1)
 
 
 def test_a_request_that_everybody_left_is_not_tried_again(bench):
@@ -653,7 +653,7 @@ def test_a_lost_worker_is_lost_once(bench):
     worker = bench.worker("a")
     bench.crash(worker)
     bench.pool.lost(worker, "closed")
-    assert bench.pool.crashes == 1
+    assert bench.pool.events.crashes.total() == 1
 
 
 def test_a_failure_reaches_the_caller_and_the_page(bench):

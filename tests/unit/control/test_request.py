@@ -84,7 +84,7 @@ def test_a_cancelled_request_is_not_answered(state, join):
     client, other = join(), join()
     spec = m.LoadSpec("echo", ModelKind.ECHO, "", (), "cpu", "auto")
     work = Work("echo", CALL, spec, [], 1, None, [])
-    state.pool.queue.append(work)
+    state.pool.queue.put_back(work)
     for owner in (client, other):
         request_of(state, owner).wait(work)
     client.peer.received(client.connection, m.Cancel(1), None)

@@ -10,6 +10,7 @@ from luna_daemon.control import service as service_module
 from luna_daemon.control.peers import ClientPeer, WorkerPeer
 from luna_daemon.control.service import Service
 from luna_daemon.core import PROTOCOL_VERSION, AuthenticationError, Busy, ProtocolError, VersionMismatch
+from luna_daemon.pool.launch import WorkerKey
 from luna_daemon.pool.process import WorkerProcess
 from luna_daemon.wire import messages as m
 from luna_daemon.wire.frame import MAX_HEADER, encode_call
@@ -51,8 +52,8 @@ def test_a_client_and_a_worker_are_spoken_to_by_peers_of_their_own(state, tmp_pa
 
     async def main() -> None:
         service = Service(state)
-        worker = WorkerProcess(1, "echo@cpu", "cpu", 1, {}, tmp_path / "log")
-        state.pool._by_token[worker.token] = worker
+        worker = WorkerProcess(1, WorkerKey("echo", "cpu"), "cpu", 1, {}, tmp_path / "log")
+        state.pool.fleet._by_token[worker.token] = worker
         client, pooled = service.connect(), service.connect()
         service.received(client, hello(), None)
         service.received(pooled, hello(worker.token, "worker"), None)
