@@ -274,7 +274,7 @@ def test_outside_the_folders(client, folder, tmp_path):
     with pytest.raises(ModelNotFound, match="not a file"):
         client.load_lora(".")
     (folder / "notes.txt").write_text("x")
-    with pytest.raises(BadRequest, match="no LoRA file"):
+    with pytest.raises(BadRequest, match="not a LoRA file"):
         client.load_lora("notes.txt")
 
 
