@@ -16,7 +16,7 @@ from ..wire.frame import encode_call
 from .spawning import Process, Spawn, spawn
 from .work import Outcome, Piece, Work
 
-_TAIL_BYTES, _TRACE_BYTES = 4096, 32 << 10
+_TAIL_BYTES = 4096
 _SILENT_S = 60.0
 """A worker whose reader thread has not answered for so long is stuck; one that is stopped for seconds is not."""
 
@@ -65,6 +65,8 @@ class WorkerProcess:
         self.heard = self.born
         self.started_s = 0.0
         """Seconds from the start of the process until the worker was ready."""
+        self.reason = ""
+        """Why the backend could not be started, as the worker reported."""
         self.pid = 0
         self.served = 0
         self.rss = 0
@@ -152,22 +154,14 @@ class WorkerProcess:
         if self.connection is not None:
             self.connection.close()
 
-    def tail(self) -> str:
-        """Return the last line of the log: what a process that crashed had to say."""
-        lines = self._printed(_TAIL_BYTES).splitlines()
-        return lines[-1].strip() if lines else ""
-
-    def trace(self) -> str:
-        """The traceback that it printed last, without its heading; empty if there is none."""
-        _, heading, trace = self._printed(_TRACE_BYTES).rpartition("Traceback (most recent call last):\n")
-        return trace if heading else ""
-
-    def _printed(self, nbytes: int) -> str:
-        """Return the last ``nbytes`` of the log."""
+    def last_words(self) -> str:
+        """Return why the process ended: the reason that the worker sent, else the last line of its log."""
+        if self.reason:
+            return self.reason
         try:
             with self.log.open("rb") as log:
-                log.seek(max(0, self.log.stat().st_size - nbytes))
-                return log.read().decode(errors="replace").rstrip()
+                log.seek(max(0, self.log.stat().st_size - _TAIL_BYTES))
+                return log.read().decode(errors="replace").rstrip().rpartition("\n")[2].strip()
         except OSError:
             return ""
 
