@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from luna_daemon.core import PROTOCOL_VERSION
+from luna_daemon.core import PROTOCOL_VERSION, RequestCancelled
 from luna_daemon.system.runtime import find_token
 from luna_daemon.wire import messages as m
 from luna_daemon.wire.arena import process_space
@@ -107,6 +107,19 @@ class Background:
 def is_busy(info: dict[str, Any]) -> bool:
     """Whether a worker computes."""
     return any(worker["state"] == "busy" for worker in info["workers"])
+
+
+@contextmanager
+def occupied(daemon: Any) -> Iterator[Background]:
+    """One worker computes until the block ends; the call that keeps it busy is then cancelled."""
+    leave = threading.Event()
+    call = Background(lambda: daemon.client().call(m.Echo(0, 60.0), is_cancelled=leave.is_set))
+    daemon.wait_for(is_busy)
+    try:
+        yield call
+    finally:
+        leave.set()
+        assert isinstance(call.wait().error, RequestCancelled)
 
 
 def busy_pid(daemon: Any, not_: tuple[int, ...] = ()) -> int:
