@@ -79,7 +79,6 @@ class WorkerProcess:
         self.versions: dict[str, str] = {}
         self.comfy: m.ComfyId | None = None
         """The ComfyUI that the worker runs, if any."""
-        self.devices: list[str] = []
         self.sees_arena = False
         self.work: Work | None = None
         self.job = 0
@@ -102,7 +101,7 @@ class WorkerProcess:
 
     def on_ready(self, message: m.WorkerReady) -> None:
         """Record that the worker has imported its backend and takes jobs."""
-        self.versions, self.devices, self.sees_arena = message.versions, message.devices, message.arena
+        self.versions, self.sees_arena = message.versions, message.arena
         if self.device == "auto" and message.devices:
             self.device = message.devices[0]
         self.state = WorkerState.IDLE
@@ -171,13 +170,13 @@ class WorkerProcess:
         """Send a job, which unloads the models ``unload`` first."""
         assert self.connection is not None
         self.work, self.job = work, job
-        work.started = self._clock()
+        now = self._clock()
         key = work.spec.key
         self.state = WorkerState.BUSY if key in self.models else WorkerState.LOADING
         for evicted in unload:
             self._forget(evicted)
         for name, spec in work.models.items():
-            self.used[name], self.kinds[name] = work.started, spec.kind
+            self.used[name], self.kinds[name] = now, spec.kind
         patches = []
         pieces = list(work.pieces)
         for patch in work.patches:

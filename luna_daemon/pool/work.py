@@ -98,7 +98,6 @@ class Work:
     """Puts the outcome into a cache too, so that waiters must copy from it."""
     pin: bool = False
     born: float = field(default_factory=time.monotonic)
-    started: float = 0.0
     crashes: int = 0
     evicted_all: bool = False
 
