@@ -10,7 +10,6 @@ from pathlib import Path
 from .config import Settings
 from .core import (
     BadRequest,
-    InternalError,
     LunaError,
     OutOfMemory,
     PoisonRequest,
@@ -182,8 +181,10 @@ class WorkerPool:
         elif isinstance(message, m.Reply) and message.id and message.id == worker.job:
             self._finished(worker, message, payload)
             payload = None
+        elif isinstance(message, m.Failure) and not message.id:
+            worker.reason = message.message
         elif isinstance(message, m.Failure) and message.id == worker.job:
-            self._failed(worker, error_from_code(message.code, message.message, message.hint))
+            self._failed(worker, error_from_code(message.code, message.message, message.hint), message.trace)
         if payload is not None:
             payload.release()
         if not isinstance(message, m.Progress):
@@ -201,7 +202,7 @@ class WorkerPool:
             self.pinned.add(work.spec.key)
         work.finish(outcome)
 
-    def _failed(self, worker: WorkerProcess, error: LunaError) -> None:
+    def _failed(self, worker: WorkerProcess, error: LunaError, trace: str) -> None:
         work = worker.done()
         if work is None:
             return
@@ -216,14 +217,10 @@ class WorkerPool:
             self.queue.put_back(work)
         else:
             if not isinstance(error, (BadRequest, RequestCancelled)):
-                self._report_failure(worker, work, error)
+                what = f"{error.message}\n{trace}".rstrip()
+                logger.warning("worker %d: %s on %s failed: %s", worker.number, work.op, work.spec.key, what)
+                self.events.worker_failed(str(worker.key), error.code, error.message)
             work.fail(error)
-
-    def _report_failure(self, worker: WorkerProcess, work: Work, error: LunaError) -> None:
-        trace = worker.trace() if isinstance(error, InternalError) else ""
-        what = f"{error.message}\n{trace}" if trace else error.message
-        logger.warning("worker %d: %s on %s failed: %s", worker.number, work.op, work.spec.key, what)
-        self.events.worker_failed(str(worker.key), error.code, error.message)
 
     # --- workers that are lost ---
 

@@ -1,7 +1,7 @@
 """Inside a worker process: dial the daemon, load models on demand, compute one job at a time.
 
-Started as a script by its absolute path. Its settings come as one JSON line on standard input: the one-time token
-must not show in the process list.
+Started as a script by its absolute path. The settings come as one JSON line on standard input: the one-time token must
+not show in the process list.
 """
 
 if __name__ == "__main__" and not __package__:
@@ -21,6 +21,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -51,41 +52,51 @@ from . import compute
 from .devices import inner_device
 
 _STATUS_S = 1.0
+_TRACE_FRAMES = 20
 _INLINE_BYTES = 32 << 10
 """Smaller results travel in the message: reserving a slot would cost more than it saves."""
 
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """What the daemon tells a worker at its start."""
+    """The settings of a worker, which the daemon writes to its standard input."""
 
     host: str
     port: int
     token: str
     backend: str
     threads: int = 0
-    """0 is torch's own choice."""
+    """CPU threads; 0 is torch's own choice."""
     options: dict[str, Any] = field(default_factory=dict)
-    """The backend's own: ComfyUI's folder and flags."""
+    """Settings of the backend: ComfyUI's folder and flags."""
     variables: dict[str, str] = field(default_factory=dict)
     """Environment variables, such as those that mask devices; set before torch is imported."""
 
 
 class Worker:
-    """One worker's life."""
+    """A worker's connection, models and jobs.
+
+    Raises:
+        OSError: the daemon does not accept the connection.
+    """
 
     def __init__(self, config: WorkerConfig) -> None:
         self.config = config
         self.channel = Channel(socket.create_connection((config.host, config.port), timeout=10))
         self.arena: ArenaView | None = None
         self.models: dict[str, Any] = {}
-        self._told = 0.0
+        self._reported = 0.0
         self.cancelled: set[int] = set()
         self.jobs: queue.SimpleQueue[tuple[m.Job | m.Unload, memoryview] | None] = queue.SimpleQueue()
         self.grants: queue.SimpleQueue[m.Reply | m.Failure] = queue.SimpleQueue()
 
     def run(self) -> None:
-        """Greet, import the backend, then serve jobs until the daemon closes the connection."""
+        """Greet, import the backend, then serve jobs until the daemon closes the connection.
+
+        Raises:
+            DaemonConnectionError: the daemon refused this worker or is gone.
+            SystemExit: the backend cannot be started; the daemon has been told why.
+        """
         self._greet()
         backend = self._start_backend()
         reader = threading.Thread(target=self._read, name="reader", daemon=True)
@@ -97,7 +108,7 @@ class Worker:
                 self._unload(message.keys)
             else:
                 self._serve(backend, message, payload)
-            self._tell_status(message)
+            self._report_status(message)
 
     def _greet(self) -> None:
         self.channel.send(
@@ -106,42 +117,49 @@ class Worker:
         received = self.channel.receive(10)
         if received is None or not isinstance(received[0], m.Welcome):
             raise DaemonConnectionError(f"the daemon refused this worker: {received and received[0]}")
-        info = received[0].arena
-        if info is not None:
-            view = ArenaView(Path(info.folder))
-            try:
-                view.prove()
-                self.arena = view
-            except ArenaUnavailable as error:
-                logger.warning("no shared memory in this worker: %s", error)
+        self._open_arena(received[0].arena)
+
+    def _open_arena(self, info: m.ArenaInfo | None) -> None:
+        if info is None:
+            return
+        view = ArenaView(Path(info.folder))
+        try:
+            view.prove()
+            self.arena = view
+        except ArenaUnavailable as error:
+            logger.warning("no shared memory in this worker: %s", error)
 
     def _start_backend(self) -> Backend:
         os.environ.update(self.config.variables)
-        backend = make_backend(self.config.backend, self.config.options)
-        versions = backend.versions()
-        if "torch" in versions and self.config.threads:
-            import torch
+        try:
+            backend = make_backend(self.config.backend, self.config.options)
+            if "torch" in backend.versions() and self.config.threads:
+                import torch
 
-            torch.set_num_threads(self.config.threads)
+                torch.set_num_threads(self.config.threads)
+        except Exception as error:
+            logger.exception("the %s backend cannot be started", self.config.backend)
+            self._fail(0, error if isinstance(error, LunaError) else InternalError.of(error))
+            raise SystemExit(1) from error
         return backend
 
     # --- the reader thread ---
 
     def _read(self) -> None:
-        """Take messages while a job computes, so that a cancel or the daemon's end is noticed at once."""
+        """Read messages while a job computes, so that a cancel or the daemon's end is noticed at once."""
         try:
             while True:
                 received = self.channel.receive()
                 assert received is not None
-                self._sort(*received)
+                self._dispatch(*received)
         except DaemonConnectionError:
-            # The daemon is gone: nobody wants what is being computed, and nobody else would end this process.
+            # The daemon is gone: nobody waits for the result, and nobody else would end this process.
             os._exit(0)
         except LunaError as error:
-            logger.error("worker stops: %s", error)
+            logger.error("worker stops, the daemon sent a bad message: %s", error)
             os._exit(1)
 
-    def _sort(self, message: m.Message, payload: memoryview) -> None:
+    def _dispatch(self, message: m.Message, payload: memoryview) -> None:
         if isinstance(message, (m.Job, m.Unload)):
             self.jobs.put((message, payload))
         elif isinstance(message, m.Cancel):
@@ -165,10 +183,11 @@ class Worker:
         except LunaError as error:
             self._fail(job.id, error)
         except MemoryError as error:
-            self._fail(job.id, OutOfMemory(f"no memory for the call: {error or 'allocation failed'}"))
+            self._fail(job.id, OutOfMemory(f"no memory for the call: {str(error) or 'allocation failed'}"))
         except Exception as error:
             logger.exception("job %d failed", job.id)
-            self._fail(job.id, InternalError.of(error))
+            trace = "".join(traceback.format_tb(error.__traceback__, -_TRACE_FRAMES))
+            self._fail(job.id, InternalError.of(error), trace)
         finally:
             self.cancelled.discard(job.id)
             compute.release_device_cache()
@@ -182,17 +201,17 @@ class Worker:
                 model = self.models[wanted.key] = backend.load(spec)
             except ConfigError as error:  # a family or device that this backend does not know
                 raise ModelLoadError(error.message, error.hint) from error
-            self._tell_status()
+            self._report_status()
             self.channel.send(m.Progress(job, "running"))
         return model
 
     def _unload(self, keys: list[str]) -> None:
-        gone = [model for key in keys if (model := self.models.pop(key, None)) is not None]
-        if gone:
+        unloaded = [model for key in keys if (model := self.models.pop(key, None)) is not None]
+        if unloaded:
             for model in self.models.values():
                 if hasattr(model, "forget"):
-                    model.forget(gone)
-            gone.clear()
+                    model.forget(unloaded)
+            unloaded.clear()
             compute.free_memory()
 
     def _input(self, ref: m.TensorRef, payload: memoryview) -> memoryview:
@@ -237,15 +256,15 @@ class Worker:
         grant = self.grants.get()
         return grant.tensors[0] if isinstance(grant, m.Reply) else None
 
-    def _fail(self, job: int, error: LunaError) -> None:
-        self.channel.send(m.Failure(job, error.code, error.message, error.hint))
+    def _fail(self, job: int, error: LunaError, trace: str = "") -> None:
+        self.channel.send(m.Failure(job, error.code, error.message, error.hint, trace=trace))
 
-    def _tell_status(self, after: m.Message | None = None) -> None:
-        """What it holds now; after a job that changed nothing, only once in a while, since looking is slow."""
+    def _report_status(self, after: m.Message | None = None) -> None:
+        """Send which models are loaded; after a job that unloaded nothing at most once a second, since it is slow."""
         now = time.monotonic()
-        if isinstance(after, m.Job) and not after.unload and now - self._told < _STATUS_S:
+        if isinstance(after, m.Job) and not after.unload and now - self._reported < _STATUS_S:
             return
-        self._told = now
+        self._reported = now
         import psutil
 
         models = {key: int(model.nbytes) for key, model in self.models.items()}

@@ -1,4 +1,4 @@
-"""A call and a loaded model to a result: the only place where ops meet backends."""
+"""Compute a call with a loaded model: the only place where ops meet backends."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Input = tuple[m.TensorRef, memoryview]
 
 @dataclass
 class Result:
-    """Plain data, tensors as bytes, and notes for the caller."""
+    """A call's result: plain data, tensors as bytes, and notes for the caller."""
 
     value: Any = None
     tensors: list[tuple[m.TensorRef, memoryview]] = field(default_factory=list)
@@ -38,13 +38,12 @@ def run(
     patches: Sequence[m.Patch] = (),
     borrow: Callable[[m.LoadSpec], Any] = lambda spec: None,
 ) -> Result:
-    """Compute.
+    """Compute a call.
 
     Args:
-        call: what to do.
         model: loaded by a backend.
-        inputs: the call's tensors, then those of ``patches``.
-        step: told of progress; raises to cancel.
+        inputs: call tensors, RNG states, patch tensors; as descriptors and bytes.
+        step: called before each tile; raises to cancel.
         patches: the patch sets that the call names.
         borrow: loads another model, whose weights a patch set names.
 
@@ -61,18 +60,20 @@ def run(
     if isinstance(call, m.ClipTokenize):
         return Result({"tokens": model.tokenize(call.text)})
     if isinstance(call, m.ClipEncode):
-        return _clip(call, model, inputs, patches, borrow)
+        if sum(source is not None for source in (call.text, call.tokens, call.packed)) != 1:
+            raise BadRequest("give one of text, tokens and packed")
+        return _clip(call, model) if call.packed is None else _clip_packed(call, model, inputs, patches, borrow)
     raise BadRequest(f"workers do not serve {type(call).__name__}")
 
 
 def free_memory() -> None:
-    """Give unloaded weights back to the system and to the device's other users."""
+    """Return the memory of unloaded weights to the system and to the device's other users."""
     gc.collect()
     release_device_cache()
 
 
 def release_device_cache() -> None:
-    """What torch keeps for its next call on a GPU goes to the instances that share it."""
+    """Return the GPU memory that torch keeps for its next call to the processes that share the GPU."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -84,49 +85,41 @@ def _echo(call: m.Echo, model: Any, step: Step) -> Result:
 
 
 def _vae(call: m.VaeEncode | m.VaeDecode, model: Any, inputs: list[Input], step: Step) -> Result:
-    tensor, *states = _tensors(inputs, 1 + len(call.generators))
     import torch
 
+    needed = 1 + len(call.generators)
+    if len(inputs) != needed:
+        raise BadRequest(f"{needed} tensor(s) are needed, {len(inputs)} came")
+    (tensor,), states, _ = _split(inputs, len(call.generators))
     if not tensor.is_floating_point():
         raise BadRequest(f"a VAE takes float tensors, not {inputs[0][0].dtype}", "Convert to float32")
-    more: dict[str, Any] = {"raw": True} if call.raw else {}
-    if isinstance(call, m.VaeDecode) and call.options:
-        more["options"] = call.options
-    if call.attributes:
-        more["attributes"] = unpack(call.attributes, [])
-    if more and not hasattr(model, "_backend"):
-        raise BadRequest(f"{' and '.join(more)} need the comfy backend", "Leave them out, or set comfyui_path")
-    work = model.encode if isinstance(call, m.VaeEncode) else model.decode
+    options = _vae_options(call, model)
+    run_model = model.encode if isinstance(call, m.VaeEncode) else model.decode
     with torch.inference_mode(), drawing(call.generators, states) as drawn:
-        out, notes = work(tensor, call.tiling, step, **more)
-    return _told(drawn, call.generators, Result(None, [_out(out)], notes))
+        out, notes = run_model(tensor, call.tiling, step, **options)
+    return _with_states(drawn, call.generators, Result(None, [_out(out)], notes))
 
 
-def _told(drawn: Drawn, given: Sequence[str], result: Result) -> Result:
-    """Say which random generators the call drew from, with the new states of those that came with it."""
-    if drawn.names:
-        result.value = {**(result.value or {}), "drew": drawn.names}
-        result.tensors += [_out(state) for name, state in zip(drawn.names, drawn.states) if name in given]
-    return result
+def _vae_options(call: m.VaeEncode | m.VaeDecode, model: Any) -> dict[str, Any]:
+    """Return the arguments that only the comfy backend's VAE takes."""
+    options: dict[str, Any] = {"raw": True} if call.raw else {}
+    if isinstance(call, m.VaeDecode) and call.options:
+        options["options"] = call.options
+    if call.attributes:
+        options["attributes"] = unpack(call.attributes, [])
+    if options and not hasattr(model, "_backend"):
+        raise BadRequest(f"{' and '.join(options)} need the comfy backend", "Leave them out, or set comfyui_path")
+    return options
 
 
-def _clip(
-    call: m.ClipEncode,
-    model: Any,
-    inputs: list[Input],
-    patches: Sequence[m.Patch],
-    borrow: Callable[[m.LoadSpec], Any],
-) -> Result:
+def _clip(call: m.ClipEncode, model: Any) -> Result:
+    """Encode text, or tokens of the plain form."""
     import torch
 
-    if sum(given is not None for given in (call.text, call.tokens, call.packed)) != 1:
-        raise BadRequest("give one of text, tokens and packed")
-    if call.packed is not None:
-        return _clip_packed(call, model, inputs, patches, borrow)
     tokens = call.tokens if call.tokens is not None else model.tokenize(call.text)
     with torch.inference_mode():
-        found = model.encode(tokens, call.layer, call.unprojected)
-    return Result({"names": list(found)}, [_out(tensor) for tensor in found.values()])
+        outputs = model.encode(tokens, call.layer, call.unprojected)
+    return Result({"names": list(outputs)}, [_out(tensor) for tensor in outputs.values()])
 
 
 def _clip_packed(
@@ -136,34 +129,50 @@ def _clip_packed(
     patches: Sequence[m.Patch],
     borrow: Callable[[m.LoadSpec], Any],
 ) -> Result:
-    """ComfyUI's own tokens, with embeddings, patches and hooks."""
+    """Encode ComfyUI's own tokens, with embeddings, patches and hooks."""
     import torch
 
     if not hasattr(model, "encode_packed"):
         raise BadRequest("packed tokens need the comfy backend", "Give text or tokens, or set comfyui_path")
-    tensors = _tensors(inputs, len(inputs))
-    # Those of patches follow the call's own, whose last are the generators'.
-    own = min((patch.start for patch in patches), default=len(tensors))
-    states = tensors[max(0, own - len(call.generators)) : own]
+    tensors, states, patch_tensors = _split(inputs, len(call.generators), patches)
     sets = {patch.name: patch for patch in patches}
 
     def patch_of(name: str) -> tuple[Any, list[Any]]:
-        patch = sets[name]
         with torch.inference_mode(False):  # loaded as any other model
-            lenders = [borrow(spec) for spec in patch.models]
-        return unpack(patch.packed, tensors[patch.start : patch.start + patch.count]), lenders
+            lenders = [borrow(spec) for spec in sets[name].models]
+        return unpack(sets[name].packed, patch_tensors[name]), lenders
 
     out: list[torch.Tensor] = []
     with torch.inference_mode(), drawing(call.generators, states) as drawn:
-        found = model.encode_packed(call, unpack(call.packed, tensors), patch_of)
-        packed = pack(found, out)
-    return _told(drawn, call.generators, Result({"packed": packed}, [_out(tensor) for tensor in out]))
+        packed = pack(model.encode_packed(call, unpack(call.packed, tensors), patch_of), out)
+    return _with_states(drawn, call.generators, Result({"packed": packed}, [_out(tensor) for tensor in out]))
 
 
-def _tensors(inputs: list[Input], count: int) -> list[torch.Tensor]:
-    if len(inputs) != count:
-        raise BadRequest(f"{count} tensor(s) are needed, {len(inputs)} came")
-    return [tensor_from(ref, data) for ref, data in inputs]
+def _split(
+    inputs: list[Input], generators: int, patches: Sequence[m.Patch] = ()
+) -> tuple[list[torch.Tensor], list[torch.Tensor], dict[str, list[torch.Tensor]]]:
+    """Take a job's inputs apart. Inputs are: call tensors, RNG states, patch tensors.
+
+    Args:
+        generators: number of RNG states.
+        patches: say where the tensors of each patch set lie.
+
+    Returns:
+        The call's tensors, the RNG states, and by patch set its tensors.
+    """
+    tensors = [tensor_from(ref, data) for ref, data in inputs]
+    states_end = min((patch.start for patch in patches), default=len(tensors))
+    states_start = max(0, states_end - generators)
+    patch_tensors = {patch.name: tensors[patch.start : patch.start + patch.count] for patch in patches}
+    return tensors[:states_start], tensors[states_start:states_end], patch_tensors
+
+
+def _with_states(drawn: Drawn, sent: Sequence[str], result: Result) -> Result:
+    """Add which random generators the call drew from, and the new states of those whose state was sent."""
+    if drawn.names:
+        result.value = {**(result.value or {}), "drew": drawn.names}
+        result.tensors += [_out(state) for name, state in zip(drawn.names, drawn.states) if name in sent]
+    return result
 
 
 def _out(tensor: torch.Tensor) -> tuple[m.TensorRef, memoryview]:

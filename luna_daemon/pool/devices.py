@@ -1,6 +1,6 @@
-"""Device masks: a worker sees the one GPU it is for, whatever order its libraries would count in.
+"""Device masks: environment variables that leave a worker only its own GPU, however its libraries count GPUs.
 
-Set in the worker's environment before torch is imported; inside, the device is then number 0.
+Set before torch is imported; inside the worker the device is then number 0.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _MASKS = {
 
 
 def device_mask(device: str, environ: Mapping[str, str]) -> dict[str, str]:
-    """Variables that leave only ``device`` visible; empty for devices that need no mask.
+    """Return variables that leave only ``device`` visible; empty for devices that need no mask.
 
     A number counts among the devices that the daemon itself may see.
 
@@ -39,7 +39,7 @@ def device_mask(device: str, environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def inner_device(device: str) -> str:
-    """What a masked worker calls its device."""
+    """Return the name of ``device`` inside a worker that sees no other."""
     if device.startswith("GPU-"):
         return "cuda:0"
     kind, _, number = device.partition(":")

@@ -1,7 +1,7 @@
-"""What has happened: figures that only grow, the last events, and whoever wants to hear of the next.
+"""Events and statistics: counters that only grow, the last events, and listeners for the next.
 
-Kept in the control process by one ``Events``; the pool and the service tell it, ``info``, the metrics and the page ask
-it. What lies here may be shown to anybody who reaches the status page: no prompt, no tensor, no folder.
+The control process has one ``Events``; the pool and the service report to it, ``info``, the metrics and the page read
+it. All of it may be shown to anybody who reaches the status page: no prompt, no tensor, no folder.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from ..core import logger
 BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 """Upper bounds of a histogram's buckets, seconds: a cached prompt takes less than the first, a cold model the last."""
 _WINDOW_S, _WINDOW_SIZE = 300.0, 512
-"""Latencies are told of at most so many answers of the last minutes."""
+"""Latencies are computed of at most so many answers of the last minutes."""
 _THROUGHPUT_S = 10
 _TICKS, _DIGEST = 10, 200
 _WORK = {"vae.encode", "vae.decode", "clip.tokenize", "clip.encode", "lora.get", "lora.load", "echo"}
-"""What instances ask for pictures. A tray that looks once a second is no throughput."""
+"""Ops that count as throughput: those that instances need for pictures, not a tray that looks once a second."""
 _MOST_MODELS = 100
-"""Models with figures of their own; the rest is counted together, since a label's values must not grow for ever."""
+"""Models with statistics of their own; the rest is counted together, since labels must not grow for ever."""
 _MOST_TEXT = 300
 _SHOWN = {
     "model_not_found", "model_mismatch", "model_load", "out_of_memory", "worker_crashed", "poison", "busy", "deadline",
     "shutting_down",
 }  # fmt: skip
-"""Errors whose message is about the daemon. That of any other may quote what a caller sent, so only its code is."""
+"""Errors whose message is about the daemon. Other messages may quote what a caller sent: only their code is shown."""
 
 Listener = Callable[[str, dict[str, Any]], None]
 
@@ -45,16 +45,17 @@ class Histogram:
         self.total = 0.0
 
     def add(self, seconds: float) -> None:
+        """Count one value."""
         self.counts[bisect_left(BOUNDS, seconds)] += 1
         self.total += seconds
 
     def buckets(self) -> list[tuple[str, int]]:
-        """Upper bound and how many were not above it, as Prometheus has them."""
+        """Return each upper bound with the number of values up to it, as Prometheus expects."""
         return list(zip([*map(str, BOUNDS), "+Inf"], accumulate(self.counts)))
 
 
 class Events:
-    """Told of every request that ends, every worker and model that comes or goes, every error.
+    """A record of requests that end, of workers and models that come or go, and of errors.
 
     Args:
         clock: monotonic seconds.
@@ -66,7 +67,7 @@ class Events:
         self.scalings: Counter[str] = Counter()
         """Events of workers and models by name."""
         self.recent: deque[dict[str, Any]] = deque(maxlen=50)
-        """The last of these, oldest first."""
+        """The last events of workers and models, oldest first."""
         self.crashes: Counter[str] = Counter()
         """Workers that died, by key: backend and device."""
         self.restarts: Counter[str] = Counter()
@@ -74,7 +75,7 @@ class Events:
         self.last_errors: dict[str, tuple[str, float]] = {}
         """By key the last error of a worker, and when (seconds since 1970)."""
         self._clock = clock
-        self._fallen: Counter[str] = Counter()
+        self._crashed: Counter[str] = Counter()
         self._ended: list[tuple[float, str, str, float, str]] = []
         self._results: Counter[tuple[str, str]] = Counter()
         self._latencies: dict[tuple[str, str], Histogram] = {}
@@ -90,28 +91,29 @@ class Events:
         self._listeners.append(listener)
 
     def unlisten(self, listener: Listener) -> None:
+        """Stop calling ``listener``."""
         self._listeners.remove(listener)
 
-    def _tell(self, kind: str, data: dict[str, Any]) -> None:
+    def _notify(self, kind: str, data: dict[str, Any]) -> None:
         for listener in self._listeners:
             listener(kind, data)
 
     # --- what happens ---
 
     def request(self, op: str, model: str, seconds: float, result: str = "ok") -> None:
-        """A request has ended: answered (``ok``), failed (its code) or given up by its caller (``cancelled``)."""
+        """Record a request that was answered (``ok``), failed (its code) or was given up (``cancelled``)."""
         self._ended.append((self._clock(), op, model, seconds, result))
         if len(self._ended) >= _DIGEST:
             self._digest()
         if self._listeners:
-            facts = {"op": op, "model": model, "seconds": round(seconds, 6), "result": result, "at": time.time()}
-            self._tell("request", facts)
+            data = {"op": op, "model": model, "seconds": round(seconds, 6), "result": result, "at": time.time()}
+            self._notify("request", data)
 
     def _digest(self) -> None:
         """Count the requests that have ended since the last time.
 
-        Many at a time, in a loop that stays in the processor's caches: one by one it costs four times as much, which is
-        a tenth of a small call.
+        Many at a time, in a loop that stays in the processor's caches: one by one costs four times as much, which is a
+        tenth of a small call.
         """
         ended, self._ended = self._ended, []
         for now, op, model, seconds, result in ended:
@@ -137,43 +139,43 @@ class Events:
         return model
 
     def failed(self, code: str, message: str, op: str = "", model: str = "") -> None:
-        """A request was answered with an error."""
+        """Notify listeners of a request that was answered with an error."""
         shown = without_folders(message) if code in _SHOWN else ""
-        self._tell("error", {"code": code, "message": shown, "worker": None, "op": op, "model": model})
+        self._notify("error", {"code": code, "message": shown, "worker": None, "op": op, "model": model})
 
-    def scaling(self, event: str, worker: int, key: str, **facts: Any) -> None:
-        """A worker or model came or went.
+    def scaling(self, event: str, worker: int, key: str, **attributes: Any) -> None:
+        """Record that a worker or model came or went.
 
         Args:
             event: ``worker_started``, ``worker_ready``, ``worker_stopped``, ``worker_crashed``, ``model_loaded``,
                 ``model_unloaded`` or ``model_evicted``.
         """
         self.scalings[event] += 1
-        data = {"event": event, "worker": worker, "key": key, **facts, "at": time.time()}
+        data = {"event": event, "worker": worker, "key": key, **attributes, "at": time.time()}
         self.recent.append(data)
-        if event == "worker_started" and self._fallen[key]:
-            self._fallen[key] -= 1
+        if event == "worker_started" and self._crashed[key]:
+            self._crashed[key] -= 1
             self.restarts[key] += 1
         if event.startswith("model_") or event == "worker_stopped":
-            logger.info("worker %d: %s", worker, " ".join(str(part) for part in (event, *facts.values())))
-        self._tell("scaling", data)
+            logger.info("worker %d: %s", worker, " ".join(str(part) for part in (event, *attributes.values())))
+        self._notify("scaling", data)
 
     def worker_failed(self, key: str, code: str, message: str) -> None:
-        """A worker could not do a job."""
+        """Record an error of a worker that goes on."""
         shown = without_folders(message) if code in _SHOWN else f"{code}: see the daemon's log"
         self.last_errors[key] = (shown, time.time())
 
     def worker_crashed(self, worker: int, key: str, why: str) -> None:
-        """A worker died that was not meant to."""
+        """Record a worker that ended without having been stopped."""
         shown = without_folders(why)
         self.crashes[key] += 1
-        self._fallen[key] += 1
+        self._crashed[key] += 1
         self.last_errors[key] = (shown, time.time())
         self.scaling("worker_crashed", worker, key, why=shown)
         data = {"code": "worker_crashed", "message": shown, "worker": worker, "op": "", "model": ""}
-        self._tell("error", data)
+        self._notify("error", data)
 
-    # --- what it comes to ---
+    # --- statistics ---
 
     @property
     def results(self) -> Counter[tuple[str, str]]:
@@ -183,12 +185,12 @@ class Events:
 
     @property
     def latencies(self) -> dict[tuple[str, str], Histogram]:
-        """Seconds from receipt to answer, by op and model, of requests that went well."""
+        """Seconds from receipt to answer of requests that succeeded, by op and model."""
         self._digest()
         return self._latencies
 
     def latency(self) -> dict[str, dict[str, float]]:
-        """Per op the ``count``, median, 95th percentile and mean (ms) of its answers of the last minutes."""
+        """Return by op the ``count``, median, 95th percentile and mean (ms) of the answers of the last minutes."""
         self._digest()
         since = self._clock() - _WINDOW_S
         recent = {op: sorted(s for at, s in kept if at >= since) for op, kept in self._windows.items()}
@@ -196,13 +198,13 @@ class Events:
 
     @property
     def throughput_per_s(self) -> float:
-        """Requests for work that ended in the last ten seconds, per second; those who only look do not count."""
+        """Requests of the last ten seconds that ended, per second; only ops in ``_WORK`` count."""
         self._digest()
         return self._ticks.total() / _THROUGHPUT_S
 
 
 def _summary(seconds: list[float]) -> dict[str, float]:
-    """Of a sorted list."""
+    """Summarise sorted seconds."""
     last = len(seconds) - 1
     return {
         "count": len(seconds),
@@ -213,13 +215,13 @@ def _summary(seconds: list[float]) -> dict[str, float]:
 
 
 def model_name(key: str) -> str:
-    """What people call a model: its first file without folder and ending, out of ``vae:NAME:DIGEST``."""
+    """Return the name in a model's key ``vae:NAME:DIGEST``: the first file's, without folder and ending."""
     parts = key.split(":")
     return ":".join(parts[1:-1]) if len(parts) > 2 else key
 
 
 def base_name(text: str) -> str:
-    """An absolute path's last part; any other text as it is."""
+    """Return an absolute path's last part, and any other text as it is."""
     for flavour in (PurePosixPath, PureWindowsPath):
         if (path := flavour(text)).is_absolute():
             return path.name
@@ -227,7 +229,7 @@ def base_name(text: str) -> str:
 
 
 def without_folders(text: str) -> str:
-    """A message in which each path is reduced to its last part, cut to a length that fits a line or two."""
+    """Return a message with each path reduced to its last part, cut to 300 characters."""
     quoted = re.sub(r"(['\"])[^'\"]*[\\/]([^'\"\\/]*)\1", r"\1\2\1", text)
     bare = re.sub(r"[^\s'\",;()]*[\\/]([^\s'\",;()\\/]*)", r"\1", quoted)
     return bare if len(bare) <= _MOST_TEXT else bare[: _MOST_TEXT - 3] + "..."

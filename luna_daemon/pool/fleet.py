@@ -152,21 +152,21 @@ class Fleet:
         """Take a worker out of service, kill its process and report a crash if nobody had stopped it.
 
         Returns:
-            Why the worker ended: the last line of its log, else ``why``.
+            Why the worker ended: its last words, else ``why``.
         """
         self.workers.remove(worker)
         self._by_token.pop(worker.token, None)
         self._exiting.append(worker)
-        stopped, last_line = worker.state is WorkerState.STOPPING, worker.tail()
+        stopped, last_words = worker.state is WorkerState.STOPPING, worker.last_words()
         worker.abandon()
         self.reap()
         if stopped:
             self._report("worker_stopped", worker, workers=len(self.workers))
         else:
-            words = (worker.number, worker.pid, why, last_line or "none")
-            logger.error("worker %d (pid %d) died: %s; last words: %s", *words)
-            self._events.worker_crashed(worker.number, str(worker.key), last_line or why)
-        return last_line or why
+            attributes = (worker.number, worker.pid, why, last_words or "none")
+            logger.error("worker %d (pid %d) died: %s; last words: %s", *attributes)
+            self._events.worker_crashed(worker.number, str(worker.key), last_words or why)
+        return last_words or why
 
     def reap(self) -> None:
         """Release the shared memory that exited workers held: until its exit a process may write there."""

@@ -1,7 +1,7 @@
-"""No worker outlives its daemon, whatever ends the daemon.
+"""End workers with their daemon, whatever ends the daemon.
 
-Everywhere a worker ends by itself when its connection closes, which the system does for a process that is gone. On
-Windows a job object ends it besides, even while it hangs in a driver. Written for Windows and not run there yet.
+On every system a worker exits when its connection closes, which the system does for a process that has ended. On
+Windows a job object ends the worker too, even one that hangs in a driver. Written for Windows and not run there yet.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _KILL_ON_CLOSE = 0x2000
 _EXTENDED_LIMITS = 9
 
 _job: Any = None
-"""The job's handle. It is never closed: the system does so when this process is gone, and ends who is in it."""
+"""The job's handle, never closed here: the system closes it when this process ends, and ends the job's processes."""
 
 
 class _Basic(ctypes.Structure):
@@ -42,7 +42,7 @@ class _Extended(ctypes.Structure):
 
 
 def hold(process: subprocess.Popen[bytes]) -> None:
-    """Have the system end ``process`` with this one, where it can."""
+    """Have Windows end ``process`` with this one; does nothing elsewhere."""
     if sys.platform != "win32":
         return
     try:

@@ -16,7 +16,7 @@ from ..wire.frame import encode_call
 from .spawning import Process, Spawn, spawn
 from .work import Outcome, Piece, Work
 
-_TAIL_BYTES, _TRACE_BYTES = 4096, 32 << 10
+_TAIL_BYTES = 4096
 _SILENT_S = 60.0
 """A worker whose reader thread has not answered for so long is stuck; one that is stopped for seconds is not."""
 
@@ -65,6 +65,8 @@ class WorkerProcess:
         self.heard = self.born
         self.started_s = 0.0
         """Seconds from the start of the process until the worker was ready."""
+        self.reason = ""
+        """Why the backend could not be started, as the worker reported."""
         self.pid = 0
         self.served = 0
         self.rss = 0
@@ -77,7 +79,6 @@ class WorkerProcess:
         self.versions: dict[str, str] = {}
         self.comfy: m.ComfyId | None = None
         """The ComfyUI that the worker runs, if any."""
-        self.devices: list[str] = []
         self.sees_arena = False
         self.work: Work | None = None
         self.job = 0
@@ -100,7 +101,7 @@ class WorkerProcess:
 
     def on_ready(self, message: m.WorkerReady) -> None:
         """Record that the worker has imported its backend and takes jobs."""
-        self.versions, self.devices, self.sees_arena = message.versions, message.devices, message.arena
+        self.versions, self.sees_arena = message.versions, message.arena
         if self.device == "auto" and message.devices:
             self.device = message.devices[0]
         self.state = WorkerState.IDLE
@@ -152,22 +153,14 @@ class WorkerProcess:
         if self.connection is not None:
             self.connection.close()
 
-    def tail(self) -> str:
-        """Return the last line of the log: what a process that crashed had to say."""
-        lines = self._printed(_TAIL_BYTES).splitlines()
-        return lines[-1].strip() if lines else ""
-
-    def trace(self) -> str:
-        """The traceback that it printed last, without its heading; empty if there is none."""
-        _, heading, trace = self._printed(_TRACE_BYTES).rpartition("Traceback (most recent call last):\n")
-        return trace if heading else ""
-
-    def _printed(self, nbytes: int) -> str:
-        """Return the last ``nbytes`` of the log."""
+    def last_words(self) -> str:
+        """Return why the process ended: the reason that the worker sent, else the last line of its log."""
+        if self.reason:
+            return self.reason
         try:
             with self.log.open("rb") as log:
-                log.seek(max(0, self.log.stat().st_size - nbytes))
-                return log.read().decode(errors="replace").rstrip()
+                log.seek(max(0, self.log.stat().st_size - _TAIL_BYTES))
+                return log.read().decode(errors="replace").rstrip().rpartition("\n")[2].strip()
         except OSError:
             return ""
 
@@ -177,13 +170,13 @@ class WorkerProcess:
         """Send a job, which unloads the models ``unload`` first."""
         assert self.connection is not None
         self.work, self.job = work, job
-        work.started = self._clock()
+        now = self._clock()
         key = work.spec.key
         self.state = WorkerState.BUSY if key in self.models else WorkerState.LOADING
         for evicted in unload:
             self._forget(evicted)
         for name, spec in work.models.items():
-            self.used[name], self.kinds[name] = work.started, spec.kind
+            self.used[name], self.kinds[name] = now, spec.kind
         patches = []
         pieces = list(work.pieces)
         for patch in work.patches:

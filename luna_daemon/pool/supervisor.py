@@ -1,4 +1,4 @@
-"""Restarts: how soon a worker that failed may be started again, and what is told to callers meanwhile."""
+"""Back-off: how soon a worker whose start failed may be started again, and what callers are answered meanwhile."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Backoff:
         self._until = 0.0
 
     def failed(self, why: str) -> None:
-        """A start failed."""
+        """Record a failed start, and why; doubles the delay."""
         delay = min(self.most_s, self.first_s * 2 ** min(self.failures, 30))
         self.failures += 1
         self.why = why
         self._until = self._clock() + delay
 
     def succeeded(self) -> None:
-        """A worker became ready."""
+        """Record that a worker became ready; the next failure waits the first delay again."""
         self.failures = 0
         self.why = ""
         self._until = 0.0
@@ -38,7 +38,7 @@ class Backoff:
         return max(0.0, self._until - self._clock())
 
     def error(self) -> WorkerCrashed:
-        """What callers get while no start is allowed."""
+        """Return the error that callers get while no start is allowed."""
         return WorkerCrashed(
             f"no worker can be started ({self.failures} tries failed): {self.why}",
             f"The next try is in {self.wait_s:.1f} s",

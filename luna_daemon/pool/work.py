@@ -1,4 +1,4 @@
-"""A unit of work on its way through the pool: a call with its model, its inputs, and who waits for it."""
+"""A unit of work on its way through the pool: a call with its model, its inputs and its waiters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Piece:
 
 
 def release(pieces: Iterable[Piece]) -> None:
-    """Give back one use of the memory behind each."""
+    """Give back one use of the memory behind each piece."""
     for piece in pieces:
         piece.slot.release()
 
@@ -36,18 +36,19 @@ class PatchSet:
     packed: Any
     pieces: list[Piece]
     models: list[LoadSpec] = field(default_factory=list)
-    """Whose weights it names."""
+    """Models whose weights ``packed`` names."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a worker answered. Whoever holds it holds one use of each piece's slot."""
+    """A worker's answer; its owner has one use of each piece's slot."""
 
     result: Any
     pieces: list[Piece]
     notes: list[str]
 
     def release(self) -> None:
+        """Give back the outcome's use of each slot."""
         release(self.pieces)
 
 
@@ -55,20 +56,28 @@ class Waiter(Protocol):
     """One request of one client."""
 
     client: int
-    """Number of its session: fairness counts by it."""
+    """Number of the client's session; fairness counts by client."""
 
-    def progress(self, stage: str, step: int, total: int) -> None: ...
-
-    def finish(self, outcome: Outcome, shared: bool) -> None:
-        """Answer; the outcome's slots stay the caller's unless not ``shared``."""
+    def progress(self, stage: str, step: int, total: int) -> None:
+        """Send a sign of life; see ``messages.Progress``."""
         ...
 
-    def fail(self, error: LunaError) -> None: ...
+    def finish(self, outcome: Outcome, shared: bool) -> None:
+        """Answer with a result.
+
+        Args:
+            shared: others use the outcome too, so its slots are copied; else the waiter takes them over.
+        """
+        ...
+
+    def fail(self, error: LunaError) -> None:
+        """Answer with an error."""
+        ...
 
 
 @dataclass(eq=False)
 class Work:
-    """One computation; several waiters if clients asked for the same."""
+    """One computation; has several waiters if clients asked for the same."""
 
     op: str
     call: msgspec.Raw
@@ -80,47 +89,48 @@ class Work:
     patches: list[PatchSet] = field(default_factory=list)
     """Patch sets that the call names."""
     reserve: Callable[[], Slot | None] = lambda: None
-    """A slot for the result, if its size can be foretold."""
+    """Returns a slot for the result, if the size is known from the last time."""
     measured: Callable[[int], None] = lambda nbytes: None
-    """Told the bytes of a result that is one tensor."""
+    """Called with the bytes of a result that is one tensor."""
     load_bytes: int = 0
-    """Bytes of the model's files: how much room loading it takes, about."""
+    """Bytes of the model's files: about the memory that loading takes."""
     keep: Callable[[Outcome], None] | None = None
-    """Puts the outcome into a cache too, so waiters get it to copy."""
+    """Puts the outcome into a cache too, so that waiters must copy from it."""
     pin: bool = False
     born: float = field(default_factory=time.monotonic)
-    started: float = 0.0
     crashes: int = 0
     evicted_all: bool = False
 
     @property
     def models(self) -> dict[str, LoadSpec]:
-        """By key what a worker needs: the work's own model, and those whose weights its patches name."""
+        """The models that a worker needs, by key: the work's own, and those whose weights its patches name."""
         lenders = {spec.key: spec for patch in self.patches for spec in patch.models}
         return {self.spec.key: self.spec, **lenders}
 
     @property
     def client(self) -> int:
-        """The session that asked first."""
+        """Number of the session that asked first; 0 if all have left."""
         return self.waiters[0].client if self.waiters else 0
 
     def widen(self, priority: int, deadline: float | None) -> None:
-        """Another waiter joins: the more urgent of both counts, and the later deadline."""
+        """Take over the more urgent priority and the later deadline, for another waiter that joins."""
         self.priority = min(self.priority, priority)
         self.deadline = None if self.deadline is None or deadline is None else max(self.deadline, deadline)
 
     def progress(self, stage: str, step: int = 0, total: int = 0) -> None:
+        """Send a sign of life to every waiter."""
         for waiter in self.waiters:
             waiter.progress(stage, step, total)
 
     def release_inputs(self) -> None:
+        """Give back the memory of the inputs and patch sets."""
         release(self.pieces)
         for patch in self.patches:
             release(patch.pieces)
         self.pieces, self.patches = [], []
 
     def finish(self, outcome: Outcome) -> None:
-        """Answer everybody; takes over the outcome's slots."""
+        """Answer every waiter with a result; takes over the outcome's slots."""
         self.release_inputs()
         waiters, self.waiters = self.waiters, []
         shared = self.keep is not None or len(waiters) > 1
@@ -132,6 +142,7 @@ class Work:
             outcome.release()
 
     def fail(self, error: LunaError) -> None:
+        """Answer every waiter with an error."""
         self.release_inputs()
         waiters, self.waiters = self.waiters, []
         for waiter in waiters:

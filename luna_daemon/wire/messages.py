@@ -426,6 +426,8 @@ class Failure(msgspec.Struct, tag="failure", frozen=True):
     message: str
     hint: str = ""
     retry_after_s: float = 0.0
+    trace: str = ""
+    """The stack of a bug in a worker, for the daemon's log; empty for clients."""
 
 
 class Progress(msgspec.Struct, tag="progress", frozen=True):

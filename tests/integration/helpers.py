@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from luna_daemon.client import DaemonClient
-from luna_daemon.core import PROTOCOL_VERSION
+from luna_daemon.core import PROTOCOL_VERSION, RequestCancelled
 from luna_daemon.system.runtime import find_token
 from luna_daemon.wire import messages as m
 from luna_daemon.wire.arena import process_space
@@ -133,6 +133,19 @@ def assert_unharmed(client: DaemonClient, twin: DaemonClient) -> None:
             return
         seen += [f"p{rank + 1} {mine[rank] * 1e3:.2f} ms beside {other[rank] * 1e3:.2f} ms" for rank in (49, 98)]
     raise AssertionError(f"a ping, here and to an idle daemon: {', '.join(seen)}")
+
+
+@contextmanager
+def occupied(daemon: Any) -> Iterator[Background]:
+    """One worker computes until the block ends; the call that keeps it busy is then cancelled."""
+    leave = threading.Event()
+    call = Background(lambda: daemon.client().call(m.Echo(0, 60.0), is_cancelled=leave.is_set))
+    daemon.wait_for(is_busy)
+    try:
+        yield call
+    finally:
+        leave.set()
+        assert isinstance(call.wait().error, RequestCancelled)
 
 
 def busy_pid(daemon: Any, not_: tuple[int, ...] = ()) -> int:

@@ -17,7 +17,7 @@ from luna_daemon.backends.local import LocalVAE
 from luna_daemon.core import DaemonConnectionError, ModelLoadError, PoisonRequest, ShuttingDown, WorkerCrashed
 from luna_daemon.proxy import DaemonVAE
 from luna_daemon.wire import messages as m
-from tests.integration.helpers import DEMO_TOML, DEMO_VAE, Background, busy_pid, is_busy
+from tests.integration.helpers import DEMO_TOML, DEMO_VAE, Background, busy_pid, occupied
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 
@@ -53,23 +53,22 @@ def test_a_client_is_killed(start_daemon):
     client.stdout.close()
     client.wait()
     assert [worker["pid"] for worker in info["workers"]] == [pid] and info["crashes"] == 0
-    daemon.client().call(m.Echo(), deadline_s=2)
+    daemon.client().call(m.Echo(), deadline_s=20)
 
 
 def test_a_client_that_is_killed_while_it_waits(start_daemon):
     """A request that only waited is dropped: nobody computes it later."""
     daemon = start_daemon(max_vae_workers=1)
-    first = Background(lambda: daemon.client().call(m.Echo(0, 1.0)))
-    daemon.wait_for(is_busy)
-    client = subprocess.Popen(
-        [sys.executable, "-c", CLIENT, str(daemon.port), str(daemon.runtime_dir)], stdout=subprocess.DEVNULL
-    )
-    daemon.wait_for(lambda info: info["queue"]["waiting"] == 1)
-    client.kill()
-    client.wait()
-    daemon.wait_for(lambda info: info["queue"]["waiting"] == 0, 5)
-    first.value()
-    assert daemon.info()["in_flight"] == 0
+    with occupied(daemon) as first:
+        client = subprocess.Popen(
+            [sys.executable, "-c", CLIENT, str(daemon.port), str(daemon.runtime_dir)], stdout=subprocess.DEVNULL
+        )
+        daemon.wait_for(lambda info: info["queue"]["waiting"] == 1)
+        client.kill()
+        client.wait()
+        daemon.wait_for(lambda info: info["queue"]["waiting"] == 0)
+        assert not first.ended
+    daemon.wait_for(lambda info: info["in_flight"] == 0)
 
 
 def test_a_worker_is_killed(start_daemon):
@@ -134,13 +133,12 @@ def test_a_worker_that_cannot_start(start_daemon, tmp_path, monkeypatch):
     daemon = start_daemon(model_dirs=tmp_path)
     client = daemon.client()
     model = m.ModelRef("vae", files=(m.FileId("empty.safetensors"),))
-    end, errors = time.monotonic() + 0.8, 0
-    while time.monotonic() < end or not errors:
+    asked = 30
+    for _ in range(asked):
         with pytest.raises(WorkerCrashed, match=r"no worker can be started.*libcudart is missing") as caught:
             client.warm(model)
         assert "next try is in" in caught.value.hint
-        errors += 1
-    assert errors > 20 and log_count(daemon) <= 2
+    assert log_count(daemon) <= asked / 6, "a start that failed is not tried again for every caller"
     client.call(m.Echo())
     for path in [fake / "__init__.py", *fake.glob("__pycache__/*")]:
         path.unlink()
@@ -163,7 +161,8 @@ def test_the_daemon_is_killed_and_started_again(start_daemon):
     daemon = start_daemon()
     idle, client = daemon.client(), daemon.client()
     kept = idle.call(m.Echo(4 << 20)).tensors[0].fill_(5)
-    call = Background(lambda: client.call(m.Echo(0, 30.0)))
+    seconds = 30.0
+    call = Background(lambda: client.call(m.Echo(0, seconds)))
     busy_pid(daemon)
     workers = daemon.workers()
     arena = daemon.arena_dir / f"luna-daemon-{daemon.port}"
@@ -172,7 +171,8 @@ def test_the_daemon_is_killed_and_started_again(start_daemon):
     daemon.process.kill()
     killed = time.monotonic()
     call.wait()
-    assert isinstance(call.error, DaemonConnectionError) and call.error.local_ok and call.ended - killed < 2
+    assert isinstance(call.error, DaemonConnectionError) and call.error.local_ok
+    assert call.ended - killed < seconds / 6, "callers learn it at once, not when the answer would have come"
     _, alive = psutil.wait_procs(workers, timeout=5)
     assert not alive, "workers outlived the daemon"
     with pytest.raises(DaemonConnectionError):
@@ -226,7 +226,7 @@ def test_stop_while_requests_run(start_daemon):
     waiting = Background(lambda: daemon.client().call(m.Echo(0, 1.0)))
     daemon.wait_for(lambda info: info["queue"]["waiting"] == 1)
     daemon.process.send_signal(signal.SIGTERM)
-    assert isinstance(waiting.wait(1.0).error, ShuttingDown)
+    assert isinstance(waiting.wait().error, ShuttingDown)
     with pytest.raises(ShuttingDown) as caught:
         late.call(m.Echo())
     assert caught.value.local_ok
@@ -234,6 +234,7 @@ def test_stop_while_requests_run(start_daemon):
         daemon.client().ping()
     for call in running:
         assert call.value().tensors[0].numel() == 2 << 20
+        assert waiting.ended < call.ended
     assert daemon.process.wait(20) == 0
     daemon.stop()
 
@@ -255,9 +256,13 @@ def test_a_worker_dies_while_the_daemon_stops(start_daemon):
     """No other worker can be started then: the caller is told at once that its local model may step in."""
     daemon = start_daemon()
     call = Background(lambda: daemon.client().call(m.Echo(1 << 20, 20.0)))
-    pid = busy_pid(daemon)
+    pid, watcher = busy_pid(daemon), daemon.client()
+    watcher.ping()
     daemon.process.send_signal(signal.SIGTERM)
-    time.sleep(0.1)
+    end = time.monotonic() + 20
+    while watcher.get_daemon_info()["status"] != "draining":  # a new client would not be let in
+        assert time.monotonic() < end
+        time.sleep(0.01)
     os.kill(pid, signal.SIGKILL)
     call.wait(10)
     assert isinstance(call.error, ShuttingDown) and call.error.local_ok and "worker died" in call.error.message
@@ -272,7 +277,7 @@ def test_a_worker_stands_still(start_daemon):
     pid = busy_pid(daemon)
     os.kill(pid, signal.SIGSTOP)
     time.sleep(3)
-    assert daemon.client().ping() < 1
+    assert daemon.client().ping() > 0 and not call.ended
     os.kill(pid, signal.SIGCONT)
     call.value()
     assert daemon.info()["crashes"] == 0

@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from contextlib import contextmanager
 
 import pytest
@@ -96,7 +95,7 @@ def test_who_joins_keeps_what_it_asked_for(daemon):
         daemon.wait_for(lambda info: info["coalesced"] == before + 1)
         normal = Background(lambda: daemon.client().call(ONE, [noise(4, 1)]))
         waiting(daemon, 2)
-        time.sleep(0.3)
+        daemon.wait_for(lambda info: info["queue"]["oldest_s"] > 0.3)  # past the first one's deadline
         leave.set()
         hasty.wait()
     assert joined.value().tensors[0].shape == (1, 32, 32, 3)
@@ -144,7 +143,7 @@ def test_a_second_worker_only_where_cores_are_free(start_daemon, tmp_path, threa
             daemon.wait_for(lambda info: info["in_flight"] == 1, 30)  # the second has answered what the first did not
         else:
             waiting(daemon, 2)
-            time.sleep(0.8)
+            daemon.wait_for(lambda info: info["queue"]["oldest_s"] > 0.8)
             assert len(daemon.info()["workers"]) == 1
     finally:
         os.kill(pid, signal.SIGCONT)

@@ -156,6 +156,11 @@ class Bench:
         """A worker answers with an error."""
         self.pool.received(worker, m.Failure(self.job(worker).id, code, "words"), None)
 
+    def cannot_start(self, worker: WorkerProcess, message: str) -> None:
+        """A worker's backend cannot be imported: it says so and ends."""
+        self.pool.received(worker, m.Failure(0, "internal", message), None)
+        self.crash(worker)
+
     def crash(self, worker: WorkerProcess) -> None:
         """A worker's process ends, and with it the connection."""
         self.process(worker).code = -11

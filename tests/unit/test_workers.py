@@ -544,6 +544,18 @@ def test_a_start_that_ends_or_hangs(bench, code):
     assert bench.processes[0].code is not None and not bench.pool.workers and bench.pool.events.crashes.total() == 1
 
 
+def test_a_worker_says_why_it_cannot_start(bench):
+    """Its own words count, not what else it has printed."""
+    bench = bench()
+    _, waiter = bench.submit()
+    worker = bench.dial()
+    worker.log.write_text("a warning of some library\n")
+    bench.cannot_start(worker, "ImportError: no torch")
+    (error,) = waiter.errors
+    assert isinstance(error, WorkerCrashed) and error.message.endswith(": ImportError: no torch")
+    assert worker.served == 0
+
+
 def test_a_good_start_forgives(bench):
     """The next failure waits the first delay again."""
     bench = bench()

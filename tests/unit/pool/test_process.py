@@ -14,17 +14,7 @@ from luna_daemon.wire import messages as m
 from luna_daemon.workers import WorkerPool
 from tests.unit.fakes import Waiter
 
-PRINTED = """2026-01-01 INFO it starts
-2026-01-01 ERROR job 1 failed
-Traceback (most recent call last):
-  File "older.py", line 1, in run
-ValueError: older
-2026-01-01 ERROR job 7 failed
-Traceback (most recent call last):
-  File "compute.py", line 12, in run
-    model[name]
-KeyError: 'weights'
-"""
+STACK = '  File "compute.py", line 12, in run\n    model[name]\n'
 
 
 def worker_with(log) -> WorkerProcess:
@@ -35,30 +25,29 @@ def worker_with(log) -> WorkerProcess:
     return worker
 
 
-def test_the_last_traceback(tmp_path):
-    """The newest one, without the heading; nothing where there is none."""
-    log = tmp_path / "worker.log"
-    worker = worker_with(log)
-    assert worker.trace() == worker.tail() == ""
-    log.write_text("2026-01-01 INFO it starts\n")
-    assert worker.trace() == "" and worker.tail() == "2026-01-01 INFO it starts"
-    log.write_text("x" * 100_000 + "\n" + PRINTED)
-    assert worker.trace() == "  File \"compute.py\", line 12, in run\n    model[name]\nKeyError: 'weights'"
-    assert worker.tail() == "KeyError: 'weights'"
+def test_last_words(tmp_path):
+    """What the worker sent, else the last line that it printed; nothing where there is none."""
+    worker = worker_with(tmp_path / "worker.log")
+    assert worker.last_words() == ""
+    worker.log.write_text("x" * 100_000 + "\n2026-01-01 INFO it starts\n  Segmentation fault \n")
+    assert worker.last_words() == "Segmentation fault"
+    worker.reason = "ImportError: no torch"
+    assert worker.last_words() == "ImportError: no torch"
 
 
 def test_a_bug_in_a_worker_reaches_the_log(tmp_path, caplog):
     """The caller gets the error, the log the traceback, the status page only that there is one."""
-    (tmp_path / "worker.log").write_text(PRINTED)
     pool, worker = WorkerPool(load_settings({}, {}), tmp_path), worker_with(tmp_path / "worker.log")
     assert worker.work is not None
     (waiter,) = worker.work.waiters
     with caplog.at_level(logging.INFO):
-        pool.received(worker, m.Failure(7, "internal", "KeyError: 'weights'"), None)
+        pool.received(worker, m.Failure(7, "internal", "KeyError: 'weights'", trace=STACK), None)
     (error,) = waiter.errors
     assert isinstance(error, InternalError)
     (record,) = caplog.records
-    assert record.getMessage().startswith("worker 3: vae.decode on vae:demo:0123 failed: KeyError: 'weights'\n  File ")
+    assert record.getMessage() == (
+        f"worker 3: vae.decode on vae:demo:0123 failed: KeyError: 'weights'\n{STACK.rstrip()}"
+    )
     assert pool.events.last_errors["diffusers@cpu"][0] == "internal: see the daemon's log"
 
 
