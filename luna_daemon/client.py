@@ -1,30 +1,27 @@
-"""DaemonClient: one synchronous, thread-safe client; and the predecessor's functions on a default one.
+"""DaemonClient: a synchronous, thread-safe client; and functions that call its methods on a default client.
 
 torch is imported only when a tensor is sent or received.
 """
 
 from __future__ import annotations
 
-import os
-import sys
+import functools
+import inspect
 import threading
 import time
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from .core import (
-    AuthenticationError,
     BadRequest,
     DaemonConnectionError,
     LunaError,
     ModelKind,
     ModelMismatchError,
-    Priority,
 )
-from .system.runtime import dial_host
 from .wire import messages as m
-from .wire.link import Answer, IsCancelled, Link, OnProgress
+from .wire.caller import Caller
+from .wire.link import Answer, IsCancelled, OnProgress
 
 if TYPE_CHECKING:
     import torch
@@ -38,14 +35,16 @@ __all__ = [
 
 StateDict = dict[str, "torch.Tensor"]
 Conditioning = list[list[Any]]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-class DaemonClient:
-    """A connection to the daemon, made at the first call and made anew after it broke.
+class DaemonClient(Caller):
+    """A connection to the daemon, made at the first call and made again after it broke.
 
     Args:
         host, port: where the daemon listens; by default from the settings (``LUNA_HOST``, ``LUNA_PORT``).
-        runtime_dir: where its token is, if the daemon was started with ``--runtime-dir``.
+        runtime_dir: folder of the daemon's token, if the daemon was started with ``--runtime-dir``.
         use_arena: take tensors through shared memory where both sides see it.
         name: how ``info`` names this client.
         tls_ca: for a daemon of another user or machine that has TLS: the PEM file of its authority, or ``system``;
@@ -55,102 +54,21 @@ class DaemonClient:
     Model names (``vae_type``, ``clip_type``) are those of the daemon's configuration, ``sdxl`` by default.
     """
 
-    def __init__(
-        self,
-        host: str | None = None,
-        port: int | None = None,
-        *,
-        runtime_dir: Path | str | None = None,
-        use_arena: bool = True,
-        name: str = "",
-        tls_ca: Path | str = "",
-    ) -> None:
-        if host is None or port is None:
-            from .config import load_settings
-
-            settings = load_settings()
-            host = host or settings.host
-            port = port or settings.port
-            runtime_dir = runtime_dir or settings.runtime_dir
-        self.host = dial_host(host)
-        self.port = port
-        self.runtime_dir = Path(runtime_dir) if runtime_dir else None
-        self.use_arena = use_arena
-        self.name = name or Path(sys.argv[0] or "python").name
-        self.tls_ca = str(tls_ca) or os.environ.get("LUNA_TLS_CA", "")
-        self._link: Link | None = None
-        self._lock = threading.Lock()
-        self._pid = os.getpid()
-        self.fallbacks = 0
-        """Calls that a local model answered, not yet reported to the daemon."""
-        self._materialised = 0
-        """Models of shells whose weights were loaded in this process, not yet reported to the daemon."""
-
-    def link(self) -> Link:
-        """The live connection."""
-        with self._lock:
-            if self._pid != os.getpid():
-                self._pid = os.getpid()
-                if self._link is not None:  # a forked child's copy of its parent's connection
-                    self._link.close()
-                self._link = None
-            if self._link is None or self._link.broken is not None:
-                self._link = Link(self.host, self.port, self.runtime_dir, self.name, self.use_arena, self.tls_ca)
-            return self._link
-
-    def call(
-        self,
-        call: m.Call,
-        tensors: Sequence[torch.Tensor] = (),
-        *,
-        deadline_s: float | None = None,
-        priority: int = Priority.NORMAL,
-        on_progress: OnProgress | None = None,
-        is_cancelled: IsCancelled | None = None,
-    ) -> Answer:
-        """Make a call and wait for its answer.
-
-        Args:
-            call: what to do; its type is the op.
-            tensors: its inputs, on any device.
-            priority: who goes first when a queue forms; lower is sooner.
-            deadline_s: seconds within which it must be started.
-            on_progress: told of queueing, loading and tiles, on the calling thread.
-            is_cancelled: asked ten times a second; ``True`` stops the call with ``RequestCancelled``.
-        """
-        how = (deadline_s, priority, on_progress, is_cancelled)
-        link = self.link()
-        try:
-            return link.call(call, tensors, *how)
-        except AuthenticationError:  # the token was renewed meanwhile: nothing has been done
-            with self._lock:
-                if self._link is link:
-                    self._link = None
-        return self.link().call(call, tensors, *how)
-
-    def close(self) -> None:
-        """Close the connection; the next call makes a new one."""
-        with self._lock:
-            if self._link is not None:
-                self._link.close()
-                self._link = None
-
-    def __enter__(self) -> DaemonClient:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    fallbacks = 0
+    """Calls that a local model answered, not yet reported to the daemon."""
+    _materialised = 0
+    """Models of shells whose weights were loaded in this process, not yet reported to the daemon."""
 
     # --- the daemon ---
 
     def ping(self) -> float:
-        """Seconds of a round trip."""
+        """Seconds that a call without work takes."""
         start = time.perf_counter()
         self.call(m.Ping())
         return time.perf_counter() - start
 
     def is_running(self) -> bool:
-        """Whether a daemon answers and lets us in."""
+        """Whether a daemon answers and accepts this client."""
         try:
             self.ping()
         except LunaError:
@@ -166,7 +84,7 @@ class DaemonClient:
     get_info = get_daemon_info
 
     def shutdown(self) -> dict[str, Any]:
-        """Drain the daemon and end it; how many requests it still finishes (``in_flight``)."""
+        """Have the daemon finish its requests (``in_flight`` in the result says how many) and end."""
         return self._plain(m.Shutdown())
 
     def report(self, fallbacks: int = 0, materialised: int = 0) -> None:
@@ -205,12 +123,18 @@ class DaemonClient:
         return self._plain(m.ModelsList())
 
     def warm(self, model: m.ModelRef, pin: bool = False, on_progress: OnProgress | None = None) -> dict[str, Any]:
-        """Load a model now; its properties."""
+        """Load a model in the daemon now, and return its properties.
+
+        Args:
+            model: by name or by files.
+            pin: keep it loaded: it is neither unloaded when idle nor evicted.
+            on_progress: called on queueing and loading.
+        """
         properties: dict[str, Any] = self.call(m.ModelLoad(model, pin), on_progress=on_progress).result
         return properties
 
     def unload(self, model: m.ModelRef | None = None) -> None:
-        """Give the memory of one model, or of all, back."""
+        """Have the daemon free the memory of one model, or of all if ``None``."""
         self.call(m.ModelUnload(model))
 
     def register_vae(self, vae: Any = None, vae_type: str = "sdxl") -> dict[str, Any]:
@@ -242,7 +166,11 @@ class DaemonClient:
     def clip_encode(
         self, positive: str, negative: str = "", clip_type: str = "sdxl", lora_stack: Sequence[Any] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Both prompts: ``cond, pooled, uncond, pooled_negative``; ``[1,T,D]`` and ``[1,P]`` float32."""
+        """Encode both prompts: ``cond, pooled, uncond, pooled_negative``; ``[1,T,D]`` and ``[1,P]`` float32.
+
+        Raises:
+            BadRequest: ``lora_stack`` is not empty.
+        """
         _no_loras(lora_stack)
         cond, pooled = self._encode(m.ClipEncode(_named(ModelKind.CLIP, clip_type), text=positive))
         uncond, pooled_negative = self._encode(m.ClipEncode(_named(ModelKind.CLIP, clip_type), text=negative))
@@ -261,7 +189,11 @@ class DaemonClient:
         target_height: int = 1024,
         lora_stack: Sequence[Any] | None = None,
     ) -> tuple[Conditioning, Conditioning]:
-        """Positive and negative conditioning with SDXL's size embeddings, ready for a sampler."""
+        """Positive and negative conditioning with SDXL's size embeddings, ready for a sampler.
+
+        Raises:
+            BadRequest: ``lora_stack`` is not empty.
+        """
         cond, pooled, uncond, pooled_negative = self.clip_encode(positive, negative, clip_type, lora_stack)
         size = {
             "width": width, "height": height, "crop_w": crop_w, "crop_h": crop_h,
@@ -273,7 +205,7 @@ class DaemonClient:
         """Tokens as ComfyUI's tokenizers make them: per encoder, chunks of ``(token, weight)``.
 
         Raises:
-            BadRequest: word ids are asked for; the daemon's tokenizer does not make them.
+            BadRequest: word ids are asked for; the daemon's tokenizer does not make word ids.
         """
         if return_word_ids:
             raise BadRequest("return_word_ids=True is not served by the daemon", "Tokenize with a local tokenizer")
@@ -288,7 +220,14 @@ class DaemonClient:
         return_dict: bool = False,
         lora_stack: Sequence[Any] | None = None,
     ) -> Any:
-        """Encode tokens: ``cond``, or ``(cond, pooled)``, or ``{"cond", "pooled_output"}``."""
+        """Encode tokens: ``cond``, or ``(cond, pooled)``, or ``{"cond", "pooled_output"}``, all float32.
+
+        Args:
+            tokens: from ``clip_tokenize``.
+
+        Raises:
+            BadRequest: ``lora_stack`` is not empty.
+        """
         _no_loras(lora_stack)
         cond, pooled = self._encode(m.ClipEncode(_named(ModelKind.CLIP, clip_type), tokens=tokens))
         if return_dict:
@@ -308,13 +247,13 @@ class DaemonClient:
         return True
 
     def lora_cache_get(self, lora_name: str) -> StateDict | None:
-        """The state dict kept under that name, the caller's own; ``None`` if there is none."""
+        """The state dict kept under that name, as tensors of the caller's own; ``None`` if the daemon keeps none."""
         answer = self.call(m.LoraGet(lora_name))
         keys = answer.result["keys"]
         return None if keys is None else dict(zip(keys, answer.tensors))
 
     def lora_cache_check(self, lora_name: str) -> bool:
-        """Whether that LoRA is kept."""
+        """Whether the daemon keeps a LoRA under that name."""
         return bool(self._plain(m.LoraCheck(lora_name))["exists"])
 
     def lora_cache_stats(self) -> dict[str, Any]:
@@ -332,10 +271,10 @@ class DaemonClient:
     def load_lora(
         self, name: str, on_progress: OnProgress | None = None, is_cancelled: IsCancelled | None = None
     ) -> StateDict:
-        """A LoRA file's tensors, which the daemon keeps in RAM for all: mapped, copied only where they are written to.
+        """A LoRA file's tensors, mapped from the daemon's memory for all clients; a page that is written is copied.
 
         Args:
-            name: as ComfyUI lists it, or a full path; then this very file is meant.
+            name: as ComfyUI lists the file; or its full path, which names exactly this file.
 
         Raises:
             ModelNotFound, ModelMismatchError, ModelLoadError: no such file, not the daemon's, or corrupt.
@@ -345,7 +284,7 @@ class DaemonClient:
         return mapping.load(self.link(), name, on_progress, is_cancelled)
 
     def put_lora(self, name: str, state_dict: StateDict) -> int:
-        """Keep a state dict under a name of your own, for ``load_lora`` of every client; its bytes."""
+        """Keep a state dict under a name of your own, for ``load_lora`` of every client; returns its size in bytes."""
         answer = self.call(m.LoraPut(name, list(state_dict)), list(state_dict.values()))
         nbytes: int = answer.result["bytes"]
         return nbytes
@@ -356,15 +295,15 @@ class DaemonClient:
         return result
 
     def pin_lora(self, name: str, pinned: bool = True) -> str:
-        """Keep a LoRA until it is unpinned or evicted by name; the name by which the cache has it."""
+        """Keep a LoRA until it is unpinned or evicted by name; returns the cache's name for the LoRA."""
         return str(self._plain(m.LoraPin(name, pinned))["name"])
 
     def evict_lora(self, name: str | None = None) -> list[str]:
-        """Forget one LoRA, or all that are not pinned; which. Tensors that clients hold stay theirs."""
+        """Forget one LoRA, or all that are not pinned; returns their names. Tensors that clients hold stay valid."""
         return list(self._plain(m.LoraEvict(name))["evicted"])
 
     def lora_stats(self) -> dict[str, Any]:
-        """Figures of the LoRA cache: totals, and per LoRA in ``loras``."""
+        """Statistics of the LoRA cache: totals, and per LoRA in ``loras``."""
         return self._plain(m.LoraStats())
 
 
@@ -380,7 +319,7 @@ def _no_loras(lora_stack: Sequence[Any] | None) -> None:
         )
 
 
-# --- the predecessor's functions, on one default client ---------------------------------------------------------
+# --- functions on one default client -----------------------------------------------------------------------------
 
 _default: DaemonClient | None = None
 _default_lock = threading.Lock()
@@ -396,7 +335,7 @@ def get_client() -> DaemonClient:
 
 
 def reset_clients() -> None:
-    """Close the default client; the next function call reads the settings anew."""
+    """Close the default client; the next function call reads the settings again."""
     global _default
     with _default_lock:
         if _default is not None:
@@ -404,92 +343,34 @@ def reset_clients() -> None:
         _default = None
 
 
-def is_daemon_running() -> bool:
-    """Whether a daemon answers."""
-    return get_client().is_running()
+def _on_default(method: Callable[Concatenate[DaemonClient, P], R]) -> Callable[P, R]:
+    """A function with a method's docstring and parameters that calls this method of the default client."""
+    name = method.__name__
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        result: R = getattr(get_client(), name)(*args, **kwargs)
+        return result
+
+    signature = inspect.signature(method)
+    own = list(signature.parameters.values())[1:]
+    call.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+    return call
 
 
-def get_daemon_info() -> dict[str, Any]:
-    """Everything the daemon knows about itself."""
-    return get_client().get_daemon_info()
-
-
-get_info = get_daemon_info
-
-
-def vae_encode(
-    pixels: torch.Tensor, vae_type: str = "sdxl", tiled: bool = False, tile_size: int = 512, overlap: int = 64
-) -> torch.Tensor:
-    """See ``DaemonClient.vae_encode``."""
-    return get_client().vae_encode(pixels, vae_type, tiled, tile_size, overlap)
-
-
-def vae_decode(
-    latents: torch.Tensor, vae_type: str = "sdxl", tiled: bool = False, tile_size: int = 64, overlap: int = 16
-) -> torch.Tensor:
-    """See ``DaemonClient.vae_decode``."""
-    return get_client().vae_decode(latents, vae_type, tiled, tile_size, overlap)
-
-
-def clip_encode(
-    positive: str, negative: str = "", clip_type: str = "sdxl", lora_stack: Sequence[Any] | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See ``DaemonClient.clip_encode``."""
-    return get_client().clip_encode(positive, negative, clip_type, lora_stack)
-
-
-def clip_encode_sdxl(
-    positive: str, negative: str = "", clip_type: str = "sdxl", **size: Any
-) -> tuple[Conditioning, Conditioning]:
-    """See ``DaemonClient.clip_encode_sdxl``."""
-    return get_client().clip_encode_sdxl(positive, negative, clip_type, **size)
-
-
-def clip_tokenize(text: str, clip_type: str = "sdxl", return_word_ids: bool = False) -> dict[str, Any]:
-    """See ``DaemonClient.clip_tokenize``."""
-    return get_client().clip_tokenize(text, clip_type, return_word_ids)
-
-
-def clip_encode_from_tokens(tokens: Any, clip_type: str = "sdxl", **options: Any) -> Any:
-    """See ``DaemonClient.clip_encode_from_tokens``."""
-    return get_client().clip_encode_from_tokens(tokens, clip_type, **options)
-
-
-def lora_cache_get(lora_name: str) -> StateDict | None:
-    """See ``DaemonClient.lora_cache_get``."""
-    return get_client().lora_cache_get(lora_name)
-
-
-def lora_cache_put(lora_name: str, state_dict: StateDict) -> bool:
-    """See ``DaemonClient.lora_cache_put``."""
-    return get_client().lora_cache_put(lora_name, state_dict)
-
-
-def lora_cache_check(lora_name: str) -> bool:
-    """See ``DaemonClient.lora_cache_check``."""
-    return get_client().lora_cache_check(lora_name)
-
-
-def lora_cache_stats() -> dict[str, Any]:
-    """See ``DaemonClient.lora_cache_stats``."""
-    return get_client().lora_cache_stats()
-
-
-def has_lora(lora_hash: str) -> bool:
-    """See ``DaemonClient.has_lora``."""
-    return get_client().has_lora(lora_hash)
-
-
-def upload_lora(lora_hash: str, weights: StateDict) -> dict[str, Any]:
-    """See ``DaemonClient.upload_lora``."""
-    return get_client().upload_lora(lora_hash, weights)
-
-
-def register_vae(vae: Any = None, vae_type: str = "sdxl") -> dict[str, Any]:
-    """See ``DaemonClient.register_vae``."""
-    return get_client().register_vae(vae, vae_type)
-
-
-def register_clip(clip: Any = None, clip_type: str = "sdxl") -> dict[str, Any]:
-    """See ``DaemonClient.register_clip``."""
-    return get_client().register_clip(clip, clip_type)
+is_daemon_running = _on_default(DaemonClient.is_running)
+get_info = get_daemon_info = _on_default(DaemonClient.get_daemon_info)
+register_vae = _on_default(DaemonClient.register_vae)
+register_clip = _on_default(DaemonClient.register_clip)
+vae_encode = _on_default(DaemonClient.vae_encode)
+vae_decode = _on_default(DaemonClient.vae_decode)
+clip_encode = _on_default(DaemonClient.clip_encode)
+clip_encode_sdxl = _on_default(DaemonClient.clip_encode_sdxl)
+clip_tokenize = _on_default(DaemonClient.clip_tokenize)
+clip_encode_from_tokens = _on_default(DaemonClient.clip_encode_from_tokens)
+lora_cache_get = _on_default(DaemonClient.lora_cache_get)
+lora_cache_put = _on_default(DaemonClient.lora_cache_put)
+lora_cache_check = _on_default(DaemonClient.lora_cache_check)
+lora_cache_stats = _on_default(DaemonClient.lora_cache_stats)
+has_lora = _on_default(DaemonClient.has_lora)
+upload_lora = _on_default(DaemonClient.upload_lora)

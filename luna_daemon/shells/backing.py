@@ -74,7 +74,8 @@ class Backing:
         """Notices what nodes set on the skeleton."""
         self.local = False
         """Whether the skeleton holds true weights: nothing goes to the daemon any more."""
-        self._fallback = Fallback(kind, source, client)
+        self.fallback = Fallback(kind, source, client)
+        """The local model, and when it steps in."""
         self._network_of = network_of
         self._lock = threading.RLock()
         self._device: str | None = None
@@ -92,7 +93,7 @@ class Backing:
     @property
     def client(self) -> DaemonClient:
         """The connection to the daemon."""
-        return self._fallback.client
+        return self.fallback.client
 
     @property
     def current(self) -> Any:
@@ -142,12 +143,12 @@ class Backing:
             return placed(request.read(self._send_with_patches(request)))
 
         try:
-            return self._fallback.run(remote, local, self._before_local)
+            return self.fallback.run(remote, local, self._before_local)
         except Unsendable as error:
             self.warn_once(f"the local model computes: {error}")
             self._count_materialised()
             self._unload_in_daemon()
-            return self._fallback.compute_locally(local)
+            return self.fallback.compute_locally(local)
         except RequestCancelled:
             memory.throw_exception_if_processing_interrupted()
             raise
@@ -168,7 +169,7 @@ class Backing:
     def _upload(self, patch_sets: Sequence[PatchSet]) -> None:
         for patch_set in patch_sets:
             try:
-                self._send(*patch_set.put())
+                self.send(*patch_set.put())
             except LimitExceeded as error:
                 raise Unsendable(f"patches of this size are not taken: {error.message}") from error
             except ModelError as error:
@@ -183,12 +184,12 @@ class Backing:
         call, tensors = request.call, request.tensors
         variant = type(call), getattr(call, "raw", False)
         if not self._draws.get(variant, request.may_draw):
-            answer = self._send(call, tensors)
+            answer = self.send(call, tensors)
             self._draws[variant] = bool(_drawn(answer))
             if not self._draws[variant]:
                 return answer
         names, states = rng.states(comfy("model_management").get_torch_device().type)
-        answer = self._send(msgspec.structs.replace(call, generators=names), [*tensors, *states])
+        answer = self.send(msgspec.structs.replace(call, generators=names), [*tensors, *states])
         self._draws[variant] = bool(_drawn(answer))
         drew = [name for name in names if name in _drawn(answer)]
         if drew:
@@ -196,9 +197,10 @@ class Backing:
             del answer.tensors[-len(drew) :]
         return answer
 
-    def _send(self, call: m.Call, tensors: Sequence[torch.Tensor] = ()) -> Answer:
+    def send(self, call: m.Call, tensors: Sequence[torch.Tensor] = ()) -> Answer:
+        """``Fallback.send`` with ComfyUI's progress bar, until ComfyUI is interrupted."""
         interrupted = comfy("model_management").processing_interrupted
-        return self._fallback.send(call, tensors, ProgressBar(), interrupted)
+        return self.fallback.send(call, tensors, ProgressBar(), interrupted)
 
     # --- memory on a GPU that both use ---
 
@@ -232,7 +234,7 @@ class Backing:
         """Have the daemon unload the model from a GPU of this process, before the local one is loaded beside it."""
         if not self._shares(comfy("model_management").get_torch_device()):
             return
-        loaded = self._fallback.loaded
+        loaded = self.fallback.loaded
         if loaded is not None and loaded.patcher.loaded_size() > 0:
             return  # it is there already; other clients may want the daemon's
         with contextlib.suppress(LunaError):
@@ -255,14 +257,14 @@ class Backing:
             if self.local or self.skeleton is None:
                 return
             self._warn(f"{why} ({calling_line()}): its weights are loaded here, and used from now on")
-            real, patcher = self._fallback.local_model(), self.current
+            real, patcher = self.fallback.local_model(), self.current
             real.patcher.detach()
             forget_loaded(real.patcher)
             if patcher is not None and load:
                 forget_loaded(patcher)
             self.skeleton.adopt(self._network_of(real))
             self.local = True
-            self._fallback.release()
+            self.fallback.release()
             self._count_materialised()
         if patcher is not None and load:
             comfy("model_management").load_models_gpu([patcher])
@@ -277,7 +279,7 @@ class Backing:
             if not self.local:
                 self.warn_once(f"the values of weights are read ({calling_line()}): the model is loaded here too")
                 self._count_materialised()
-                entries = self._fallback.local_model().patcher.get_key_patches(filter_prefix=key)
+                entries = self.fallback.local_model().patcher.get_key_patches(filter_prefix=key)
                 return cast("torch.Tensor", entries[key][0][0].data)
         network = self.skeleton.network if self.skeleton is not None else None
         return cast("torch.Tensor", comfy("utils").get_attr(network, key).data)

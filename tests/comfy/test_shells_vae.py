@@ -154,7 +154,7 @@ def test_two_files_of_a_taesd(stock, daemon, local_vae, tmp_path, inference):
     assert shell.latent_channels == 16
     daemon.error = DaemonConnectionError("away")
     shell.decode(latents(stock, 1, 16, 8, 8))
-    real = shell.first_stage_model.luna.real()
+    real = shell.first_stage_model.luna.fallback.local_model()
     assert torch.isclose(real.first_stage_model.vae_scale, torch.tensor(1.5305).to(real.vae_dtype))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
@@ -163,3 +165,13 @@ def test_every_method_has_its_function():
              "register_vae", "register_clip", "get_daemon_info", "get_info"}  # fmt: skip
     assert names <= set(module.__all__)
     assert all(callable(getattr(DaemonClient, name)) for name in names)
+
+
+def test_functions_have_the_methods_signature(monkeypatch):
+    """An editor shows a function's own parameters and text; the call reaches the default client as it was made."""
+    client = Recording(answer(COND))
+    monkeypatch.setattr(module, "_default", client)
+    assert str(inspect.signature(module.vae_decode)).startswith("(latents: 'torch.Tensor', vae_type: 'str' = 'sdxl'")
+    assert module.vae_decode.__doc__ == DaemonClient.vae_decode.__doc__
+    assert module.vae_decode(COND, tiled=True, overlap=8) is COND
+    assert client.calls == [m.VaeDecode(SDXL, m.Tiling(64, 64, 8))] and module.is_daemon_running()

@@ -1,0 +1,115 @@
+"""Calls over a connection that is made at the first call, and again after it broke."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from ..core import AuthenticationError, Priority
+from ..system.runtime import dial_host
+from . import messages as m
+from .link import Answer, IsCancelled, Link, OnProgress
+
+if TYPE_CHECKING:
+    import torch
+
+C = TypeVar("C", bound="Caller")
+
+
+class Caller:
+    """Makes calls over one connection; ``DaemonClient`` describes the arguments."""
+
+    def __init__(
+        self,
+        host: str | None = None,
+        port: int | None = None,
+        *,
+        runtime_dir: Path | str | None = None,
+        use_arena: bool = True,
+        name: str = "",
+        tls_ca: Path | str = "",
+    ) -> None:
+        if host is None or port is None:
+            from ..config import load_settings
+
+            settings = load_settings()
+            host = host or settings.host
+            port = port or settings.port
+            runtime_dir = runtime_dir or settings.runtime_dir
+        self.host = dial_host(host)
+        self.port = port
+        self.runtime_dir = Path(runtime_dir) if runtime_dir else None
+        self.use_arena = use_arena
+        self.name = name or Path(sys.argv[0] or "python").name
+        self.tls_ca = str(tls_ca) or os.environ.get("LUNA_TLS_CA", "")
+        self._link: Link | None = None
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+
+    def link(self) -> Link:
+        """The live connection.
+
+        Raises:
+            DaemonConnectionError: no daemon answers, or something else listens there.
+            AuthenticationError, VersionMismatch: the daemon refuses this client.
+        """
+        with self._lock:
+            if self._pid != os.getpid():
+                self._pid = os.getpid()
+                if self._link is not None:  # a forked child's copy of its parent's connection
+                    self._link.close()
+                self._link = None
+            if self._link is None or self._link.broken is not None:
+                self._link = Link(self.host, self.port, self.runtime_dir, self.name, self.use_arena, self.tls_ca)
+            return self._link
+
+    def call(
+        self,
+        call: m.Call,
+        tensors: Sequence[torch.Tensor] = (),
+        *,
+        deadline_s: float | None = None,
+        priority: int = Priority.NORMAL,
+        on_progress: OnProgress | None = None,
+        is_cancelled: IsCancelled | None = None,
+    ) -> Answer:
+        """Make a call and wait for its answer.
+
+        Args:
+            call: what to do; its type is the op.
+            tensors: inputs of the call, on any device.
+            deadline_s: seconds within which the daemon must start the call.
+            priority: place in the daemon's queue; lower is sooner.
+            on_progress: called on queueing, loading and tiles, on the calling thread.
+            is_cancelled: asked ten times a second; ``True`` stops the call.
+
+        Raises:
+            RequestCancelled: ``is_cancelled`` returned ``True``.
+            LunaError: the daemon's error.
+        """
+        how = (deadline_s, priority, on_progress, is_cancelled)
+        link = self.link()
+        try:
+            return link.call(call, tensors, *how)
+        except AuthenticationError:  # the token was renewed meanwhile: nothing has been done
+            with self._lock:
+                if self._link is link:
+                    self._link = None
+        return self.link().call(call, tensors, *how)
+
+    def close(self) -> None:
+        """Close the connection; the next call makes a new connection."""
+        with self._lock:
+            if self._link is not None:
+                self._link.close()
+                self._link = None
+
+    def __enter__(self: C) -> C:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
