@@ -19,7 +19,7 @@ from luna_daemon.client import get_client
 from luna_daemon.config import load_settings
 from luna_daemon.core import AuthenticationError, BadRequest, DaemonConnectionError, LunaError, logger
 from luna_daemon.system.runtime import find_token, is_loopback, page_address, read_facts
-from luna_daemon.wire.link import tls_towards
+from luna_daemon.wire.dial import tls_towards
 from luna_daemon.wire.messages import PAGE_OPS
 from luna_daemon.wire.tls import no_handshake
 

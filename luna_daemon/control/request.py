@@ -9,11 +9,9 @@ from ..core import LunaError
 from ..pool.work import Outcome, Piece, Work
 from ..wire import messages as m
 from ..wire.arena import Slot
+from ..wire.layout import lay_out
 from .session import Session
 from .state import State
-
-_INLINE_BYTES = 32 << 10
-"""Smaller results travel in the message: mapping and releasing a slot would cost more."""
 
 
 class ClientRequest:
@@ -74,18 +72,14 @@ class ClientRequest:
             if not shared:
                 outcome.release()
             return
-        refs: list[m.TensorRef] = []
-        inline: list[Slot] = []
-        at = 0
-        for piece in outcome.pieces:
-            ref, slot = piece.ref, piece.slot.retain() if shared else piece.slot
-            if slot.number and ref.nbytes > _INLINE_BYTES and self._may_lease(slot):
-                number = self.session.leases.add(slot)
-                refs.append(ref.placed(slot.offset, number, slot.segment, shared))
-            else:
-                inline.append(slot)
-                refs.append(ref.placed(at))
-                at += ref.nbytes
+        held = [(piece.ref, piece.slot.retain() if shared else piece.slot) for piece in outcome.pieces]
+
+        def in_slot(ref: m.TensorRef, slot: Slot) -> m.TensorRef | None:
+            if not slot.number or not self._may_lease(slot):
+                return None
+            return ref.placed(slot.offset, self.session.leases.add(slot), slot.segment, shared)
+
+        refs, inline = lay_out(held, in_slot)
         self.session.connection.send(m.Reply(self.number, outcome.result, refs, outcome.notes), inline)
         self._count()
 

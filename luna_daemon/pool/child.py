@@ -48,13 +48,12 @@ from ..wire import messages as m
 from ..wire.arena import ArenaUnavailable, ArenaView
 from ..wire.channel import Channel
 from ..wire.frame import decode_call, encode_call
+from ..wire.layout import lay_out
 from . import compute
 from .devices import inner_device
 
 _STATUS_S = 1.0
 _TRACE_FRAMES = 20
-_INLINE_BYTES = 32 << 10
-"""Smaller results travel in the message: reserving a slot would cost more than it saves."""
 
 
 @dataclass(frozen=True)
@@ -230,22 +229,21 @@ class Worker:
     # --- answers ---
 
     def _reply(self, job: m.Job, result: compute.Result) -> None:
-        refs: list[m.TensorRef] = []
-        payload: list[memoryview] = []
-        inline, grant = 0, job.grant
-        for ref, data in result.tensors:
-            slot: m.TensorRef | None = None
+        grant = job.grant
+
+        def in_slot(ref: m.TensorRef, data: memoryview) -> m.TensorRef | None:
+            nonlocal grant
+            slot: m.TensorRef | None
             if grant is not None and grant.nbytes == ref.nbytes:
                 slot, grant = grant, None  # good for one tensor
-            elif ref.nbytes > _INLINE_BYTES:
-                slot = self._reserve(ref.nbytes)
-            if slot is not None and self.arena is not None:
-                self.arena.slice(slot.segment, slot.offset, ref.nbytes)[:] = data
-                refs.append(ref.placed(slot.offset, slot.slot, slot.segment))
             else:
-                refs.append(ref.placed(inline))
-                payload.append(data)
-                inline += ref.nbytes
+                slot = self._reserve(ref.nbytes)
+            if slot is None or self.arena is None:
+                return None
+            self.arena.slice(slot.segment, slot.offset, ref.nbytes)[:] = data
+            return ref.placed(slot.offset, slot.slot, slot.segment)
+
+        refs, payload = lay_out(result.tensors, in_slot)
         self.channel.send(m.Reply(job.id, result.value, refs, result.notes), payload)
 
     def _reserve(self, nbytes: int) -> m.TensorRef | None:

@@ -13,6 +13,7 @@ from ..wire import messages as m
 from ..wire.arena import Leases, Slot
 from ..wire.connection import Connection
 from ..wire.frame import encode_call
+from ..wire.layout import lay_out
 from .spawning import Process, Spawn, spawn
 from .work import Outcome, Piece, Work
 
@@ -182,25 +183,16 @@ class WorkerProcess:
         for patch in work.patches:
             patches.append(m.Patch(patch.name, patch.packed, len(pieces), len(patch.pieces), patch.models))
             pieces += patch.pieces
-        refs, inline = self._placed(pieces)
-        slot = work.reserve() if self.sees_arena else None
-        grant = self.leases.lend(slot) if slot is not None else None
-        self.connection.send(m.Job(job, work.call, work.spec, refs, unload, patches, grant), inline)
+        # Whatever its size: the bytes are in shared memory already, and patches have thousands of small tensors.
+        refs, inline = lay_out(((piece.ref, piece.slot) for piece in pieces), self._in_slot, above=-1)
+        room = work.reserve() if self.sees_arena else None
+        grant = self.leases.lend(room) if room is not None else None
+        message = m.Job(job, work.call, work.spec, refs, unload, patches, grant)
+        self.connection.send(message, [slot.retain() for slot in inline])
 
-    def _placed(self, pieces: list[Piece]) -> tuple[list[m.TensorRef], list[Slot]]:
-        """Return descriptors for this worker, and the slots that must travel with the job."""
-        refs: list[m.TensorRef] = []
-        inline: list[Slot] = []
-        at = 0
-        for piece in pieces:
-            ref, slot = piece.ref, piece.slot
-            if slot.number and self.sees_arena:
-                refs.append(ref.placed(slot.offset, slot.number, slot.segment))
-            else:
-                refs.append(ref.placed(at))
-                inline.append(slot.retain())
-                at += ref.nbytes
-        return refs, inline
+    def _in_slot(self, ref: m.TensorRef, slot: Slot) -> m.TensorRef | None:
+        """Describe an input in shared memory, if this worker sees that."""
+        return ref.placed(slot.offset, slot.number, slot.segment) if slot.number and self.sees_arena else None
 
     def done(self) -> Work | None:
         """Record that the job has ended, with a result or an error, and return its work."""

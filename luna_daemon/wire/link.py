@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
-import ssl
 import threading
 import time
 import weakref
@@ -18,35 +16,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
 from ..core import (
-    PROTOCOL_VERSION,
     BadRequest,
     DaemonConnectionError,
-    LimitExceeded,
     LunaError,
     Priority,
-    ProtocolError,
     RequestCancelled,
     error_from_code,
 )
-from ..system.runtime import find_token, read_facts
 from . import messages as m
 from .arena import ArenaUnavailable, ArenaView, process_space
 from .buffers import Buffers
-from .channel import Channel
 from .codec import check_ref, describe, tensor_bytes, tensor_from
+from .dial import greet
 from .frame import encode_call
-from .tls import TlsSocket, client_context, pinned_context
+from .layout import lay_out
 
 if TYPE_CHECKING:
     import torch
 
-_CONNECT_S = 1.0
-_GREETING_S = 0.8
-"""So that what is there instead of a daemon is named within a second."""
 _SILENCE_S = 60.0
-_INLINE_BYTES = 256 << 10
 _PROBE_S = 0.1
 """How often a waiting call looks whether its caller still wants it."""
 
@@ -115,7 +104,7 @@ class Link:
         self._next_id = 1
         self._id_lock = threading.Lock()
         self.arena: ArenaView | None = None
-        self.channel, self.welcome = _shake_hands(host, port, runtime_dir, name, tls_ca)
+        self.channel, self.welcome = greet(host, port, runtime_dir, name, tls_ca)
         self.transport, self.transport_why = "tcp", self.welcome.arena_why
         if use_arena:
             try:
@@ -240,26 +229,24 @@ class Link:
 
     def _place(self, tensors: Sequence[torch.Tensor], slots: list[int]) -> tuple[list[m.TensorRef], list[memoryview]]:
         """Write large tensors into arena slots, noted in ``slots``; the rest travels with the request."""
-        refs: list[m.TensorRef] = []
-        payload: list[memoryview] = []
-        inline = 0
-        for tensor in tensors:
-            ref, data = describe(tensor), tensor_bytes(tensor)
+        described = [(describe(tensor), tensor_bytes(tensor)) for tensor in tensors]
+        for ref, _ in described:
             check_ref(ref, self.welcome.limits.tensor_bytes)
-            if self.arena is not None and ref.nbytes > _INLINE_BYTES:
-                slot = self._reserve(ref.nbytes)
-                if slot is not None:
-                    slots.append(slot.slot)
-                    self.arena.slice(slot.segment, slot.offset, ref.nbytes)[:] = data
-                    refs.append(ref.placed(slot.offset, slot.slot, slot.segment))
-                    continue
-            refs.append(ref.placed(inline))
-            payload.append(data)
-            inline += ref.nbytes
-        return refs, payload
+
+        def in_slot(ref: m.TensorRef, data: memoryview) -> m.TensorRef | None:
+            slot = self._reserve(ref.nbytes)
+            if slot is None or self.arena is None:
+                return None
+            slots.append(slot.slot)
+            self.arena.slice(slot.segment, slot.offset, ref.nbytes)[:] = data
+            return ref.placed(slot.offset, slot.slot, slot.segment)
+
+        return lay_out(described, in_slot)
 
     def _reserve(self, nbytes: int) -> m.TensorRef | None:
-        """A slot for an input; ``None`` when shared memory is full, and the bytes go by the socket."""
+        """Reserve a slot for an input; ``None`` without shared memory, or when it is full."""
+        if self.arena is None:
+            return None
         waiting = self._ask(m.Alloc(nbytes), [], [])
         return waiting.outcome.tensors[0] if isinstance(waiting.outcome, m.Reply) else None
 
@@ -450,34 +437,6 @@ class Link:
         self._break(DaemonConnectionError("the client was closed"))
 
 
-def _dial(host: str, port: int, runtime_dir: Path | None, tls_ca: str) -> socket.socket | TlsSocket:
-    """Connect, with TLS if an authority is named or the daemon's runtime folder names its certificate."""
-    try:
-        sock = socket.create_connection((host, port), timeout=_CONNECT_S)
-    except OSError as error:
-        raise DaemonConnectionError(
-            f"no Luna Daemon answers on {host}:{port} ({error.strerror or error})", "Start it with 'luna-daemon serve'"
-        ) from error
-    try:
-        context = tls_towards(port, runtime_dir, tls_ca)
-        return TlsSocket(sock, context, host) if context is not None else sock
-    except LunaError:
-        sock.close()
-        raise
-
-
-def tls_towards(port: int, runtime_dir: Path | None, tls_ca: str) -> ssl.SSLContext | None:
-    """How a daemon proves itself: by the authority that is named, or as its runtime folder says; ``None`` without TLS.
-
-    Raises:
-        AuthenticationError: the certificate's file cannot be read.
-    """
-    if tls_ca:
-        return client_context(tls_ca)
-    pinned = read_facts(port, runtime_dir).get("tls_cert")
-    return pinned_context(Path(pinned)) if pinned else None
-
-
 def _reply(waiting: _Waiting) -> m.Reply:
     """The outcome, if it is no error."""
     outcome = waiting.outcome
@@ -487,42 +446,3 @@ def _reply(waiting: _Waiting) -> m.Reply:
         assert outcome is not None
         raise outcome
     return outcome
-
-
-def _shake_hands(host: str, port: int, runtime_dir: Path | None, name: str, tls_ca: str) -> tuple[Channel, m.Welcome]:
-    """Connect, say hello, read the welcome.
-
-    Raises:
-        DaemonConnectionError: nobody listens, or something that is not Luna Daemon.
-        AuthenticationError, VersionMismatch: the daemon refused; says why.
-    """
-    token = find_token(port, runtime_dir)
-    channel = Channel(_dial(host, port, runtime_dir, tls_ca))
-    hello = m.Hello(PROTOCOL_VERSION, token, "client", name, os.getpid(), __version__)
-    try:
-        channel.send(hello)
-        received = channel.receive(_GREETING_S)
-    except (ProtocolError, LimitExceeded) as error:
-        channel.close()
-        if isinstance(error, ProtocolError) and error.code != ProtocolError.code:
-            raise
-        raise DaemonConnectionError(
-            f"something else than Luna Daemon listens on {host}:{port}: {error.message}", "Choose another port"
-        ) from error
-    except DaemonConnectionError as error:
-        channel.close()
-        raise DaemonConnectionError(
-            f"whatever listens on {host}:{port} closed the connection instead of greeting",
-            f"{error.message}. A daemon with TLS needs LUNA_TLS_CA",
-        ) from error
-    message = received[0] if received else None
-    if isinstance(message, m.Welcome):
-        return channel, message
-    channel.close()
-    if isinstance(message, m.Failure):
-        raise error_from_code(message.code, message.message, message.hint, message.retry_after_s)
-    raise DaemonConnectionError(
-        f"what listens on {host}:{port} did not greet within {_GREETING_S:g} s: not Luna Daemon, "
-        "or the predecessor's daemon on the same port",
-        "Stop it, or start Luna Daemon on another port",
-    )

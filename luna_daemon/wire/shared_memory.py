@@ -9,6 +9,7 @@ from typing import Any
 from ..core import LimitExceeded, logger
 from . import messages as m
 from .arena import Arena, Slot
+from .layout import INLINE_BYTES
 
 _TRIM_S = 60.0
 _FULL_S = 1.0
@@ -70,7 +71,7 @@ class SharedMemory:
     def predict(self, key: tuple[Any, ...]) -> Slot | None:
         """A slot for a result as large as the last one of the same call; ``None`` if that is unknown."""
         nbytes = self._sizes.get(key, 0)
-        return self.try_allocate(nbytes) if nbytes else None
+        return self.try_allocate(nbytes) if nbytes > INLINE_BYTES else None
 
     def learn(self, key: tuple[Any, ...], nbytes: int) -> None:
         """Remember how many bytes the result of a call had, for ``predict``."""

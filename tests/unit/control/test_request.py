@@ -10,9 +10,10 @@ from luna_daemon.pool.work import Outcome, Piece, Work
 from luna_daemon.wire import messages as m
 from luna_daemon.wire.arena import Slot
 from luna_daemon.wire.frame import encode_call
+from luna_daemon.wire.layout import INLINE_BYTES
 from tests.unit.fakes import Memory
 
-SMALL, LARGE = 1 << 10, 64 << 10
+SMALL, LARGE = 1 << 10, INLINE_BYTES + 4096
 CALL = encode_call(m.Echo())
 
 

@@ -74,7 +74,7 @@ def test_a_granted_slot_is_used_for_one_tensor():
     worker = Worker.__new__(Worker)
     worker.arena, worker.channel = Arena(), Channel()
     worker._reserve = lambda nbytes: m.TensorRef("uint8", (nbytes,), nbytes, 8192, 2, "seg")
-    size = 64 << 10
+    size = 128 << 10
     grant = m.TensorRef("uint8", (size,), size, 0, 1, "seg")
     ref = m.TensorRef("uint8", (size,), size, 0)
     tensors = [(ref, memoryview(bytes([value]) * size)) for value in (1, 2)]

@@ -1,0 +1,41 @@
+"""Where the tensors of one message lie: each in a slot of shared memory, or inline, behind the message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from .messages import TensorRef
+
+INLINE_BYTES = 64 << 10
+"""Tensors of up to so many bytes travel inline: reserving, mapping and releasing a slot would cost more."""
+
+Data = TypeVar("Data")
+
+
+def lay_out(
+    tensors: Iterable[tuple[TensorRef, Data]],
+    in_slot: Callable[[TensorRef, Data], TensorRef | None],
+    above: int = INLINE_BYTES,
+) -> tuple[list[TensorRef], list[Data]]:
+    """Lay out the tensors of a message, in their order.
+
+    Args:
+        tensors: descriptors, and what holds the bytes of each.
+        in_slot: puts a tensor into a slot, or finds it there, and describes that place; ``None`` if it cannot.
+        above: only tensors of more bytes are offered to ``in_slot``.
+
+    Returns:
+        Descriptors that say where each tensor lies, and the data that travels inline, one behind the other.
+    """
+    refs: list[TensorRef] = []
+    inline: list[Data] = []
+    end = 0
+    for ref, data in tensors:
+        place = in_slot(ref, data) if ref.nbytes > above else None
+        if place is None:
+            place = ref.placed(end)
+            inline.append(data)
+            end += ref.nbytes
+        refs.append(place)
+    return refs, inline
