@@ -115,13 +115,13 @@ class LunaDaemon:
 
         if self.port == 0:
             raise ConfigError("port 0 cannot be found again by start()", "Name a port, or use run()")
-        start_id = secrets.token_hex(8)
+        self._start_id = secrets.token_hex(8)
         log = runtime_folder(self.port, self.settings.runtime_dir).with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 [sys.executable, str(Path(__file__).resolve())],
-                env={**(os.environ if self.environ is None else self.environ), **self._environment(start_id)},
+                env={**(os.environ if self.environ is None else self.environ), **self._environment()},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -136,8 +136,7 @@ class LunaDaemon:
                 raise PortInUse(last) if self._process.returncode == PortInUse.exit_code else ConfigError(last)
             with suppress(LunaError), self._client(DaemonClient) as client:
                 # Another daemon may answer on this port: then the started one ends by itself.
-                if client.get_daemon_info()["start_id"] == start_id:
-                    self._start_id = start_id
+                if client.get_daemon_info()["start_id"] == self._start_id:
                     return self
             time.sleep(0.02)
         self.stop()
@@ -181,9 +180,9 @@ class LunaDaemon:
     def _client(self, kind: Any) -> Any:
         return kind(self.settings.host, self.port, runtime_dir=self.settings.runtime_dir, name="LunaDaemon")
 
-    def _environment(self, start_id: str) -> dict[str, str]:
+    def _environment(self) -> dict[str, str]:
         """Variables that hand the overrides on to the child: not on its command line, which everybody may read."""
-        variables = {"LUNA_START_ID": start_id, "LUNA_OVERRIDES": to_json(self.overrides).decode()}
+        variables = {"LUNA_START_ID": self._start_id, "LUNA_OVERRIDES": to_json(self.overrides).decode()}
         if self.config_file is not None:
             variables["LUNA_CONFIG"] = str(self.config_file.resolve())
         return variables

@@ -137,7 +137,7 @@ def test_settings_reach_a_daemon_in_another_process_as_they_are(tmp_path):
         "arena": False,
     }
     daemon = LunaDaemon(environ={}, **given)
-    environ = {"LUNA_SERVICE_TYPE": "clip", "LUNA_QUEUE_LIMIT": "7", **daemon._environment("")}
+    environ = {"LUNA_SERVICE_TYPE": "clip", "LUNA_QUEUE_LIMIT": "7", **daemon._environment()}
     child = load_settings({}, environ)
     assert {name: getattr(child, name) for name in given} == {name: getattr(daemon.settings, name) for name in given}
     assert child.model_dirs == [tmp_path, Path.cwd() / "here"] and child.vae_path == "" and child.queue_limit == 7
