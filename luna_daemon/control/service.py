@@ -40,14 +40,15 @@ class Service:
         """A connection for a socket that was just accepted."""
         connection = Connection(self, _HELLO_BYTES, self.state.limits.tensor_bytes)
         self._connections.add(connection)
-        timeout = asyncio.get_running_loop().call_later(_GREET_S, self._turn_away, connection)
+        timeout = asyncio.get_running_loop().call_later(_GREET_S, self._abort, connection)
         self._pending[connection] = timeout
         if len(self._pending) > _MAX_PENDING:
-            self._turn_away(next(iter(self._pending)))
+            self._abort(next(iter(self._pending)))
         return connection
 
-    def _turn_away(self, pending: Connection) -> None:
-        self._settle(pending)
+    def _abort(self, pending: Connection) -> None:
+        # Forgotten here: asyncio does not call connection_lost where the TLS handshake failed or has not ended.
+        self.lost(pending, "")
         pending.abort()
 
     def _settle(self, connection: Connection) -> None:
