@@ -29,7 +29,7 @@ class Access:
         Raises:
             AuthenticationError: names the user whose daemon this is, and where the token lies.
         """
-        if not hmac.compare_digest(token.encode(), self.token.encode()):
+        if not hmac.compare_digest(token.encode(errors="replace"), self.token.encode()):
             who = f"uid {os.getuid()}" if hasattr(os, "getuid") else "another user"
             raise AuthenticationError(
                 f"the token is {'wrong' if token else 'missing'}: this daemon runs as {who} "

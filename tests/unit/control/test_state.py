@@ -74,7 +74,7 @@ def test_a_patch_set_that_can_never_fit(state, join):
 def test_the_token(state):
     """Says whether a token was missing or wrong, and where the right one lies; a renewed one counts at once."""
     state.access.check("token")
-    for token, word in (("", "missing"), ("tokem", "wrong"), ("tök", "wrong")):
+    for token, word in (("", "missing"), ("tokem", "wrong"), ("tök", "wrong"), ("\udcff", "wrong")):
         with pytest.raises(AuthenticationError, match=f"{word}.*nowhere"):
             state.access.check(token)
     state.access.renew()
