@@ -8,7 +8,7 @@ from ..config import RELOADABLE, Settings
 from ..core import logger
 from ..files.resolver import ModelResolver
 from .roots import ComfyRoots
-from .state import State
+from .state import State, limits_of
 
 
 def apply(state: State, new: Settings) -> dict[str, Any]:
@@ -26,8 +26,9 @@ def apply(state: State, new: Settings) -> dict[str, Any]:
     state.settings = state.pool.settings = settings
     state.resolver = ModelResolver(settings, state.resolver.base)
     state.roots = ComfyRoots(settings)
+    state.limits = limits_of(settings)
     for session in state.sessions.values():
-        session.comfy.clear()  # checked again, under the new settings
+        session.comfy = {}  # checked again; a check that still runs, under the old settings, fills the old dict
     state.lora_loader.apply(settings)
     state.conditionings.resize(settings.conditioning_cache_mb << 20)
     logger.setLevel(settings.log_level)

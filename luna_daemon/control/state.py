@@ -38,6 +38,14 @@ class KeptPatches(NamedTuple):
     models: list[m.ModelRef]
 
 
+def limits_of(settings: Settings) -> m.Limits:
+    """Limits that the daemon announces to clients."""
+    return m.Limits(
+        settings.max_header_mb << 20, settings.max_tensor_mb << 20, settings.arena_client_mb << 20,
+        settings.queue_limit, settings.max_clients,
+    )  # fmt: skip
+
+
 class State:
     """Everything that requests need to be answered; knows no socket.
 
@@ -73,10 +81,7 @@ class State:
         self.on_shutdown = on_shutdown
         self.on_reload = on_reload
         self.roots = ComfyRoots(settings)
-        self.limits = m.Limits(
-            settings.max_header_mb << 20, settings.max_tensor_mb << 20, settings.arena_client_mb << 20,
-            settings.queue_limit, settings.max_clients,
-        )  # fmt: skip
+        self.limits = limits_of(settings)
         self.conditionings: PiecesCache[bytes, Outcome] = PiecesCache(
             settings.conditioning_cache_mb << 20, _CONDITIONINGS, Outcome.release
         )
