@@ -189,7 +189,10 @@ class Monitor:
             )
             await self._runner.setup()
             ends.push_async_callback(self._runner.cleanup)
-            server = await loop.create_server(self._connect, self.host, self.port, backlog=_AT_ONCE, ssl=self.tls)
+            server = await loop.create_server(
+                self._connect, self.host, self.port, backlog=_AT_ONCE, ssl=self.tls,
+                ssl_handshake_timeout=_GREET_S if self.tls else None,
+            )  # fmt: skip
             ends.callback(server.close)
             self.port = server.sockets[0].getsockname()[1]
             state.events.listen(watchers.hear)
