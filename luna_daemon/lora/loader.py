@@ -152,10 +152,11 @@ class LoRALoader:
 
     async def _image(self, found: FoundLoRA, path: Path) -> tuple[list[NamedRef], Slot]:
         """Copy the tensors of a safetensors file into the daemon's memory."""
-        with path.open("rb") as file:
+        with await self._in_thread(path.open, "rb") as file:  # a network disk may hang here
+            status = os.fstat(file.fileno())
             if path == found.path:
-                _check_unchanged(found, os.fstat(file.fileno()))
-            size = os.fstat(file.fileno()).st_size
+                _check_unchanged(found, status)
+            size = status.st_size
             refs = await self._in_thread(_refs, file, size, found.name)
             start = file.tell()
             self._check_copy(found, size - start)
