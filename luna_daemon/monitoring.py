@@ -45,7 +45,7 @@ def collect_info(state: State) -> dict[str, Any]:
         "status": "running" if pool.accepting else "draining",
         "version": __version__,
         "pid": os.getpid(),
-        "uptime_s": round(time.time() - state.born, 3),
+        "uptime_s": round(time.time() - state.started_at, 3),
         "ws_port": state.ws_port,
         "tls": settings.tls_cert is not None,
         "start_id": os.environ.get("LUNA_START_ID", ""),

@@ -1,4 +1,4 @@
-"""New settings for a running daemon: those that can be taken while requests run are, the others are named."""
+"""Reload: applies those settings that may change while requests run, and names the others."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .state import State, limits_of
 
 
 def apply(state: State, new: Settings) -> dict[str, Any]:
-    """Apply those new settings that a running daemon can take.
+    """Apply those new settings that are reloadable.
 
     Returns:
-        ``taken``: names of settings that changed and hold from now on; ``restart``: names of those that
-        changed and hold after a restart.
+        ``taken``: names of changed settings that are applied; ``restart``: names of changed settings that are
+        applied only after a restart.
     """
     old = state.settings
     changed = [name for name in type(old).model_fields if getattr(old, name) != getattr(new, name)]
@@ -32,7 +32,7 @@ def apply(state: State, new: Settings) -> dict[str, Any]:
     state.lora_loader.apply(settings)
     state.conditionings.resize(settings.conditioning_cache_mb << 20)
     logger.setLevel(settings.log_level)
-    logger.info("settings read again: %s taken; %s after a restart", _names(taken), _names(restart))
+    logger.info("settings reloaded: applied %s; need a restart: %s", _names(taken), _names(restart))
     state.pool.schedule()
     return {"taken": taken, "restart": restart}
 

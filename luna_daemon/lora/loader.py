@@ -212,7 +212,7 @@ class LoRALoader:
     async def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
-    def tidy(self) -> None:
+    def keep_cached(self) -> None:
         """Ask the system once a minute to hold the cached files in its page cache, where it can be asked."""
         if hasattr(os, "posix_fadvise") and time.monotonic() - self._rewarmed > _REWARM_S:
             self._rewarmed = time.monotonic()
