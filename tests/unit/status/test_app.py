@@ -152,7 +152,7 @@ def test_errors_as_http(error, status, header):
 
 def test_a_tls_handshake_that_never_comes_is_cut_off(state, monkeypatch):
     """Connections in a handshake are not counted yet, so each must end as soon as one without a request."""
-    monkeypatch.setattr(monitoring, "_GREET_S", 0.1)
+    monkeypatch.setattr(monitoring, "_FIRST_REQUEST_S", 0.1)
 
     async def main() -> None:
         monitor = monitoring.Monitor(state, "127.0.0.1", 0, ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
