@@ -54,11 +54,6 @@ class DaemonClient(Caller):
     Model names (``vae_type``, ``clip_type``) are those of the daemon's configuration, ``sdxl`` by default.
     """
 
-    fallbacks = 0
-    """Calls that a local model answered, not yet reported to the daemon."""
-    _materialised = 0
-    """Models of shells whose weights were loaded in this process, not yet reported to the daemon."""
-
     # --- the daemon ---
 
     def ping(self) -> float:
@@ -86,35 +81,6 @@ class DaemonClient(Caller):
     def shutdown(self) -> dict[str, Any]:
         """Have the daemon finish its requests (``in_flight`` in the result says how many) and end."""
         return self._plain(m.Shutdown())
-
-    def report(self, fallbacks: int = 0, materialised: int = 0) -> None:
-        """Have the daemon add to its statistics what was done without it.
-
-        Args:
-            fallbacks: calls that a local model answered.
-            materialised: models of shells whose weights were loaded in a client.
-        """
-        self.call(m.Report(fallbacks, materialised))
-
-    def count_materialised(self) -> None:
-        """Count a model of a shell whose weights were loaded in this process, and report it as soon as possible."""
-        self._materialised += 1
-        self.report_pending()
-
-    def report_pending(self) -> None:
-        """Report what was done without the daemon; if it cannot take that now, a later call reports it."""
-        fallbacks, materialised = self.fallbacks, self._materialised
-        if fallbacks or materialised:
-            self.fallbacks = self._materialised = 0
-            try:
-                self.report(fallbacks, materialised)
-            except LunaError:  # whoever calls this has an answer, which must not be lost
-                self.fallbacks += fallbacks
-                self._materialised += materialised
-
-    def _plain(self, call: m.Call) -> dict[str, Any]:
-        result: dict[str, Any] = self.call(call).result
-        return result
 
     # --- models ---
 

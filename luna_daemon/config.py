@@ -284,7 +284,10 @@ def _from_environ(cls: type[BaseSettings], environ: Mapping[str, str]) -> dict[s
         if not variable.startswith("LUNA_") or variable in _NOT_SETTINGS or not (text or name in _MAY_BE_EMPTY):
             continue
         if name in fields:
-            values[name] = _from_here(name, _PARSERS.get(name, str)(text))
+            try:
+                values[name] = _from_here(name, _PARSERS.get(name, str)(text))
+            except ValueError as error:
+                raise ConfigError(f"{variable} is {text!r}: {error}", "Fix it, or use luna.toml") from error
             continue
         close = difflib.get_close_matches(name, fields, n=1)
         meant = f"; did you mean LUNA_{close[0].upper()}?" if close else ""
@@ -299,19 +302,12 @@ def _folders(text: str) -> list[str]:
     return [folder for folder in text.split(os.pathsep) if folder]
 
 
-def _models_from_json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"LUNA_MODELS is not JSON: {error}", "Better name models in luna.toml") from error
-
-
 _PARSERS: Mapping[str, Callable[[str], Any]] = {
     "model_dirs": _folders,
     "comfyui_roots": _folders,
     "comfyui_args": shlex.split,
     "allowed_origins": lambda text: text.replace(",", " ").split(),
-    "models": _models_from_json,
+    "models": json.loads,
 }
 """How the text of an environment variable becomes a value, where pydantic does not know."""
 

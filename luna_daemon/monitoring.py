@@ -1,7 +1,7 @@
-"""What the daemon reports about itself: the ``info`` answer; over HTTP the page, the WebSocket, metrics and health.
+"""The ``info`` answer, and the HTTP server with status page, WebSocket, metrics and health.
 
-The HTTP application starts after the socket listens: importing aiohttp takes longer than everything before it, so what
-needs it (``status``) is imported when ``Monitor`` starts.
+aiohttp takes longer to import than the rest of the daemon, so ``Monitor.start`` imports the HTTP application, after the
+daemon's socket listens.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ __all__ = ["Monitor", "collect_info", "open_info"]
 
 _KEEPALIVE_S = 15.0
 _CLOSE_S = 1.0
-_AT_ONCE = 256
-_GREET_S = 5.0
-"""A connection that has asked for nothing by then is closed."""
+_BACKLOG = 256
+_FIRST_REQUEST_S = 5.0
+"""A connection without a TLS handshake or a request by then is closed."""
 _CONNECTIONS = 512
-"""Most HTTP connections, watchers included: each costs a file descriptor, which the socket's clients need too."""
+"""Limit of HTTP connections, WebSockets included: clients need file descriptors too."""
 
 
 def collect_info(state: State) -> dict[str, Any]:
-    """The ``info`` answer: the daemon's state as plain data. Sizes are bytes, times seconds."""
+    """Make the ``info`` answer: the daemon's state as plain data, sizes in bytes and times in seconds."""
     pool, events, settings = state.pool, state.events, state.settings
     now = time.monotonic()
     return {
         "status": "running" if pool.accepting else "draining",
         "version": __version__,
         "pid": os.getpid(),
-        "uptime_s": round(time.time() - state.born, 3),
+        "uptime_s": round(time.time() - state.started_at, 3),
         "ws_port": state.ws_port,
         "tls": settings.tls_cert is not None,
         "start_id": os.environ.get("LUNA_START_ID", ""),
@@ -89,7 +89,7 @@ def collect_info(state: State) -> dict[str, Any]:
 
 
 def _errors(results: Counter[tuple[str, str]]) -> dict[str, int]:
-    """Failed requests by the code of their error, whatever the op."""
+    """Number of failed requests by error code, all ops together."""
     counts: Counter[str] = Counter()
     for (_, result), count in results.items():
         if result not in ("ok", "cancelled"):
@@ -136,14 +136,14 @@ def _arena(state: State) -> dict[str, Any]:
 
 
 def open_info(state: State) -> dict[str, Any]:
-    """The ``info`` answer without folders of this machine, for everybody who reaches the page."""
+    """Make the public ``info`` document: without folders of this machine."""
     info: dict[str, Any] = _with_base_names(collect_info(state))
     info["arena"]["why"] = without_folders(info["arena"]["why"])
     return info
 
 
 def _with_base_names(document: Any) -> Any:
-    """The document with each absolute path cut to its last part."""
+    """Copy a document, with each absolute path cut to its last part."""
     if isinstance(document, dict):
         return {_with_base_names(key): _with_base_names(value) for key, value in document.items()}
     if isinstance(document, (list, tuple)):
@@ -155,8 +155,8 @@ class Monitor:
     """The HTTP server on the second port.
 
     Args:
-        host, port: where to listen; port 0 becomes the real one in ``start``.
-        tls: speak https and wss.
+        host, port: where to listen; ``start`` replaces port 0 by the port it got.
+        tls: serve https and wss.
     """
 
     def __init__(self, state: State, host: str, port: int, tls: ssl.SSLContext | None = None) -> None:
@@ -166,14 +166,14 @@ class Monitor:
         self.tls = tls
         self._runner: web.AppRunner | None = None
         self._silent: set[Any] = set()
-        """Connections without a request so far."""
+        """Connections that have not sent a request yet."""
         self._ends = AsyncExitStack()
 
     async def start(self) -> None:
-        """Listen, and report to watchers from now on.
+        """Listen, and start updating the watchers.
 
         Raises:
-            OSError: the port is taken.
+            OSError: the port is in use.
         """
         from aiohttp import web
 
@@ -189,29 +189,32 @@ class Monitor:
             )
             await self._runner.setup()
             ends.push_async_callback(self._runner.cleanup)
-            server = await loop.create_server(self._connect, self.host, self.port, backlog=_AT_ONCE, ssl=self.tls)
+            server = await loop.create_server(
+                self._connect, self.host, self.port, backlog=_BACKLOG, ssl=self.tls,
+                ssl_handshake_timeout=_FIRST_REQUEST_S if self.tls else None,
+            )  # fmt: skip
             ends.callback(server.close)
             self.port = server.sockets[0].getsockname()[1]
-            state.events.listen(watchers.hear)
-            ends.callback(state.events.unlisten, watchers.hear)
+            state.events.listen(watchers.on_event)
+            ends.callback(state.events.unlisten, watchers.on_event)
             ends.callback(watchers.close)
             reporting = loop.create_task(watchers.run())
             ends.callback(reporting.cancel)
             self._ends = ends.pop_all()
 
     async def stop(self) -> None:
-        """Hang up on everybody and close the port."""
+        """Close all connections and the port."""
         await self._ends.aclose()
 
     def _connect(self) -> asyncio.BaseProtocol:
-        """A connection for a socket that was just accepted; beyond the limit one that hangs up at once."""
+        """Make the connection for a socket that was just accepted; beyond the limit one that closes at once."""
         assert self._runner is not None and self._runner.server is not None
-        # The server does not know the connections of one burst yet.
+        # The server counts a connection only once its handshake is done.
         if len(self._silent.union(self._runner.server.connections)) >= _CONNECTIONS:
             return _Full()
         connection = self._runner.server()
         self._silent.add(connection)
-        asyncio.get_running_loop().call_later(_GREET_S, self._expect_request, connection)
+        asyncio.get_running_loop().call_later(_FIRST_REQUEST_S, self._expect_request, connection)
         return connection
 
     def _expect_request(self, connection: Any) -> None:
@@ -221,8 +224,8 @@ class Monitor:
 
 
 class _Full(asyncio.Protocol):
-    """A connection beyond the limit."""
+    """A connection beyond the limit, which closes at once."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Hang up."""
+        """Close the connection."""
         transport.close()

@@ -1,4 +1,4 @@
-"""The token that lets clients in."""
+"""The token that clients authenticate with."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from ..core import AuthenticationError
 
 
 class Access:
-    """Holds the token and compares what callers present.
+    """The daemon's token, and the check of tokens that clients send.
 
     Args:
-        token: what lets a client in.
-        place: the file where this user's clients find the token, for messages.
-        make: makes another token and puts it into that file.
+        token: the token that is valid now.
+        file: path of the file where this user's clients find the token, for messages.
+        make: makes another token, writes the token to that file and returns the token.
     """
 
-    def __init__(self, token: str, place: str, make: Callable[[], str]) -> None:
+    def __init__(self, token: str, file: str, make: Callable[[], str]) -> None:
         self.token = token
-        self.place = place
+        self.file = file
         self._make = make
 
     def check(self, token: str) -> None:
-        """Compare in constant time.
+        """Compare a client's token with the valid one, in constant time.
 
         Raises:
-            AuthenticationError: names the user whose daemon this is, and where the token lies.
+            AuthenticationError: the token is wrong; the message names the daemon's user and the token's file.
         """
-        if not hmac.compare_digest(token.encode(), self.token.encode()):
-            who = f"uid {os.getuid()}" if hasattr(os, "getuid") else "another user"
+        if not hmac.compare_digest(token.encode(errors="replace"), self.token.encode()):
+            user = f"uid {os.getuid()}" if hasattr(os, "getuid") else "another user"
             raise AuthenticationError(
-                f"the token is {'wrong' if token else 'missing'}: this daemon runs as {who} "
-                f"and its token lies in {self.place}",
+                f"the token is {'wrong' if token else 'missing'}: this daemon runs as {user} "
+                f"and its token is in {self.file}",
                 "Run as that user, or set LUNA_TOKEN or LUNA_TOKEN_FILE",
             )
 
     def renew(self) -> None:
-        """Make another token; the old one lets nobody in from now on."""
+        """Replace the token; the old token is wrong from now on."""
         self.token = self._make()

@@ -1,7 +1,7 @@
-"""From a request to its handler, and from whatever the handler does to one answer.
+"""Dispatch of requests to handlers: every request gets exactly one answer, a result or an error.
 
-A handler answers at once, hands the request to the pool, or returns a coroutine that answers later. A handler that
-needs to read a disk first raises ``NeedsIO``: the files are read beside the event loop, then the handler runs again.
+A handler answers at once, passes the request to the pool, or returns a coroutine that answers later. A handler that
+must read files first raises ``NeedsIO``: a thread reads the files, then the handler runs again.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from .ops import HANDLERS, Later
 from .request import ClientRequest
 from .state import State
 
-_SIGN_S = 2.0
-"""Seconds between signs of life to a client that waits."""
+_PROGRESS_S = 2.0
+"""Seconds between progress messages to a client that waits."""
 
 
 class Asker(Protocol):
-    """A caller that waits for an answer: a client's request, or a worker's."""
+    """A request of a client or a worker that waits for its answer."""
 
     op: str
 
     def progress(self, stage: str, step: int, total: int) -> None:
-        """Show a sign of life."""
+        """Report that the request is still being worked on."""
         ...
 
     def fail(self, error: LunaError) -> None:
@@ -41,12 +41,12 @@ class Asker(Protocol):
 
 
 def begin(state: State, request: ClientRequest) -> None:
-    """Answer a request, or start what will answer it. Nothing is raised: errors are answers."""
+    """Answer a request, or start the work that will answer. Raises nothing: errors are sent as answers."""
     try:
         later = _handle(state, request)
     except NeedsIO as missing:
         payload = request.payload.retain() if request.payload is not None else None
-        later = _handle_after(missing.look, state, request, payload)
+        later = _handle_after_io(missing.look, state, request, payload)
     except Exception as error:
         if request.work is not None:
             state.pool.cancel(request.work, request)
@@ -73,8 +73,10 @@ def _decode(raw: msgspec.Raw) -> m.Call:
         raise BadRequest(error.message, "See docs/protocol.md for the ops and their fields") from error
 
 
-async def _handle_after(look: Callable[[], object], state: State, request: ClientRequest, payload: Slot | None) -> None:
-    """Read files off the event loop, then take the request up again; its inline bytes are kept until then."""
+async def _handle_after_io(
+    look: Callable[[], object], state: State, request: ClientRequest, payload: Slot | None
+) -> None:
+    """Read files in a thread, then run the handler again; ``payload`` is retained by the caller until then."""
     try:
         await asyncio.get_running_loop().run_in_executor(None, look)
         if state.is_connected(request.session):
@@ -85,10 +87,10 @@ async def _handle_after(look: Callable[[], object], state: State, request: Clien
 
 
 async def answer_later(asker: Asker, later: Later) -> None:
-    """Run what answers, show signs of life meanwhile, and answer with the error if there is one."""
+    """Await a handler's coroutine, report progress meanwhile, and answer with the coroutine's error if it fails."""
     task = asyncio.ensure_future(later)
     try:
-        while not (await asyncio.wait({task}, timeout=_SIGN_S))[0]:
+        while not (await asyncio.wait({task}, timeout=_PROGRESS_S))[0]:
             asker.progress("loading", 0, 0)
         task.result()
     except Exception as error:
@@ -98,7 +100,7 @@ async def answer_later(asker: Asker, later: Later) -> None:
 
 
 def _as_answer(error: Exception, op: str) -> LunaError:
-    """The error that a caller is told; a bug is logged with its traceback."""
+    """The error to answer with; an unexpected exception is logged with its traceback."""
     if isinstance(error, LunaError):
         return error
     if isinstance(error, OSError):

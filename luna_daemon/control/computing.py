@@ -1,4 +1,4 @@
-"""The handler of calls that a worker computes: the cache, identical requests in flight, patch sets, the queue."""
+"""Handler of calls that workers compute: answers from the cache, joins identical work, or queues new work."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ from .request import ClientRequest
 from .state import State
 
 _COMPARE = 1 << 20
+"""Bytes compared at a time; most bytes of embeddings that are hashed for the cache."""
 _CALL_BYTES = 512
-_MOST_TEXT = 1_000_000
-"""Characters of a prompt; its tokens must fit a message."""
+"""Bytes of a call that are part of the key by which result sizes are predicted."""
+_MAX_TEXT = 1_000_000
+"""Most characters of a prompt: the tokens must fit in a message."""
 
 
 def compute(state: State, request: ClientRequest, call: m.Call) -> None:
     """Answer from the cache, join work that computes the same, or queue new work.
 
     Raises:
-        LunaError: the request is wrong, or its model cannot be had.
+        LunaError: the request is wrong, or its model cannot be used.
         NeedsIO: files must be read first.
         OSError: a file of the model cannot be read.
     """
@@ -74,11 +76,11 @@ def compute(state: State, request: ClientRequest, call: m.Call) -> None:
 
 
 def _patch_sets(state: State, request: ClientRequest, call: m.Call) -> list[PatchSet]:
-    """The patch sets that a call names, each with a use of its memory.
+    """The patch sets that a call names; the caller must release their pieces.
 
     Raises:
-        PatchMissing: a set is not kept (any more).
-        ModelError: a set names a model that is not there, or is another file by now.
+        PatchMissing: a set was never sent or has been dropped.
+        ModelError: a set names a model whose file is missing or has changed.
     """
     if not isinstance(call, m.ClipEncode):
         return []
@@ -86,9 +88,9 @@ def _patch_sets(state: State, request: ClientRequest, call: m.Call) -> list[Patc
     entries = {name: state.patches.get(name) for name in names}
     missing = [name for name, entry in entries.items() if entry is None]
     if missing:
-        raise PatchMissing(f"patch sets {', '.join(missing)} are not kept", "Put them again")
+        raise PatchMissing(f"patch sets {', '.join(missing)} are not kept", "Send them again with clip.patch")
     kept = {name: entry for name, entry in entries.items() if entry is not None}
-    # All are resolved before any memory is retained: a file may have changed since the set was put.
+    # All models are resolved before any memory is retained: resolve raises if a file has changed.
     models = {name: [request.resolve(model) for model in entry.models] for name, entry in kept.items()}
     return [
         PatchSet(name, entry.packed, [Piece(piece.ref, piece.slot.retain()) for piece in entry.pieces], models[name])
@@ -97,7 +99,7 @@ def _patch_sets(state: State, request: ClientRequest, call: m.Call) -> list[Patc
 
 
 def _keep(state: State, key: bytes, outcome: Outcome) -> None:
-    """Put an outcome into the cache, which takes uses of its own of the slots."""
+    """Put an outcome into the cache; the cache retains the outcome's slots."""
     if outcome.pieces:
         nbytes = sum(piece.slot.nbytes for piece in outcome.pieces)
     else:  # tokens are plain data
@@ -112,7 +114,7 @@ def _check_served(state: State, kind: str) -> None:
     if (only is ServiceType.VAE_ONLY and kind == ModelKind.CLIP) or (
         only is ServiceType.CLIP_ONLY and kind == ModelKind.VAE
     ):
-        raise BadRequest(f"this daemon serves {only.value} only", "Ask the daemon that serves the other kind")
+        raise BadRequest(f"this daemon serves {only.value} only", "Use a daemon that serves the other kind")
 
 
 def _check_call(state: State, call: m.Call) -> None:
@@ -120,26 +122,28 @@ def _check_call(state: State, call: m.Call) -> None:
         if call.nbytes > state.limits.tensor_bytes:
             raise LimitExceeded(f"an echo of {call.nbytes} bytes; the limit is {state.limits.tensor_bytes}")
         if call.nbytes < 0 or call.nbytes % 4 or not 0 <= call.seconds < math.inf:
-            raise BadRequest(f"echo of {call.nbytes} bytes in {call.seconds} s: must be whole float32, and a time")
+            raise BadRequest(
+                f"echo of {call.nbytes} bytes in {call.seconds} s", "Use a multiple of 4 bytes and a finite time"
+            )
     text = getattr(call, "text", None) or ""
-    if len(text) > _MOST_TEXT:
-        raise LimitExceeded(f"a prompt of {len(text)} characters; the limit is {_MOST_TEXT}")
+    if len(text) > _MAX_TEXT:
+        raise LimitExceeded(f"a prompt of {len(text)} characters; the limit is {_MAX_TEXT}")
 
 
 def cache_key(state: State, spec: m.LoadSpec, call: m.Call, pieces: list[Piece]) -> bytes | None:
-    """A digest of everything that determines a conditioning; ``None`` if the answer is not kept.
+    """Digest of everything that determines a conditioning; ``None`` if the result is not cached.
 
-    These are the model with its files' identity, family, device and precision (``LoadSpec.key``), the whole call (text
-    or tokens with weights, layer, projection), and embeddings among its tokens. Flags of a backend never change while
-    a daemon lives, and the cache lives no longer.
+    Hashed are the model with its files' identity, family, device and precision (``LoadSpec.key``), the whole call (text
+    or tokens with weights, layer, projection), and embeddings among the tokens. The backend's flags cannot change while
+    the daemon, and so the cache, exists.
     """
     if not isinstance(call, (m.ClipEncode, m.ClipTokenize)) or not state.conditionings.max_bytes:
         return None
     if sum(piece.ref.nbytes for piece in pieces) > _COMPARE:
-        return None  # hashing that much would hold up other requests
+        return None  # hashing more would hold up other requests
     bare = msgspec.structs.replace(call, model=m.ModelRef(spec.kind))
     key = hashlib.blake2b(spec.key.encode() + b"\0" + bytes(encode_call(bare)), digest_size=16)
-    if spec.comfy is not None:  # an installation that was updated keeps its place, and so the model its key
+    if spec.comfy is not None:  # an update of ComfyUI leaves its folder, and so ``spec.key``, as they were
         key.update(f"\0{spec.comfy.version}|{spec.comfy.torch}".encode())
     for piece in pieces:
         key.update(f"\0{piece.ref.dtype}{list(piece.ref.shape)}{list(piece.ref.order)}".encode())
@@ -153,7 +157,7 @@ def _model_of(call: m.Call) -> m.ModelRef:
 
 
 def is_same(work: Work, spec: m.LoadSpec, call: msgspec.Raw, pieces: list[Piece]) -> bool:
-    """Whether work that waits or runs computes exactly this request."""
+    """Whether queued or running work computes exactly this request."""
     if spec.kind == ModelKind.ECHO or work.spec.key != spec.key or bytes(work.call) != bytes(call):
         return False
     if len(work.pieces) != len(pieces) or work.pin:
@@ -166,7 +170,7 @@ def is_same(work: Work, spec: m.LoadSpec, call: msgspec.Raw, pieces: list[Piece]
 
 
 def _equal(a: memoryview, b: memoryview) -> bool:
-    """Compare bytes in pieces: a memoryview compares itself element by element, which is slow."""
+    """Compare bytes in chunks of ``bytes``: memoryviews are compared element by element, which is slow."""
     return a.nbytes == b.nbytes and all(
         bytes(a[at : at + _COMPARE]) == bytes(b[at : at + _COMPARE]) for at in range(0, a.nbytes, _COMPARE)
     )

@@ -1,4 +1,4 @@
-"""The listening socket, its TLS, and what the runtime folder tells this user's clients about both."""
+"""The listening socket, its TLS context, and the document about both in the runtime folder."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from ..system.runtime import is_loopback, read_facts
 from ..wire.tls import server_context
 
 
-def facts_of(settings: Settings, port: int) -> dict[str, Any]:
-    """The runtime folder's document about the daemon, which this user's clients read."""
+def runtime_document(settings: Settings, port: int) -> dict[str, Any]:
+    """Content of ``daemon.json`` in the runtime folder, which this user's clients read."""
     cert = {"tls_cert": str(settings.tls_cert)} if settings.tls_cert else {}
     return {"pid": os.getpid(), "port": port, "ws_port": settings.ws_port, **cert}
 
 
-def tls_of(settings: Settings) -> ssl.SSLContext | None:
-    """TLS for both ports, if the settings name a certificate; warns where a network can read along without it.
+def tls_context(settings: Settings) -> ssl.SSLContext | None:
+    """TLS context for both ports, if the settings name a certificate; warns about a network address without TLS.
 
     Raises:
         ConfigError: the certificate or the key cannot be used.
     """
     if settings.tls_cert is None:
         if settings.tls_key is not None:
-            raise ConfigError("setting 'tls_key' is given without 'tls_cert'", "Name the certificate too")
+            raise ConfigError("setting 'tls_key' is set without 'tls_cert'", "Set tls_cert too")
         if settings.host != "localhost" and not is_loopback(settings.host):
             logger.warning(
-                "listening on %s without TLS: others on the network can read tokens and pictures. Set tls_cert",
+                "listening on %s without TLS: others on the network can read tokens and images; set tls_cert",
                 settings.host,
             )
         return None
@@ -45,7 +45,7 @@ def bind(settings: Settings) -> socket.socket:
     """Bind a socket to the daemon's port.
 
     Raises:
-        PortInUse: another process has the port, which the message names, or this user may not take it.
+        PortInUse: another process, named in the message, listens on the port, or this user may not bind to the port.
         ConfigError: the host is not an address of this machine.
     """
     try:
@@ -56,16 +56,16 @@ def bind(settings: Settings) -> socket.socket:
                 f"setting 'host' is {settings.host!r}: {error.strerror or error}", "Use an address of this machine"
             ) from error
         raise PortInUse(
-            f"port {settings.port} on {settings.host} is in use by {_who_listens(settings)}",
-            "Stop it, or choose another --port",
+            f"port {settings.port} on {settings.host} is in use by {_port_holder(settings)}",
+            "Stop that process, or choose another --port",
         ) from error
     listener.setblocking(False)
     return listener
 
 
-def _who_listens(settings: Settings) -> str:
-    facts = read_facts(settings.port, settings.runtime_dir)
-    if facts.get("pid") and psutil.pid_exists(int(facts["pid"])):
-        return f"another Luna Daemon of yours (pid {facts['pid']})"
+def _port_holder(settings: Settings) -> str:
+    document = read_facts(settings.port, settings.runtime_dir)
+    if document.get("pid") and psutil.pid_exists(int(document["pid"])):
+        return f"another Luna Daemon of this user (pid {document['pid']})"
     holder = ports.listener(settings.port)
     return f"{holder[0]!r} (pid {holder[1]})" if holder else "a process of another user"

@@ -1,4 +1,4 @@
-"""Handlers of the LoRA cache's ops. Those that read a disk are coroutines: they answer later."""
+"""Handlers of the ``lora.*`` ops; handlers that read files are coroutines."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def _load(state: State, request: ClientRequest, call: m.LoraLoad) -> None:
 
 
 def _description(entry: LoRAEntry) -> dict[str, Any]:
-    """The places of the tensors, for a client that maps them; the table is packed once."""
+    """Where the tensors are, for a client that maps them; the table is packed at the first request."""
     if entry.table is None:
         entry.table = msgspec.Raw(_ENCODER.encode(columns(entry.places())))
     file = msgspec.structs.asdict(entry.source) if entry.kind == "file" and entry.source else None
@@ -60,8 +60,8 @@ def _put(state: State, request: ClientRequest, call: m.LoraPut) -> None:
     if not state.loras.keep(LoRAEntry(call.name, "put", refs, nbytes, [piece.slot for piece in pieces])):
         release(pieces)
         raise LimitExceeded(
-            f"LoRA {call.name!r} has {nbytes} bytes, for which there is no room: the cache holds "
-            f"{state.loras.max_bytes} bytes in {state.loras.max_entries} entries, and those in use or pinned stay",
+            f"LoRA {call.name!r} has {nbytes} bytes and finds no room: the cache is limited to "
+            f"{state.loras.max_bytes} bytes in {state.loras.max_entries} entries, of which those in use or pinned stay",
             "Raise lora_cache_gb or lora_cache_entries",
         )
     request.answer({"success": True, "bytes": nbytes})

@@ -1,4 +1,4 @@
-"""Handlers of the ops that the control process answers itself: all that need no model."""
+"""Handlers of the ops that need no model: the control process answers them without a worker."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def _info(state: State, request: ClientRequest, call: m.Info) -> None:
 
 def _prove(state: State, request: ClientRequest, call: m.ArenaProof) -> None:
     if state.memory.arena is None or not hmac.compare_digest(call.nonce.encode(), state.memory.arena.nonce.encode()):
-        raise BadRequest("that is not the nonce of this daemon's shared memory", "Use TCP")
+        raise BadRequest("the nonce is not that of this daemon's shared memory", "Use TCP")
     if call.space != process_space():
-        raise BadRequest("the client's processes cannot be seen from here: another container", "Use TCP")
+        raise BadRequest("the client runs in another container, so the daemon cannot see its process", "Use TCP")
     request.session.sees_arena = True
     request.answer(None)
 
 
 def _alloc(state: State, request: ClientRequest, call: m.Alloc) -> Later:
     if not request.session.sees_arena:
-        raise BadRequest("shared memory was not proved to be visible to this client", "Send tensors inline")
+        raise BadRequest("the client has not proved that it maps the shared memory", "Send tensors inline")
     if not 0 < call.nbytes <= state.limits.tensor_bytes:
         raise LimitExceeded(f"a slot of {call.nbytes} bytes; the limit is {state.limits.tensor_bytes}")
     held = request.session.leases.nbytes + request.session.reserving
@@ -84,12 +84,12 @@ def _patch_put(state: State, request: ClientRequest, call: m.PatchPut) -> None:
     for model in call.models:
         if model.kind != ModelKind.CLIP:
             raise BadRequest(f"a patch set names a model of kind {model.kind!r}", "Name text encoders only")
-        request.resolve(model)  # refused now, not when a prompt waits for it
+        request.resolve(model)  # so that a wrong model is refused now, not at the first prompt
     pieces = request.pieces()
     nbytes = sum(piece.slot.nbytes for piece in pieces)
     if not state.patches.put(call.name, KeptPatches(call.packed, pieces, call.models), nbytes):
         release(pieces)
-        raise LimitExceeded(f"patch set {call.name!r} has {nbytes} bytes; at most {state.patches.max_bytes} are kept")
+        raise LimitExceeded(f"patch set {call.name!r} has {nbytes} bytes; the limit is {state.patches.max_bytes}")
     request.answer(None)
 
 
@@ -128,4 +128,4 @@ HANDLERS: dict[type, Callable[..., Later | None]] = {
     m.Register: _register, m.Report: _report,
     m.Reload: _reload, m.TokenRenew: _renew, m.Drain: _drain, m.Shutdown: _shutdown,
 }  # fmt: skip
-"""Handlers by the type of the call; every other op is computed by a worker."""
+"""Handlers by the type of the call; calls of other types are computed by a worker."""

@@ -1,4 +1,4 @@
-"""Peers of connections after the greeting: clients and workers."""
+"""Peers of connections after the greeting: they receive the frames of a client or a worker."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ OnLost = Callable[[Connection], object]
 
 
 class ClientPeer:
-    """Takes the frames of a client.
+    """Receives the frames of a client.
 
     Args:
-        session: the client's.
-        on_lost: told when the connection is gone.
+        session: the client's session.
+        on_lost: called when the connection is lost.
     """
 
     def __init__(self, state: State, session: Session, on_lost: OnLost = lambda connection: None) -> None:
@@ -36,14 +36,14 @@ class ClientPeer:
         return self.state.place(nbytes)
 
     def received(self, connection: Connection, message: m.Message, payload: Slot | None) -> None:
-        """Take a frame.
+        """Handle a frame.
 
         Raises:
-            ProtocolError: clients send no such message, or the number of a request is taken.
+            ProtocolError: clients do not send this type of message, or a request's id is in use.
         """
         try:
             if isinstance(message, m.Request):
-                self._take(message, payload)
+                self._begin(message, payload)
             elif isinstance(message, m.Release):
                 for number in message.slots:
                     self.session.leases.release(number)
@@ -58,13 +58,13 @@ class ClientPeer:
             if payload is not None:
                 payload.release()
 
-    def _take(self, message: m.Request, payload: Slot | None) -> None:
+    def _begin(self, message: m.Request, payload: Slot | None) -> None:
         if message.id < 1 or message.id in self.session.requests:
             raise ProtocolError(f"request id {message.id} is {'in use' if message.id > 0 else 'not positive'}")
         begin(self.state, ClientRequest(self.state, self.session, message, payload))
 
     def lost(self, connection: Connection, why: str) -> None:
-        """Stop computing for the client, and free its memory once no process can write there."""
+        """Cancel the client's requests, and release its memory once its process can no longer write there."""
         state, session = self.state, self.session
         self._on_lost(connection)
         del state.sessions[session.number]
@@ -78,10 +78,10 @@ class ClientPeer:
 
 
 class WorkerPeer:
-    """Takes the frames of a worker: requests for shared memory are answered, the rest is the pool's.
+    """Receives the frames of a worker: answers requests for shared memory, and passes other messages to the pool.
 
     Args:
-        on_lost: told when the connection is gone.
+        on_lost: called when the connection is lost.
     """
 
     def __init__(self, state: State, worker: WorkerProcess, on_lost: OnLost) -> None:
@@ -95,7 +95,7 @@ class WorkerPeer:
         return self.state.place(nbytes)
 
     def received(self, connection: Connection, message: m.Message, payload: Slot | None) -> None:
-        """Take a frame."""
+        """Handle a frame."""
         if not isinstance(message, m.Request):
             self.state.pool.received(self.worker, message, payload)
             return
@@ -104,10 +104,10 @@ class WorkerPeer:
         self.state.spawn(answer_later(_WorkerRequest(connection, message.id), self._grant(connection, message)))
 
     async def _grant(self, connection: Connection, message: m.Request) -> None:
-        """Lend the worker a slot for its result; it waits for the answer."""
+        """Lend the worker a slot for a result; the worker blocks until the answer."""
         call = decode_call(message.call)
         if not isinstance(call, m.Alloc):
-            raise ProtocolError(f"workers do not ask for {type(call).__name__}")
+            raise ProtocolError(f"workers do not send {type(call).__name__}")
         slot = await self.state.memory.allocate(call.nbytes)
         if slot is None:
             raise LimitExceeded("shared memory is full")
@@ -117,14 +117,14 @@ class WorkerPeer:
             slot.release()
 
     def lost(self, connection: Connection, why: str) -> None:
-        """Let the pool retry what the worker computed."""
+        """Report the loss to the pool, which retries the worker's request."""
         self.connected = False
         self._on_lost(connection)
         self.state.pool.lost(self.worker, why)
 
 
 class _WorkerRequest:
-    """A worker that waits for shared memory."""
+    """A worker's request for shared memory, which waits for its answer."""
 
     op = "alloc"
 
@@ -133,7 +133,8 @@ class _WorkerRequest:
         self._number = number
 
     def progress(self, stage: str, step: int, total: int) -> None:
-        """Workers need no signs of life."""
+        """Do nothing: workers need no progress messages."""
 
     def fail(self, error: LunaError) -> None:
+        """Answer with an error."""
         self._connection.send(m.Failure(self._number, error.code, error.message, error.hint))

@@ -1,4 +1,4 @@
-"""Tensors that are kept for later: conditionings that are asked for again, and patch sets of clients."""
+"""The LRU cache of conditionings, and of clients' patch sets."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Value = TypeVar("Value")
 
 
 class PiecesCache(Generic[Key, Value]):
-    """Values that hold memory, within limits of bytes and of entries: the least recently used goes first.
+    """An LRU cache of values that own memory, limited in bytes and in entries.
 
     Args:
-        max_bytes: most bytes of all values together.
-        max_entries: most values.
-        on_drop: gives back the memory of a value that is kept no longer.
+        max_bytes: limit of the bytes of all values together.
+        max_entries: limit of the number of values.
+        on_drop: releases the memory of a value that leaves the cache.
     """
 
     def __init__(self, max_bytes: int, max_entries: int, on_drop: Callable[[Value], None]) -> None:
@@ -32,7 +32,7 @@ class PiecesCache(Generic[Key, Value]):
         return key in self._kept
 
     def get(self, key: Key) -> Value | None:
-        """The value kept under ``key``, counted as a hit or a miss; its memory stays the cache's."""
+        """The value of ``key``, counted as a hit or a miss; the cache still owns the value's memory."""
         entry = self._kept.get(key)
         if entry is None:
             self.misses += 1
@@ -42,10 +42,10 @@ class PiecesCache(Generic[Key, Value]):
         return entry[0]
 
     def put(self, key: Key, value: Value, nbytes: int) -> bool:
-        """Keep a value, in place of one of the same key.
+        """Keep a value, in place of another of the same key.
 
         Returns:
-            Whether the value is kept, and its memory the cache's now: not if it alone exceeds ``max_bytes``.
+            Whether the cache now owns the value; ``False`` if the value alone exceeds ``max_bytes``.
         """
         if nbytes > self.max_bytes:
             return False
@@ -58,13 +58,13 @@ class PiecesCache(Generic[Key, Value]):
         return True
 
     def resize(self, max_bytes: int) -> None:
-        """Set another limit of bytes; what exceeds it is dropped."""
+        """Change the limit of bytes, and drop values that exceed the new limit."""
         self.max_bytes = max_bytes
         while self.nbytes > max_bytes:
             self._drop(next(iter(self._kept)))
 
     def clear(self) -> None:
-        """Drop everything."""
+        """Drop all values."""
         for key in list(self._kept):
             self._drop(key)
 

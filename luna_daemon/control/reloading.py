@@ -1,4 +1,4 @@
-"""New settings for a running daemon: those that can be taken while requests run are, the others are named."""
+"""Reload: applies those settings that may change while requests run, and names the others."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from ..config import RELOADABLE, Settings
 from ..core import logger
 from ..files.resolver import ModelResolver
 from .roots import ComfyRoots
-from .state import State
+from .state import State, limits_of
 
 
 def apply(state: State, new: Settings) -> dict[str, Any]:
-    """Apply those new settings that a running daemon can take.
+    """Apply those new settings that are reloadable.
 
     Returns:
-        ``taken``: names of settings that changed and hold from now on; ``restart``: names of those that
-        changed and hold after a restart.
+        ``taken``: names of changed settings that are applied; ``restart``: names of changed settings that are
+        applied only after a restart.
     """
     old = state.settings
     changed = [name for name in type(old).model_fields if getattr(old, name) != getattr(new, name)]
@@ -26,12 +26,13 @@ def apply(state: State, new: Settings) -> dict[str, Any]:
     state.settings = state.pool.settings = settings
     state.resolver = ModelResolver(settings, state.resolver.base)
     state.roots = ComfyRoots(settings)
+    state.limits = limits_of(settings)
     for session in state.sessions.values():
-        session.comfy.clear()  # checked again, under the new settings
+        session.comfy = {}  # checked again; a check that still runs, under the old settings, fills the old dict
     state.lora_loader.apply(settings)
     state.conditionings.resize(settings.conditioning_cache_mb << 20)
     logger.setLevel(settings.log_level)
-    logger.info("settings read again: %s taken; %s after a restart", _names(taken), _names(restart))
+    logger.info("settings reloaded: applied %s; need a restart: %s", _names(taken), _names(restart))
     state.pool.schedule()
     return {"taken": taken, "restart": restart}
 

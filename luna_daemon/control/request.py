@@ -1,4 +1,4 @@
-"""A client's request on its way to the answer."""
+"""A client's request, until its answer is sent."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ClientRequest:
     """A request that waits for its answer: a ``Waiter`` of the pool.
 
     Args:
-        payload: the bytes that came with the message; its owner keeps it in use until the request is dispatched.
+        payload: the inline bytes of the message; the caller releases the slot after the dispatch.
     """
 
     def __init__(self, state: State, session: Session, message: m.Request, payload: Slot | None) -> None:
@@ -30,42 +30,42 @@ class ClientRequest:
         self.payload = payload
         self.op = "unknown"
         self.model = ""
-        """What people call the model, once it is known."""
-        self.born = time.monotonic()
+        """Display name of the model, once the model is resolved."""
+        self.received_at = time.monotonic()
         self.work: Work | None = None
 
     def resolve(self, ref: m.ModelRef) -> m.LoadSpec:
-        """The model that this request names; raises what ``State.resolve`` raises."""
+        """Resolve a model that this request names; see ``State.resolve`` for the errors."""
         return self.state.resolve(self.session, ref)
 
     def pieces(self) -> list[Piece]:
-        """The tensors of this request, each with a use of its memory; raises what ``State.pieces`` raises."""
+        """Retain the tensors of this request; see ``State.pieces`` for the errors."""
         return self.state.pieces(self.session, self.message.tensors, self.payload)
 
     def wait(self, work: Work | None = None) -> None:
-        """Be answered later, by ``work`` if it is given: the session knows the request until then."""
+        """Register the request with its session until the answer, and with ``work`` if a worker computes the answer."""
         self.session.requests[self.number] = self
         if work is not None:
             self.work = work
             work.waiters.append(self)
 
     def progress(self, stage: str, step: int, total: int) -> None:
-        """Tell the client how far the request is, unless the client reads too slowly."""
+        """Send the client a progress message, unless the client reads too slowly."""
         if not self.session.connection.crowded:
             self.session.connection.send(m.Progress(self.number, stage, step, total))
 
     def answer(self, result: Any, tensors: list[m.TensorRef] | None = None) -> None:
-        """Answer without a worker."""
+        """Answer with a result, and with tensors that the client leases already."""
         self._leave()
         self.session.connection.send(m.Reply(self.number, result, tensors or []))
         self._count()
 
     def finish(self, outcome: Outcome, shared: bool) -> None:
-        """Answer with tensors.
+        """Answer with the outcome of work.
 
         Args:
-            shared: others hold the same slots: this client gets uses of its own, to copy from. Otherwise the
-                outcome's uses pass to this client.
+            shared: whether others use the outcome too: then the slots are retained for this client, which must copy
+                the tensors. Otherwise ownership of the slots passes to this client.
         """
         self._leave()
         if not self.state.is_connected(self.session):
@@ -84,7 +84,7 @@ class ClientRequest:
         self._count()
 
     def _may_lease(self, slot: Slot) -> bool:
-        """Whether this client may hold more shared memory; tensors beyond that come inline."""
+        """Whether this client may lease another slot; further tensors travel inline."""
         limit = self.state.limits.arena_bytes_per_client
         return self.session.sees_arena and self.session.leases.nbytes + slot.nbytes <= limit
 
@@ -97,14 +97,14 @@ class ClientRequest:
         self.state.events.failed(error.code, error.message, self.op, self.model)
 
     def cancel(self) -> None:
-        """Stop computing, and answer nothing; a request that no worker computes is answered all the same."""
+        """Stop computing, and send no answer; a request that no worker computes is still answered."""
         if self.work is not None:
             self.state.pool.cancel(self.work, self)
             self._leave()
             self._count("cancelled")
 
     def _count(self, result: str = "ok") -> None:
-        self.state.events.request(self.op, self.model, time.monotonic() - self.born, result)
+        self.state.events.request(self.op, self.model, time.monotonic() - self.received_at, result)
 
     def _leave(self) -> None:
         self.work = None

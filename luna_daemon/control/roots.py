@@ -1,8 +1,8 @@
-"""Which ComfyUI a worker runs for a client: the client's own, where its code may be trusted, else none.
+"""Which ComfyUI a worker runs for a client: the client's own if its code can be trusted, else none.
 
-What code a worker runs is the daemon's choice. The folder and interpreter of its own settings, and whatever lies below
-``comfyui_roots``, are always fine. Another one, named by a client, is run only if the client is on this host and nobody
-but the daemon's user and root could have put code there. Flags are taken from a fixed list.
+The daemon's own folder and interpreter (``comfyui_path``, ``comfyui_python``), and those below ``comfyui_roots``, are
+always accepted. Any other folder or interpreter is accepted only if the client is on this host and only the daemon's
+user and root could have written code there. Flags must be in a fixed list.
 """
 
 from __future__ import annotations
@@ -22,88 +22,87 @@ from ..files.resolver import NeedsIO
 from ..wire.messages import ComfyId
 
 _DATA = ("models", "input", "output", "temp", "user", "custom_nodes")
-"""Folders inside ComfyUI's that hold no code that a worker imports."""
+"""Folders in ComfyUI's folder from which workers import no code."""
 _CODE = (".py", ".pyc", ".so", ".pyd", ".dll", ".dylib", ".pth")
-_MOST_LINKS = 40
-_MOST_KNOWN = 64
-"""ComfyUIs remembered per connection; a process hardly runs more than one."""
+_MAX_LINKS = 40
+_MAX_KNOWN = 64
+"""Limit of ComfyUIs remembered per connection; a client usually runs one."""
 _VERSION = re.compile(r"""^__version__\s*=\s*["']([^"']+)["']""", re.MULTILINE)
-_CURE = "Add it to the daemon's comfyui_roots (LUNA_COMFYUI_ROOTS) if it may run it, or fix its owner or permissions"
+_CURE = "Add it to the daemon's comfyui_roots (LUNA_COMFYUI_ROOTS) if you trust it, or fix its owner or permissions"
 
 
 class ComfyRoots:
-    """The ComfyUIs that workers may run.
-
-    Args:
-        settings: the daemon's own (``comfyui_path``, ``comfyui_python``, ``comfyui_args``), ``comfyui_roots``,
-            ``client_roots``.
-    """
+    """The ComfyUIs that workers may run, by the settings ``comfyui_*``, ``client_roots`` and ``backend``."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.own = _own(settings)
-        """The ComfyUI for clients that run none; ``None`` if the daemon has no ComfyUI either."""
+        """The daemon's own ComfyUI, for clients without one; ``None`` if ``comfyui_path`` is not set."""
         self._registered = [Path(os.path.realpath(folder)) for folder in settings.comfyui_roots]
 
-    def for_client(self, comfy: ComfyId | None, known: dict[ComfyId, ComfyId], here: bool) -> ComfyId | None:
-        """The ComfyUI that a worker runs for a client that runs ``comfy``; ``None`` where another backend computes.
+    def for_client(self, comfy: ComfyId | None, known: dict[ComfyId, ComfyId], is_local: bool) -> ComfyId | None:
+        """The ComfyUI that a worker runs for a client that runs ``comfy``; ``None`` if another backend computes.
 
         Args:
-            known: answers for this connection so far; a new connection checks again, since files may have changed.
+            known: results for this connection so far; a new connection checks again, since files may change.
+            is_local: whether the client is on this host.
 
         Raises:
-            NeedsIO: ``comfy`` was not checked yet; ``NeedsIO.look`` raises what ``check`` does.
+            NeedsIO: ``comfy`` has not been checked yet; ``NeedsIO.look`` calls ``check``.
         """
         if comfy is None or self.settings.backend == "diffusers":
             return self.own
         if comfy not in known:
-            raise NeedsIO(f"ComfyUI {comfy.root}", lambda: self._learn(comfy, known, here))
+            raise NeedsIO(f"ComfyUI {comfy.root}", lambda: self._remember(comfy, known, is_local))
         return known[comfy]
 
-    def _learn(self, comfy: ComfyId, known: dict[ComfyId, ComfyId], here: bool) -> None:
-        accepted = self.check(comfy, here)
-        if len(known) >= _MOST_KNOWN:
+    def _remember(self, comfy: ComfyId, known: dict[ComfyId, ComfyId], is_local: bool) -> None:
+        accepted = self.check(comfy, is_local)
+        if len(known) >= _MAX_KNOWN:
             known.clear()
         known[comfy] = accepted
 
-    def check(self, comfy: ComfyId, here: bool) -> ComfyId:
-        """The ComfyUI that a worker runs for a client with this one. Reads many files: not for the event loop.
+    def check(self, comfy: ComfyId, is_local: bool) -> ComfyId:
+        """Decide which ComfyUI a worker runs for a client that runs ``comfy``. Reads many files: call it in a thread.
 
         Args:
-            here: whether the client is on this host.
+            is_local: whether the client is on this host.
 
         Raises:
             ComfyRefused: names the folder or file, why it is refused, and what to do.
-            BadRequest: a flag that clients may not set.
+            BadRequest: clients may not set one of the flags.
         """
         flags = checked(comfy.flags)
         if not (_is_plain(comfy.root) and _is_plain(comfy.python)):
-            raise ComfyRefused(f"ComfyUI {comfy.root!r} with interpreter {comfy.python!r}: not absolute paths", _CURE)
+            raise ComfyRefused(
+                f"ComfyUI {comfy.root!r} with interpreter {comfy.python!r}: a path is not absolute",
+                "Use absolute paths",
+            )
         try:
             root, python = Path(os.path.realpath(comfy.root)), canonical_python(Path(comfy.python))
-            foreign_root, foreign_python = not self._names(root), not self._names(python)
+            foreign_root, foreign_python = not self._is_registered(root), not self._is_registered(python)
             if foreign_root or foreign_python:
-                self._may_be_foreign(f"ComfyUI {root}" if foreign_root else f"interpreter {python}", here)
-            _must_be_comfyui(root, python)
+                self._check_client_roots(f"ComfyUI {root}" if foreign_root else f"interpreter {python}", is_local)
+            _check_is_comfyui(root, python)
             if foreign_root:
                 _refuse(why_unsafe_root(Path(comfy.root)))
             if foreign_python:
                 _refuse(why_unsafe_python(Path(comfy.python)))
-            _must_be_the_version(root, comfy.version)
+            _check_version(root, comfy.version)
         except OSError as error:
             raise ComfyRefused(f"{error.filename or comfy.root}: {error.strerror or error}", _CURE) from error
         return ComfyId(str(root), str(python), comfy.version, comfy.torch, flags)
 
-    def _names(self, path: Path) -> bool:
+    def _is_registered(self, path: Path) -> bool:
         """Whether the settings name this ComfyUI or interpreter, or a folder around it."""
         own = self.own is not None and str(path) in (self.own.root, self.own.python)
         return own or any(path.is_relative_to(folder) for folder in self._registered)
 
-    def _may_be_foreign(self, what: str, here: bool) -> None:
+    def _check_client_roots(self, what: str, is_local: bool) -> None:
         if not self.settings.client_roots:
-            raise ComfyRefused(f"{what} is not one of the daemon's, and clients may name none (client_roots)", _CURE)
-        if not here:
-            raise ComfyRefused(f"{what} is not one of the daemon's, and the client is not on its host", _CURE)
+            raise ComfyRefused(f"{what} is not the daemon's, and client_roots is off", _CURE)
+        if not is_local:
+            raise ComfyRefused(f"{what} is not the daemon's, and the client is not on the daemon's host", _CURE)
 
 
 def _own(settings: Settings) -> ComfyId | None:
@@ -115,12 +114,12 @@ def _own(settings: Settings) -> ComfyId | None:
 
 
 def canonical_python(path: Path) -> Path:
-    """One path for the ``python``, ``python3`` and ``python3.12`` of one environment.
+    """Return one path for the ``python``, ``python3`` and ``python3.12`` of one environment.
 
-    Links to another folder are not followed: an environment is where its ``python`` lies, not what that links to.
+    Links to other folders are not followed: an environment is the folder of its ``python``, not of the link's target.
     """
     place = Path(os.path.realpath(path.parent)) / path.name
-    for _ in range(_MOST_LINKS):
+    for _ in range(_MAX_LINKS):
         if not place.is_symlink():
             break
         target = place.parent / os.readlink(place)
@@ -151,15 +150,15 @@ def version_of(root: Path) -> str:
     return version[1] if version else ""
 
 
-def _must_be_comfyui(root: Path, python: Path) -> None:
+def _check_is_comfyui(root: Path, python: Path) -> None:
     if not is_comfyui(root):
-        raise ComfyRefused(f"{root} is not ComfyUI: it has no comfy/sd.py", "Start the instance from its own folder")
+        raise ComfyRefused(f"{root} is not ComfyUI: it has no comfy/sd.py", "Start ComfyUI from its own folder")
     if not python.is_file() or not os.access(python, os.X_OK):
-        raise ComfyRefused(f"interpreter {python} is not an executable file", "Use the one that runs ComfyUI")
+        raise ComfyRefused(f"interpreter {python} is not an executable file", "Use the interpreter that runs ComfyUI")
 
 
-def _must_be_the_version(root: Path, version: str) -> None:
-    """Refuse an instance that was started before its files were updated: a worker would run the new ones."""
+def _check_version(root: Path, version: str) -> None:
+    """Refuse a client that was started before ComfyUI was updated: a worker would run the new files."""
     now = version_of(root) if version else ""
     if now not in ("", version):
         raise ComfyRefused(
@@ -168,24 +167,24 @@ def _must_be_the_version(root: Path, version: str) -> None:
         )
 
 
-# --- whether other users could have put code there -------------------------------------------------------------
+# --- whether other users could have written code there -------------------------------------------------------------
 
 
 def why_unsafe_root(root: Path) -> str:
-    """Why others could change what a worker would import from this folder; empty if nobody could."""
+    """Why other users could change code in this folder; empty if they cannot."""
     if sys.platform == "win32":
         return _why_outside_the_profile(root)
-    return _why_on_the_way(root) or _first(map(_why_unsafe_code, _code_below(Path(os.path.realpath(root)))))
+    return _why_unsafe_path(root) or _first(map(_why_unsafe_code, _code_below(Path(os.path.realpath(root)))))
 
 
 def why_unsafe_python(python: Path) -> str:
-    """Why others could change this interpreter, a link on the way to it, or its packages; empty if nobody could."""
+    """Why other users could change this interpreter, a link to it, or its packages; empty if they cannot."""
     if sys.platform == "win32":
         return _why_outside_the_profile(python)
     prefix = Path(os.path.realpath(python.parent)).parent
     packages = [place for pattern in ("lib*/python*", "lib*/python*/*-packages") for place in prefix.glob(pattern)]
     places = [place for place in (prefix, prefix / "pyvenv.cfg", *packages) if place.exists()]
-    return _why_on_the_way(python) or _first(map(_why_unsafe, places))
+    return _why_unsafe_path(python) or _first(map(_why_unsafe, places))
 
 
 def _first(reasons: Iterable[str]) -> str:
@@ -193,17 +192,17 @@ def _first(reasons: Iterable[str]) -> str:
 
 
 def _why_outside_the_profile(path: Path) -> str:
-    """Windows' access control lists are not read here: only what lies in the user's own profile is the user's."""
+    """Accept on Windows only paths in the user's profile: access control lists are not read here."""
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(Path.home()))
     return "" if real.is_relative_to(home) else f"{real} lies outside of {home}"
 
 
-def _why_on_the_way(path: Path) -> str:
-    return _first(_why_unsafe(place, ancestor=True) for place in _way(path))
+def _why_unsafe_path(path: Path) -> str:
+    return _first(_why_unsafe(place, ancestor=True) for place in _components(path))
 
 
-def _way(path: Path) -> Iterator[Path]:
-    """Every folder, link and file on the way to what a path names, links followed one by one."""
+def _components(path: Path) -> Iterator[Path]:
+    """Every folder, link and file that resolving a path passes, links followed one by one."""
     rest, place, links = list(path.parts[1:]), Path(path.anchor), 0
     yield place
     while rest:
@@ -212,15 +211,15 @@ def _way(path: Path) -> Iterator[Path]:
         yield place
         if place.is_symlink():
             links += 1
-            if links > _MOST_LINKS:
-                raise OSError(f"more than {_MOST_LINKS} links on the way to {path}")
+            if links > _MAX_LINKS:
+                raise OSError(f"{path} leads through more than {_MAX_LINKS} links")
             target = Path(os.readlink(place))
             place = Path(target.anchor) if target.is_absolute() else place.parent
             rest = [*(target.parts[1:] if target.is_absolute() else target.parts), *rest]
 
 
 def _code_below(root: Path) -> Iterator[Path]:
-    """The folder and all in it that Python could import; environments inside are checked with their interpreter."""
+    """The folder and what Python could import from it, except environments: ``why_unsafe_python`` checks those."""
     yield root
     for folder, folders, files in os.walk(root):
         here = Path(folder)
@@ -237,15 +236,15 @@ def _code_below(root: Path) -> Iterator[Path]:
 def _why_unsafe_code(place: Path) -> str:
     if not place.is_symlink():
         return _why_unsafe(place)
-    return f"{place} is a link to a folder" if place.is_dir() else _why_on_the_way(place)
+    return f"{place} is a link to a folder" if place.is_dir() else _why_unsafe_path(place)
 
 
 def _why_unsafe(place: Path, ancestor: bool = False) -> str:
-    """Why others could change this very file or folder; empty if nobody could.
+    """Why other users could change this file or folder itself; empty if they cannot.
 
     Args:
-        ancestor: only a file or folder inside counts, which is checked too: a folder like ``/tmp``, where everybody
-            may add something but nobody may replace what belongs to another user, is fine.
+        ancestor: accept a sticky folder like ``/tmp``: others may add files there, but not replace the next component
+            of the path, which is checked too.
     """
     status = place.lstat()
     if status.st_uid not in (0, os.getuid()):
@@ -261,7 +260,7 @@ def _why_unsafe(place: Path, ancestor: bool = False) -> str:
 
 @cache
 def _is_private(group: int) -> bool:
-    """Whether nobody but the daemon's user and root is in a group: many systems give each user a group."""
+    """Whether only the daemon's user and root are in a group; many systems give each user such a group."""
     import grp
     import pwd
 

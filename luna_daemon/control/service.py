@@ -1,4 +1,4 @@
-"""The service behind the socket: its connections and their greetings."""
+"""Accepted connections, and the check of their greetings."""
 
 from __future__ import annotations
 
@@ -15,43 +15,41 @@ from .state import State
 
 _GREET_S = 5.0
 _STALL_S = 60.0
-"""A peer that reads nothing for so long is disconnected: what waits for it costs memory."""
+"""A peer that reads nothing for this long is disconnected: its unsent messages occupy memory."""
 _READS_S = 1.0
+"""A peer that has read nothing for this long does not hold up the shutdown."""
 _MAX_PENDING = 256
-"""Connections that have not greeted yet; the oldest goes first. A client greets within milliseconds."""
+"""Limit of pending connections; beyond it the oldest is aborted. A client greets within milliseconds."""
 _HELLO_BYTES = 64 << 10
-"""Largest message before the greeting: a pending connection makes the daemon allocate no more."""
+"""Largest greeting: a pending connection must not make the daemon allocate more."""
 
 
 class Service:
-    """The daemon's connections, and the peer of each until its greeting; then a client or worker takes the frames.
-
-    Args:
-        state: what requests are answered from.
-    """
+    """The daemon's connections, and the peer of each connection until its greeting is accepted."""
 
     def __init__(self, state: State) -> None:
         self.state = state
         self._connections: set[Connection] = set()
         self._pending: dict[Connection, asyncio.TimerHandle] = {}
-        """Connections that have not greeted, oldest first, and the timeout of each greeting."""
+        """Pending connections, oldest first, and their greeting timeouts."""
 
     def connect(self) -> Connection:
-        """A connection for a socket that was just accepted."""
+        """Make the connection for a socket that was just accepted."""
         connection = Connection(self, _HELLO_BYTES, self.state.limits.tensor_bytes)
         self._connections.add(connection)
-        timeout = asyncio.get_running_loop().call_later(_GREET_S, self._turn_away, connection)
+        timeout = asyncio.get_running_loop().call_later(_GREET_S, self._abort, connection)
         self._pending[connection] = timeout
         if len(self._pending) > _MAX_PENDING:
-            self._turn_away(next(iter(self._pending)))
+            self._abort(next(iter(self._pending)))
         return connection
 
-    def _turn_away(self, pending: Connection) -> None:
-        self._settle(pending)
+    def _abort(self, pending: Connection) -> None:
+        # Forgotten here: asyncio does not call connection_lost where the TLS handshake failed or has not ended.
+        self.lost(pending, "")
         pending.abort()
 
     def _settle(self, connection: Connection) -> None:
-        """Cancel the greeting timeout, which would keep the connection and its buffer in memory until then."""
+        """Cancel the greeting timeout, whose timer would keep the connection and its buffer in memory."""
         if (timeout := self._pending.pop(connection, None)) is not None:
             timeout.cancel()
 
@@ -63,14 +61,14 @@ class Service:
         Raises:
             AuthenticationError: always.
         """
-        raise AuthenticationError("tensors before a greeting")
+        raise AuthenticationError("tensors were sent before the greeting")
 
     def received(self, connection: Connection, message: m.Message, payload: Slot | None) -> None:
-        """Take a greeting, and hand the connection to the peer that speaks for the client or the worker.
+        """Check a greeting, and give the connection its ``ClientPeer`` or ``WorkerPeer``.
 
         Raises:
-            ProtocolError: another message, another version of the protocol, or a wrong token.
-            Busy: as many clients are connected as may be.
+            ProtocolError: the message is not a greeting, or its protocol version or token is wrong.
+            Busy: ``max_clients`` clients are connected.
         """
         if not isinstance(message, m.Hello):
             raise ProtocolError(f"the first message must be hello, not {type(message).__name__}")
@@ -84,13 +82,13 @@ class Service:
         if message.role == "worker":
             worker = state.pool.adopt(message.token, connection)
             if worker is None:
-                raise AuthenticationError("this worker's token is not known")
+                raise AuthenticationError("the worker's token is unknown")
             connection.peer = WorkerPeer(state, worker, self._connections.discard)
             connection.max_header = MAX_HEADER
         else:
             state.access.check(message.token)
             if len(state.sessions) >= state.settings.max_clients:
-                raise Busy(f"{len(state.sessions)} clients are connected, the most allowed", "Raise max_clients", 5.0)
+                raise Busy(f"{len(state.sessions)} clients are connected, which is the limit", "Raise max_clients", 5.0)
             session = state.open_session(connection, message)
             connection.peer = ClientPeer(state, session, self._connections.discard)
             connection.max_header = state.limits.header_bytes
@@ -99,23 +97,23 @@ class Service:
         connection.send(m.Welcome(state.last_session, __version__, state.limits, memory.info, memory.why))
 
     def lost(self, connection: Connection, why: str) -> None:
-        """Forget a connection that never greeted."""
+        """Forget a pending connection."""
         self._connections.discard(connection)
         self._settle(connection)
 
     # --- all connections ---
 
-    def tidy(self) -> None:
-        """Give unused memory back, and disconnect peers that do not read; called every few seconds."""
-        self.state.tidy()
+    def maintain(self) -> None:
+        """Release unused memory, and disconnect peers that do not read; called every few seconds."""
+        self.state.maintain()
         for connection in list(self._connections):
             if connection.stalled_s > _STALL_S:
-                logger.warning("%s has read nothing for %.0f s: disconnected", connection.remote, connection.stalled_s)
+                logger.warning("disconnecting %s: it read nothing for %.0f s", connection.remote, connection.stalled_s)
                 connection.abort()
 
     @property
     def unsent(self) -> bool:
-        """Whether answers are still on their way to clients that read."""
+        """Whether some peer that still reads has not been sent all its messages."""
         return any(connection.unsent and connection.stalled_s < _READS_S for connection in self._connections)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""An authenticated client: what it holds, and which of its requests wait for an answer."""
+"""An authenticated client's session: its leases, and its requests that wait for an answer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Cancellable(Protocol):
     """A request that waits for its answer."""
 
     def cancel(self) -> None:
-        """Stop computing for the request; its caller wants no answer any more."""
+        """Stop computing for the request, which needs no answer any more."""
         ...
 
 
@@ -25,8 +25,8 @@ class Session:
     """A client from its greeting to the end of its connection.
 
     Args:
-        number: identifies the session for as long as the daemon lives.
-        connection: carries the answers.
+        number: identifies the session; not used again while the daemon runs.
+        connection: where answers are sent.
         hello: the client's greeting.
     """
 
@@ -36,27 +36,27 @@ class Session:
         self.name = hello.name
         self.pid = hello.pid
         self.since = time.time()
-        """Seconds since 1970."""
+        """When the session began, in seconds since 1970."""
         self.sees_arena = False
         """Whether the client has proved that it can map the daemon's shared memory."""
         self.comfy: dict[m.ComfyId, m.ComfyId] = {}
-        """Per ComfyUI that the client runs the one that a worker runs for it."""
+        """The ComfyUI that a worker runs, by the ComfyUI that the client runs."""
         self.said_bye = False
         self.outdated = False
-        """Whether the token of the greeting is no longer good: what was asked is still answered, nothing more."""
+        """Whether the token was renewed: requests in flight are answered, further requests are refused."""
         self.reserving = 0
-        """Bytes of shared memory asked for and not yet granted."""
+        """Bytes of shared memory requested and not yet granted."""
         self.leases = Leases()
         self.requests: dict[int, Cancellable] = {}
-        """Requests that wait for their answer, by the client's numbers."""
+        """Requests that wait for their answer, by their ids."""
 
     @property
-    def is_here(self) -> bool:
-        """Whether the client is on this host: it sees the shared memory, or dialled a loopback address."""
+    def is_local(self) -> bool:
+        """Whether the client is on this host: has mapped the shared memory, or connected to a loopback address."""
         return self.sees_arena or self.connection.is_loopback
 
     async def release_after_exit(self) -> None:
-        """Give back what the client holds once its process has exited: until then its tensors may lie there."""
+        """Release the client's leases once its process has exited: until then the process may use that memory."""
         pause = 0.05
         while _is_alive(self.pid, self.since):
             await asyncio.sleep(pause)
@@ -65,10 +65,10 @@ class Session:
 
 
 def _is_alive(pid: int, since: float) -> bool:
-    """Whether the process that said hello at ``since`` still runs; another one may have its number by now."""
+    """Whether the process that greeted at ``since`` still runs; another process may have got the same pid."""
     try:
         process = psutil.Process(pid)
-        # Start times are known to a second or so.
+        # psutil's start times are accurate to about a second.
         return bool(process.create_time() <= since + 2 and process.status() != psutil.STATUS_ZOMBIE)
     except (psutil.Error, ValueError, OverflowError):
         return False

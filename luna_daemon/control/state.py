@@ -1,4 +1,4 @@
-"""What requests are answered from: settings, models, workers, caches, shared memory, sessions, counters."""
+"""State of the daemon: settings, models, workers, caches, shared memory, sessions, counters."""
 
 from __future__ import annotations
 
@@ -25,31 +25,34 @@ from .roots import ComfyRoots
 from .session import Session
 
 _PATCH_BYTES, _PATCH_SETS = 2 << 30, 256
-"""Most patch sets kept for clients: one that was dropped is put again when it is needed."""
+"""Limits of the patch sets kept for clients; clients send a dropped set again."""
 _CONDITIONINGS = 1 << 16
-"""Tokens take so few bytes that a limit of bytes alone would keep millions of them."""
+"""Limit of entries: tokens are so small that a limit of bytes alone would keep millions of entries."""
 
 
 class KeptPatches(NamedTuple):
-    """A patch set of a client: how its tensors belong together, the tensors, and whose weights the patches name."""
+    """A client's patch set: its structure, its tensors, and the models whose weights the patches name."""
 
     packed: Any
     pieces: list[Piece]
     models: list[m.ModelRef]
 
 
+def limits_of(settings: Settings) -> m.Limits:
+    """Limits that the daemon announces to clients."""
+    return m.Limits(
+        settings.max_header_mb << 20, settings.max_tensor_mb << 20, settings.arena_client_mb << 20,
+        settings.queue_limit, settings.max_clients,
+    )  # fmt: skip
+
+
 class State:
-    """Everything that requests need to be answered; knows no socket.
+    """Everything that handlers answer requests from, apart from the sockets.
 
     Args:
-        settings: limits and caches.
-        pool: computes.
-        resolver: finds models.
-        memory: shared memory, if there is any.
-        access: checks tokens.
-        collect_info: makes the ``info`` answer.
+        collect_info: makes the answer to ``info``.
         on_shutdown: called when a client asks the daemon to end.
-        on_reload: reads the settings again; returns which were taken.
+        on_reload: reloads the settings; returns the report of ``reloading.apply``.
     """
 
     def __init__(
@@ -73,10 +76,7 @@ class State:
         self.on_shutdown = on_shutdown
         self.on_reload = on_reload
         self.roots = ComfyRoots(settings)
-        self.limits = m.Limits(
-            settings.max_header_mb << 20, settings.max_tensor_mb << 20, settings.arena_client_mb << 20,
-            settings.queue_limit, settings.max_clients,
-        )  # fmt: skip
+        self.limits = limits_of(settings)
         self.conditionings: PiecesCache[bytes, Outcome] = PiecesCache(
             settings.conditioning_cache_mb << 20, _CONDITIONINGS, Outcome.release
         )
@@ -86,33 +86,33 @@ class State:
         self.loras = LoRACache(int(settings.lora_cache_gb * (1 << 30)), settings.lora_cache_entries)
         self.lora_loader = LoRALoader(settings, self.loras, memory, self.limits.tensor_bytes)
         self.sessions: dict[int, Session] = {}
-        """Connected clients by the numbers of their sessions."""
+        """Sessions of connected clients by number."""
         self.last_session = 0
-        """The highest number that a session was given."""
+        """Number of the newest session."""
         self.fallbacks = 0
         self.materialised = 0
         self.coalesced = 0
         self.gpus: list[dict[str, Any]] = []
-        """Memory of the GPUs, as it was a few seconds ago."""
+        """Memory of the GPUs, read every few seconds."""
         self.ws_port: int | None = None
-        """The status page's port, once the page is served."""
-        self.born = time.time()
+        """Port of the status page, once the page is served."""
+        self.started_at = time.time()
         self._tasks: set[asyncio.Task[None]] = set()
 
     # --- sessions ---
 
     def open_session(self, connection: Connection, hello: m.Hello) -> Session:
-        """Register a client that has been let in."""
+        """Register an authenticated client."""
         self.last_session += 1
         session = self.sessions[self.last_session] = Session(self.last_session, connection, hello)
         return session
 
     def is_connected(self, session: Session) -> bool:
-        """Whether answers still reach this client."""
+        """Whether the session's connection is open."""
         return session.number in self.sessions
 
     def renew_token(self) -> int:
-        """Let nobody in with the old token, and nobody stay with it; returns how many sessions that ends."""
+        """Replace the token, and end all sessions once their requests are answered; returns the number of sessions."""
         self.access.renew()
         for session in self.sessions.values():
             session.outdated = True
@@ -120,31 +120,31 @@ class State:
         return len(self.sessions)
 
     def close_outdated(self) -> None:
-        """Disconnect clients whose token was renewed, once all that they asked for is answered."""
+        """Disconnect clients whose token was renewed and whose requests are all answered."""
         for session in list(self.sessions.values()):
             if session.outdated and not session.requests:
                 session.connection.close()
 
-    # --- what a request names ---
+    # --- models and tensors of requests ---
 
     def resolve(self, session: Session, ref: m.ModelRef) -> m.LoadSpec:
-        """Find the model that a request names, and the ComfyUI that computes it for this client.
+        """Find the model that a request names, and the ComfyUI that runs the model for this client.
 
         Raises:
-            ComfyRefused: no worker runs the client's own ComfyUI.
+            ComfyRefused: no worker may run the client's own ComfyUI.
             NeedsIO: files must be read first.
             ModelError: see ``ModelResolver.resolve``.
         """
-        return self.resolver.resolve(ref, self.roots.for_client(ref.comfy, session.comfy, session.is_here))
+        return self.resolver.resolve(ref, self.roots.for_client(ref.comfy, session.comfy, session.is_local))
 
     def pieces(self, session: Session, refs: list[m.TensorRef], payload: Slot | None) -> list[Piece]:
-        """Check a request's descriptors and take a use of the memory behind each.
+        """Check a request's tensor descriptors, and retain the memory of each tensor.
 
         Args:
-            payload: the bytes that came with the message.
+            payload: the inline bytes of the message.
 
         Raises:
-            BadRequest, LimitExceeded: a descriptor contradicts itself or points outside what the client holds.
+            BadRequest, LimitExceeded: a descriptor is inconsistent, or points outside the client's memory.
         """
         total = sum(max(0, ref.nbytes) for ref in refs)
         if total > self.limits.tensor_bytes:
@@ -166,14 +166,14 @@ class State:
     # --- memory, tasks, end ---
 
     def place(self, nbytes: int) -> Slot:
-        """Memory for bytes that are about to arrive: shared where there is some, which workers need not be sent."""
+        """Memory for a payload that is about to arrive: shared if available, since workers can map shared memory."""
         slot = self.memory.try_allocate(nbytes)
         if slot is None:
             self.spawn(self.memory.grow(nbytes))
         return slot or Slot.on_heap(nbytes)
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        """Run a coroutine in the background; what goes wrong in it is logged."""
+        """Run a coroutine in the background; an exception of the coroutine is logged."""
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
@@ -183,11 +183,11 @@ class State:
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("a background task failed", exc_info=error)
 
-    def tidy(self) -> None:
-        """Give back memory that is not used, and disconnect clients with an old token; called every few seconds."""
+    def maintain(self) -> None:
+        """Release unused memory, and disconnect clients with an old token; called every few seconds."""
         self.memory.tidy()
         self.close_outdated()
-        self.lora_loader.tidy()
+        self.lora_loader.keep_cached()
 
     def close(self) -> None:
         """Empty every cache."""

@@ -1,1 +1,1 @@
-"""LoRA files on the daemon's side: where they lie, and how they get into RAM."""
+"""LoRA files on the daemon's side: finding, checking, converting and loading them."""

@@ -38,7 +38,8 @@ def convert(source: Path, target: Path, max_bytes: int) -> None:
     try:
         document: Any = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise Refused(f"the file cannot be read as weights alone: {str(error).strip().splitlines()[0]}") from error
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Refused(f"the file cannot be read as weights alone: {why}") from error
     weights = _state_dict(document)
     if not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in weights.items()):
         raise Refused("the file holds more than tensors")

@@ -152,10 +152,11 @@ class LoRALoader:
 
     async def _image(self, found: FoundLoRA, path: Path) -> tuple[list[NamedRef], Slot]:
         """Copy the tensors of a safetensors file into the daemon's memory."""
-        with path.open("rb") as file:
+        with await self._in_thread(path.open, "rb") as file:  # a network disk may hang here
+            status = os.fstat(file.fileno())
             if path == found.path:
-                _check_unchanged(found, os.fstat(file.fileno()))
-            size = os.fstat(file.fileno()).st_size
+                _check_unchanged(found, status)
+            size = status.st_size
             refs = await self._in_thread(_refs, file, size, found.name)
             start = file.tell()
             self._check_copy(found, size - start)
@@ -211,7 +212,7 @@ class LoRALoader:
     async def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
-    def tidy(self) -> None:
+    def keep_cached(self) -> None:
         """Ask the system once a minute to hold the cached files in its page cache, where it can be asked."""
         if hasattr(os, "posix_fadvise") and time.monotonic() - self._rewarmed > _REWARM_S:
             self._rewarmed = time.monotonic()

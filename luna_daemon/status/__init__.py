@@ -1,1 +1,1 @@
-"""What people look at: the status page, its WebSocket, metrics."""
+"""The HTTP side of the daemon: status page, WebSocket, metrics."""

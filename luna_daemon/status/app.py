@@ -1,8 +1,8 @@
-"""The HTTP application: the page and its files, the WebSocket, ``info``, metrics, health; and calls, with the token.
+"""The HTTP application: status page, WebSocket, ``info``, metrics, health, and calls that need the token.
 
-Everybody who reaches the port may read. Browsers are kept from reading, or calling, on behalf of foreign pages: every
-request must name this server in its ``Host`` (else a foreign domain could be pointed at 127.0.0.1), and WebSockets and
-calls must come from an allowed ``Origin`` where they name one.
+Reading needs no token. To keep foreign web pages from reading or calling through a browser, every request must name
+this server in its ``Host`` header (else a foreign domain could resolve to 127.0.0.1), and the ``Origin`` header of
+WebSockets and calls, if present, must be allowed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _TYPES = {
     ".svg": "image/svg+xml", ".png": "image/png", ".ico": "image/x-icon", ".woff2": "font/woff2",
     ".md": "text/markdown; charset=utf-8",
 }  # fmt: skip
-"""Content types by suffix. The system's registry is not asked: on Windows ``.js`` may be text/plain there."""
+"""Content types by suffix; ``mimetypes`` reads Windows' registry, where ``.js`` may be text/plain."""
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "frame-ancestors 'none'",
@@ -58,7 +58,7 @@ _STATUS: tuple[tuple[type[LunaError], int], ...] = (
     (ShuttingDown, 503), (DaemonConnectionError, 503), (DeadlineExceeded, 504), (RequestCancelled, 409),
     (OutOfMemory, 507), (WorkerCrashed, 503),
 )  # fmt: skip
-"""HTTP status by error: the first class that fits; 500 for the rest."""
+"""HTTP status by error class: the first match counts; other errors are 500."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -68,17 +68,17 @@ def make_app(
     watchers: Watchers,
     info: Callable[[], dict[str, Any]],
     address: Callable[[], tuple[str, int]],
-    has_asked: Callable[[Any], None],
+    on_request: Callable[[Any], None],
 ) -> web.Application:
     """Build the application.
 
     Args:
-        info: makes the document that everybody may read about the daemon.
+        info: makes the public ``info`` document.
         address: returns the host and port that the server listens on.
-        has_asked: called with the connection of each request.
+        on_request: called with the connection of each request.
     """
     handlers = _Handlers(state, watchers, info)
-    guard = _Guard(address, state.settings.allowed_origins, has_asked)
+    guard = _Guard(address, state.settings.allowed_origins, on_request)
     app = web.Application(middlewares=[guard.check], client_max_size=_BODY_BYTES)
     app.router.add_get("/", handlers.front)
     app.router.add_get("/ws", handlers.socket)
@@ -92,13 +92,13 @@ def make_app(
 
 
 class _Guard:
-    """Decides which names of this server requests may use, and from which pages they may come."""
+    """Checks the ``Host`` and ``Origin`` headers of requests."""
 
     def __init__(
-        self, address: Callable[[], tuple[str, int]], allowed: list[str], has_asked: Callable[[Any], None]
+        self, address: Callable[[], tuple[str, int]], allowed: list[str], on_request: Callable[[Any], None]
     ) -> None:
         self._address = address
-        self._has_asked = has_asked
+        self._on_request = on_request
         self._allowed = {
             *allowed, *(f"{s}://{host}:{_COMFYUI_PORT}" for host in _LOOPBACK for s in ("http", "https"))
         }  # fmt: skip
@@ -110,7 +110,7 @@ class _Guard:
 
         @web.middleware
         async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-            self._has_asked(request.protocol)
+            self._on_request(request.protocol)
             why = self._objection(request)
             response = web.Response(status=403, text=f"{why}\n") if why else await handler(request)
             if not response.prepared:
@@ -121,29 +121,29 @@ class _Guard:
         return check
 
     def _objection(self, request: web.Request) -> str:
-        """Why the request is refused; empty if it is taken."""
-        if not self._is_ours(request):
+        """Why the request is refused; empty if it is accepted."""
+        if not self._names_this_server(request):
             return f"{request.host} is not the name of this server: use 127.0.0.1 and its port"
         origin = request.headers.get("Origin")
-        reads = request.method in ("GET", "HEAD") and not _is_upgrade(request)
-        if origin is not None and not reads and not self._may_ask(request, origin):
+        is_read = request.method in ("GET", "HEAD") and not _is_upgrade(request)
+        if origin is not None and not is_read and not self._is_allowed(request, origin):
             return f"pages of {origin} may not do this: see the setting allowed_origins"
         return ""
 
-    def _is_ours(self, request: web.Request) -> bool:
-        """Whether ``Host`` names this server."""
+    def _names_this_server(self, request: web.Request) -> bool:
+        """Whether ``Host`` is a name or address of this server."""
         host, port = self._address()
         name = request.host.lower()
         names = {f"{own}:{port}" for own in (*_LOOPBACK, f"[{host}]" if ":" in host else host.lower())}
         return name in names or name in self._named or _is_own_address(request, name, port)
 
-    def _may_ask(self, request: web.Request, origin: str) -> bool:
-        """Whether a page of this origin may open the WebSocket or send a call: this server's, allowed, or ComfyUI's."""
+    def _is_allowed(self, request: web.Request, origin: str) -> bool:
+        """Whether pages of this origin may open the WebSocket or call: this server's, ComfyUI's, allowed_origins."""
         return origin.lower() in self._allowed or urlsplit(origin.lower()).netloc == request.host.lower()
 
 
 def _is_own_address(request: web.Request, name: str, port: int) -> bool:
-    """Whether ``Host`` is the address that the request arrived at, which no foreign domain can be."""
+    """Whether ``Host`` is the IP address that the request arrived at, and so not a foreign domain."""
     arrived = request.transport.get_extra_info("sockname") if request.transport is not None else None
     host, _, named_port = name.rpartition(":")
     try:
@@ -170,7 +170,7 @@ class _Handlers:
         self._web = _web_folder()
 
     async def front(self, request: web.Request) -> web.StreamResponse:
-        """Serve the page; for the predecessor's panel, which opens its WebSocket here, the WebSocket."""
+        """Serve the page, or the WebSocket: the predecessor's panel connects here."""
         if _is_upgrade(request):
             return await self._watchers.serve(request)
         index = self._web / "index.html"
@@ -185,7 +185,7 @@ class _Handlers:
         return await self._watchers.serve(request)
 
     async def file(self, request: web.Request) -> web.StreamResponse:
-        """Serve a file of the page: nothing outside its folder, no listing."""
+        """Serve a file of the page, and nothing outside the page's folder."""
         root = self._web.resolve()
         try:
             path = (root / unquote(request.match_info["path"])).resolve()
@@ -193,29 +193,29 @@ class _Handlers:
         except (OSError, ValueError):
             is_served = False
         if not is_served:
-            return web.Response(status=404, text="no such file\n")
+            return web.Response(status=404, text="file not found\n")
         return _served(path)
 
     async def info(self, request: web.Request) -> web.StreamResponse:
-        """Serve the document about the daemon."""
+        """Serve the public ``info`` document."""
         return web.json_response(self._info())
 
     async def metrics(self, request: web.Request) -> web.StreamResponse:
-        """Serve the metrics in a format that the caller accepts."""
+        """Serve the metrics in the format of the ``Accept`` header."""
         text, kind = await render(self._state, self._watchers, request.headers.get("Accept", ""))
         return web.Response(body=text, headers={"Content-Type": kind})
 
     async def health(self, request: web.Request) -> web.StreamResponse:
-        """Answer 200 as long as the process lives."""
+        """Answer 200 while the process runs."""
         return web.Response(text="ok\n")
 
     async def ready(self, request: web.Request) -> web.StreamResponse:
-        """Answer 200 if the daemon takes requests, 503 if it drains."""
+        """Answer 200 if the daemon accepts requests, 503 while draining."""
         accepting = self._state.pool.accepting
         return web.Response(text="ready\n" if accepting else "draining\n", status=200 if accepting else 503)
 
     async def call(self, request: web.Request) -> web.StreamResponse:
-        """Run a call of the protocol for a caller that shows the token."""
+        """Run a call of the protocol, if the request has the token."""
         try:
             self._state.access.check(_bearer(request))
             if request.content_type != "application/json":
@@ -238,15 +238,15 @@ class _Op(msgspec.Struct):
 
 
 def _decode(body: bytes) -> m.Call:
-    """Decode a call that may come by HTTP, and check its types.
+    """Decode a call, and check that HTTP may carry its op.
 
     Raises:
-        BadRequest: names what is wrong.
+        BadRequest: the body is not such a call; the message says why.
     """
     try:
         op = msgspec.json.decode(body, type=_Op).op
         if op not in m.PAGE_OPS:
-            raise BadRequest(f"op {op!r} is not taken by HTTP", f"Use one of {', '.join(sorted(m.PAGE_OPS))}")
+            raise BadRequest(f"op {op!r} is not available by HTTP", f"Use one of {', '.join(sorted(m.PAGE_OPS))}")
         call: m.Call = msgspec.json.decode(body, type=m.Call)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BadRequest(f"the call cannot be read: {error}", "See docs/protocol.md for the ops' fields") from error
@@ -263,7 +263,7 @@ def _refusal(error: LunaError) -> web.Response:
 
 
 def _web_folder() -> Path:
-    """The page's files: in the package where it was installed, beside it in a source tree."""
+    """Folder of the page's files: in an installed package, or beside the package in a source tree."""
     package = Path(__file__).resolve().parents[1]
     return package / "web" if (package / "web").is_dir() else package.parent / "web"
 

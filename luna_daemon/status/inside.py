@@ -1,4 +1,4 @@
-"""Calls from inside the control process, which are taken and answered like a client's: the status page's buttons."""
+"""Calls from inside the control process, handled like a client's requests: the status page's buttons."""
 
 from __future__ import annotations
 
@@ -17,15 +17,12 @@ from ..wire.frame import encode_call
 
 
 class InsideCaller:
-    """A client without a socket, which neither sends nor takes tensors.
-
-    Stands in for the connection of a session, which exists while a call runs.
-    """
+    """A client without a socket and without tensors: stands in for the ``Connection`` of a session of one call."""
 
     crowded = True
-    """Signs of progress are not sent."""
+    """Progress messages are not sent."""
     is_loopback = False
-    """The caller may sit elsewhere: no ComfyUI of this host is run because the caller names it."""
+    """The browser may be on another host, so its calls may not choose a ComfyUI of this host."""
 
     def __init__(self, state: State, name: str) -> None:
         self._state = state
@@ -33,20 +30,20 @@ class InsideCaller:
         self._answer: asyncio.Future[m.Message] = asyncio.get_running_loop().create_future()
 
     def send(self, message: m.Message, slots: list[Slot] | None = None) -> None:
-        """Take the answer."""
+        """Receive the answer."""
         for slot in slots or []:
             slot.release()
         if not self._answer.done():
             self._answer.set_result(message)
 
     def close(self) -> None:
-        """Do nothing when the token was renewed: a call that shows the old one is refused before."""
+        """Do nothing when the token is renewed: the token was checked before the call."""
 
     async def call(self, call: m.Call) -> m.Reply:
-        """Make one call.
+        """Make the call, in a session of its own.
 
         Raises:
-            LunaError: the daemon's answer.
+            LunaError: the daemon answered with an error.
         """
         connection = cast(Connection, self)
         hello = m.Hello(PROTOCOL_VERSION, "", "client", self._name, os.getpid(), __version__)

@@ -76,7 +76,7 @@ class Collector:
         with process.oneshot():
             rss, times, threads = process.memory_info().rss, process.cpu_times(), process.num_threads()
         yield _gauge("luna_build_info", "The daemon's version; always 1.", {"version": __version__}, 1)
-        yield _gauge("luna_start_time_seconds", "When the daemon started, since 1970.", {}, state.born)
+        yield _gauge("luna_start_time_seconds", "When the daemon started, since 1970.", {}, state.started_at)
         yield _gauge("luna_ready", "Whether it takes requests.", {}, int(state.pool.accepting))
         yield _gauge("luna_process_resident_memory_bytes", "Memory of the control process.", {}, rss)
         yield _counter("luna_process_cpu_seconds", "CPU time of the control process.", {}, times.user + times.system)

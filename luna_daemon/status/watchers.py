@@ -1,4 +1,4 @@
-"""The WebSockets that watch the daemon, and what is sent to them. A slow reader is dropped, never waited for.
+"""WebSockets that watch the daemon, and the messages sent to them. Slow readers are disconnected.
 
 Messages are JSON texts ``{"v": 1, "type": ..., "data": ...}``: see docs/monitoring.md.
 """
@@ -19,16 +19,17 @@ from ..core import logger
 _VERSION = 1
 _STATUS_S = 1.0
 _FLUSH_S = 0.2
-_MOST_PER_FLUSH = 10
-"""Requests, and errors, reported per flush: 50 per second. Further requests are counted; the status has them all."""
+_MAX_PER_FLUSH = 10
+"""Limit of requests, and of errors, reported per flush: 50 per second. Further requests are only counted."""
 _QUEUED = 64
-"""Messages that may wait for a reader; with more the reader is dropped."""
+"""Limit of messages that wait for a reader; beyond it the reader is disconnected."""
 _SEND_S = 10.0
-"""A reader that takes nothing for so long is dropped, however few messages wait."""
+"""A reader that reads nothing for this long is disconnected, however few messages wait."""
 _HEARTBEAT_S = 20.0
 _FRESH_S = 0.2
-"""A status is computed at most this often, however many ask."""
-_MOST_ASKED = 4096
+"""Minimum time between two computations of the status, however many watchers ask."""
+_MAX_MESSAGE = 4096
+"""Limit of bytes of a message from a watcher."""
 _KERNEL_BYTES = 64 << 10
 
 
@@ -37,13 +38,13 @@ class Watchers:
 
     Args:
         status: makes the document of ``status`` messages.
-        most: how many may be open; further ones are refused with 503.
+        limit: how many may be open; further WebSockets are refused with 503.
     """
 
-    def __init__(self, status: Callable[[], dict[str, Any]], most: int) -> None:
-        self.most = most
+    def __init__(self, status: Callable[[], dict[str, Any]], limit: int) -> None:
+        self.limit = limit
         self.dropped = 0
-        """Readers cut off because they were too slow."""
+        """Number of watchers disconnected because they read too slowly."""
         self._status = status
         self._open: set[_Watcher] = set()
         self._waiting: dict[str, list[dict[str, Any]]] = {"request": [], "error": []}
@@ -55,12 +56,12 @@ class Watchers:
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
         """Serve a WebSocket until it ends."""
-        if len(self._open) >= self.most:
-            text = f"{self.most} watchers are connected, the most allowed (max_watchers)\n"
+        if len(self._open) >= self.limit:
+            text = f"{self.limit} watchers are connected, which is the limit (max_watchers)\n"
             full = web.Response(status=503, text=text, headers={"Retry-After": "10"})
             full.force_close()
             return full
-        websocket = web.WebSocketResponse(heartbeat=_HEARTBEAT_S, compress=False, max_msg_size=_MOST_ASKED)
+        websocket = web.WebSocketResponse(heartbeat=_HEARTBEAT_S, compress=False, max_msg_size=_MAX_MESSAGE)
         watcher = _Watcher(websocket, request)
         self._open.add(watcher)
         try:
@@ -70,25 +71,25 @@ class Watchers:
             async for message in websocket:
                 if message.type is WSMsgType.TEXT and _type_of(message.data) == "get_status":
                     self._send(watcher, self._status_text())
-                    await asyncio.sleep(_FRESH_S / 4)  # only a watcher that asks without end is slowed down
+                    await asyncio.sleep(_FRESH_S / 4)  # slows down only a watcher that asks continuously
         finally:
             self._open.discard(watcher)
             watcher.stop()
         return websocket
 
-    def hear(self, kind: str, data: dict[str, Any]) -> None:
-        """Take an event of the daemon; a listener of ``Events``."""
+    def on_event(self, kind: str, data: dict[str, Any]) -> None:
+        """Send an event of the daemon, at once or with the next flush; a listener of ``Events``."""
         if not self._open:
             return
         if kind not in self._waiting:
             self._send_all(_text(kind, data))
-        elif len(self._waiting[kind]) < _MOST_PER_FLUSH:
+        elif len(self._waiting[kind]) < _MAX_PER_FLUSH:
             self._waiting[kind].append(data)
         elif kind == "request":
             self._left_out += 1
 
     async def run(self) -> None:
-        """Send the status every second, and the events since the last time, as long as somebody watches."""
+        """Send the status every second, and queued events every 0.2 s, until cancelled."""
         next_status = 0.0
         while True:
             await asyncio.sleep(_FLUSH_S)
@@ -98,10 +99,10 @@ class Watchers:
                     next_status = time.monotonic() + _STATUS_S - _FLUSH_S / 2
                     self._send_all(self._status_text())
             except Exception:
-                logger.exception("watchers could not be notified")
+                logger.exception("the watchers could not be updated")
 
     def close(self) -> None:
-        """Drop all watchers."""
+        """Disconnect all watchers."""
         for watcher in list(self._open):
             watcher.drop()
 
@@ -130,7 +131,7 @@ class Watchers:
     def _send(self, watcher: _Watcher, text: str) -> None:
         if watcher in self._open and not watcher.send(text):
             self.dropped += 1
-            logger.info("watcher at %s reads too slowly: dropped", watcher.remote)
+            logger.info("disconnecting the watcher at %s, which reads too slowly", watcher.remote)
             self._open.discard(watcher)
             watcher.drop()
 
@@ -147,7 +148,7 @@ class _Watcher:
         self._stuck = False
 
     def start(self) -> None:
-        """Send from now on. The system's buffer is bounded: it would hide a reader that sleeps for megabytes."""
+        """Start sending, with a small kernel buffer: a large one would hide a reader that does not read."""
         if self._request.transport is not None:
             kernel = self._request.transport.get_extra_info("socket")
             kernel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _KERNEL_BYTES)
@@ -161,22 +162,22 @@ class _Watcher:
         except asyncio.TimeoutError:
             self._stuck = True
         except ConnectionError:
-            pass  # the side that reads has seen the end too
+            pass  # the reader has closed the connection
 
     def send(self, text: str) -> bool:
-        """Queue a text; ``False`` if the reader is too slow for more."""
+        """Queue a text; ``False`` if the reader is too slow."""
         if self._stuck or self._texts.full():
             return False
         self._texts.put_nowait(text)
         return True
 
     def stop(self) -> None:
-        """Send nothing more."""
+        """Stop sending."""
         if self._writer is not None:
             self._writer.cancel()
 
     def drop(self) -> None:
-        """Disconnect at once: closing properly would wait for the reader."""
+        """Disconnect at once; a WebSocket close would wait for the reader."""
         self.stop()
         if self._request.transport is not None:
             self._request.transport.abort()

@@ -7,9 +7,9 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..core import AuthenticationError, Priority
+from ..core import AuthenticationError, LunaError, Priority
 from ..system.runtime import dial_host
 from . import messages as m
 from .link import Answer, IsCancelled, Link, OnProgress
@@ -22,6 +22,11 @@ C = TypeVar("C", bound="Caller")
 
 class Caller:
     """Makes calls over one connection; ``DaemonClient`` describes the arguments."""
+
+    fallbacks = 0
+    """Calls that a local model answered, not yet reported to the daemon."""
+    _materialised = 0
+    """Models of shells whose weights were loaded in this process, not yet reported to the daemon."""
 
     def __init__(
         self,
@@ -113,3 +118,34 @@ class Caller:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    # --- what was done without the daemon ---
+
+    def report(self, fallbacks: int = 0, materialised: int = 0) -> None:
+        """Have the daemon add to its statistics what was done without it.
+
+        Args:
+            fallbacks: calls that a local model answered.
+            materialised: models of shells whose weights were loaded in a client.
+        """
+        self.call(m.Report(fallbacks, materialised))
+
+    def count_materialised(self) -> None:
+        """Count a model of a shell whose weights were loaded in this process, and report it as soon as possible."""
+        self._materialised += 1
+        self.report_pending()
+
+    def report_pending(self) -> None:
+        """Report what was done without the daemon; if it cannot take that now, a later call reports it."""
+        fallbacks, materialised = self.fallbacks, self._materialised
+        if fallbacks or materialised:
+            self.fallbacks = self._materialised = 0
+            try:
+                self.report(fallbacks, materialised)
+            except LunaError:  # the answer that the caller has must not be lost
+                self.fallbacks += fallbacks
+                self._materialised += materialised
+
+    def _plain(self, call: m.Call) -> dict[str, Any]:
+        result: dict[str, Any] = self.call(call).result
+        return result

@@ -303,7 +303,7 @@ def test_port_in_use_ends_with_3_and_names_the_process(terminal: Terminal) -> No
     served = terminal.serve()
     second = terminal.ask("serve")
     assert (second.returncode, second.stdout) == (3, "")
-    assert f"another Luna Daemon of yours (pid {served.process.pid})" in second.stderr
+    assert f"another Luna Daemon of this user (pid {served.process.pid})" in second.stderr
     assert served.process.poll() is None
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

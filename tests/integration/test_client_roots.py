@@ -89,7 +89,7 @@ def test_another_users_is_not_trusted(start_daemon, trap):
 
 def test_settings_decide(start_daemon, trap):
     """client_roots switches it off; comfyui_roots takes what is refused otherwise."""
-    refused(start_daemon(client_roots="false"), trap, "clients may name none")
+    refused(start_daemon(client_roots="false"), trap, "client_roots is off")
     trap.root.chmod(0o777)
     daemon = start_daemon(client_roots="false", comfyui_roots=os.pathsep.join(map(str, (trap.root, trap.env))))
     with pytest.raises(WorkerCrashed), daemon.client() as client:

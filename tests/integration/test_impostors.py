@@ -148,6 +148,14 @@ def test_starting_from_python_tells_a_taken_port_from_a_wrong_setting(tmp_path, 
             LunaDaemon(port=port, runtime_dir=tmp_path, tls_key=tmp_path / "is in use by").start()
 
 
+def test_a_start_that_times_out_leaves_another_daemon_running(start_daemon):
+    """``start()`` stops only the daemon that it started, not one that answers on the same port."""
+    running = start_daemon()
+    with pytest.raises(DaemonConnectionError, match="within 0 s"):
+        LunaDaemon(port=running.port, runtime_dir=running.runtime_dir).start(timeout_s=0.0)
+    assert running.info()["status"] == "running"
+
+
 def test_two_daemons_side_by_side(start_daemon):
     """Two daemons of one user on two ports have their own tokens, memory and workers; one ends, the other goes on."""
     first, second = start_daemon(), start_daemon()

@@ -441,7 +441,7 @@ def test_larger_than_the_cache(start_daemon, tmp_path):
         assert not client.warm_lora("big.safetensors")["kept"]
         with pytest.raises(LimitExceeded, match=r"'big\.safetensors' cannot be pinned"):
             client.pin_lora("big.safetensors")
-        with pytest.raises(LimitExceeded, match=r"'mine' has .* there is no room"):
+        with pytest.raises(LimitExceeded, match=r"'mine' has .* finds no room"):
             client.put_lora("mine", state)
         used = client.get_daemon_info()["arena"]["used"]
         assert used < MB, f"{used} bytes of the arena were not given back"

@@ -90,11 +90,11 @@ def test_who_reads_nothing_is_cut_off(tmp_path, monkeypatch):
                 lazy.channel.send(m.Request(number, encode_call(m.Info())))
             stalled = next(iter(service.state.sessions.values())).connection
             await wait_until_async(lambda: stalled.stalled_s, what="the peer's answers pile up")
-            service.tidy()
+            service.maintain()
             assert len(service.state.sessions) == 2 and service.unsent, "a minute has not passed"
             monkeypatch.setattr(service_module, "_STALL_S", 0.1)
             await wait_until_async(
-                lambda: service.tidy() or len(service.state.sessions) == 1, what="the peer is cut off"
+                lambda: service.maintain() or len(service.state.sessions) == 1, what="the peer is cut off"
             )
             assert [session.connection.remote for session in service.state.sessions.values()] == [
                 str(busy.sock.getsockname())

@@ -274,7 +274,7 @@ def test_workers_dial_loopback_only(daemon):
     "settings, what",
     [
         ({"tls_cert": "/nowhere/cert.pem"}, "'tls_cert' is '/nowhere/cert.pem': no such file"),
-        ({"tls_key": "{key}"}, "'tls_key' is given without 'tls_cert'"),
+        ({"tls_key": "{key}"}, "'tls_key' is set without 'tls_cert'"),
         ({"tls_cert": "{cert}", "tls_key": "{other}"}, "KEY_VALUES_MISMATCH"),
         ({"tls_cert": "{key}", "tls_key": "{key}"}, "tls_cert"),
     ],

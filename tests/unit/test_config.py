@@ -137,7 +137,7 @@ def test_settings_reach_a_daemon_in_another_process_as_they_are(tmp_path):
         "arena": False,
     }
     daemon = LunaDaemon(environ={}, **given)
-    environ = {"LUNA_SERVICE_TYPE": "clip", "LUNA_QUEUE_LIMIT": "7", **daemon._environment("")}
+    environ = {"LUNA_SERVICE_TYPE": "clip", "LUNA_QUEUE_LIMIT": "7", **daemon._environment()}
     child = load_settings({}, environ)
     assert {name: getattr(child, name) for name in given} == {name: getattr(daemon.settings, name) for name in given}
     assert child.model_dirs == [tmp_path, Path.cwd() / "here"] and child.vae_path == "" and child.queue_limit == 7
@@ -228,10 +228,14 @@ def test_a_named_file_must_exist(tmp_path, how):
         load_settings({}, given[1], given[0])
 
 
-def test_luna_models_that_is_not_json_is_refused():
-    """LUNA_MODELS must be JSON, and the error says so."""
-    with pytest.raises(ConfigError, match="LUNA_MODELS is not JSON"):
-        load_settings({}, {"LUNA_MODELS": "flux=ae"})
+@pytest.mark.parametrize(
+    ("variable", "text", "why"),
+    [("LUNA_MODELS", "flux=ae", "Expecting value"), ("LUNA_COMFYUI_ARGS", "--x 'y", "No closing quotation")],
+)
+def test_variables_that_cannot_be_parsed(tmp_path, variable, text, why):
+    """The error names the variable and its value, not luna.toml."""
+    with pytest.raises(ConfigError, match=f"^{variable} is .*{why}"):
+        load_settings({}, {variable: text}, _toml(tmp_path, "queue_limit = 3"))
 
 
 def test_unknown_variable_is_warned_about(caplog):

@@ -33,7 +33,7 @@ def test_at_once(join):
 
 def test_later_with_signs_of_life(join, monkeypatch):
     """While a handler's coroutine runs the client hears of it, and its number is taken."""
-    monkeypatch.setattr(answering, "_SIGN_S", 0.01)
+    monkeypatch.setattr(answering, "_PROGRESS_S", 0.01)
 
     async def main() -> None:
         client, done = join(), asyncio.Event()

@@ -226,11 +226,11 @@ def test_what_the_settings_name_is_fine(place, tmp_path):
 
 
 def test_not_from_elsewhere_and_not_if_it_is_switched_off(place):
-    with pytest.raises(ComfyRefused, match="the client is not on its host"):
+    with pytest.raises(ComfyRefused, match="the client is not on the daemon's host"):
         check(place.id(), here=False)
     with pytest.raises(ComfyRefused, match="client_roots"):
         check(place.id(), client_roots=False)
-    with pytest.raises(ComfyRefused, match=r"interpreter .* is not one of the daemon's"):
+    with pytest.raises(ComfyRefused, match=r"interpreter .* is not the daemon's"):
         check(place.id(), client_roots=False, comfyui_roots=[place.root])
 
 

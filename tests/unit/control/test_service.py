@@ -99,5 +99,6 @@ def test_pending_connections_are_few_and_do_not_wait_for_ever(state, monkeypatch
         assert oldest._closing and not any(other._closing for other in others)
         await until(lambda: all(other._closing for other in others))
         assert not service._pending and not client._closing
+        assert service._connections == {client}, "one whose TLS handshake never ends is not kept"
 
     asyncio.run(main())

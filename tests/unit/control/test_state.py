@@ -74,7 +74,7 @@ def test_a_patch_set_that_can_never_fit(state, join):
 def test_the_token(state):
     """Says whether a token was missing or wrong, and where the right one lies; a renewed one counts at once."""
     state.access.check("token")
-    for token, word in (("", "missing"), ("tokem", "wrong"), ("tök", "wrong")):
+    for token, word in (("", "missing"), ("tokem", "wrong"), ("tök", "wrong"), ("\udcff", "wrong")):
         with pytest.raises(AuthenticationError, match=f"{word}.*nowhere"):
             state.access.check(token)
     state.access.renew()
@@ -86,7 +86,8 @@ def test_new_settings(state, join):
 
     async def main() -> None:
         session, memory = join().session, Memory()
-        session.comfy[m.ComfyId("/c", "/p")] = m.ComfyId("/c", "/p")
+        known = session.comfy
+        known[m.ComfyId("/c", "/p")] = m.ComfyId("/c", "/p")
         state.conditionings.put(b"a", memory.outcome(1 << 20), 1 << 20)
         new = {"conditioning_cache_mb": 0, "lora_cache_entries": 3, "queue_limit": 5, "model_type": "flux", "port": 7}
         answer = apply(state, load_settings({**new, "max_tensor_mb": 1, "arena_client_mb": 1}, {}))
@@ -96,7 +97,9 @@ def test_new_settings(state, join):
         assert state.settings is state.pool.settings and state.settings.queue_limit == 5
         assert state.settings.port == Settings.model_fields["port"].default
         assert memory.live == 0 and state.loras.max_entries == 3 and "flux" in state.resolver.named
+        known[m.ComfyId("/d", "/p")] = m.ComfyId("/d", "/p")  # by a check that began before
         assert not session.comfy, "its ComfyUI is checked again"
+        assert state.limits.queue == 5, "as clients that connect from now on are told"
         assert apply(state, state.settings) == {"taken": [], "restart": []}
 
     asyncio.run(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from luna_daemon.config import load_settings
 from luna_daemon.core import LimitExceeded, ModelLoadError
 from luna_daemon.lora import loader as loader_module
+from luna_daemon.lora.convert import Refused, convert
 from luna_daemon.lora.loader import LoRALoader
 from luna_daemon.lora_cache import LoRACache
 from luna_daemon.wire.shared_memory import SharedMemory
@@ -115,3 +117,19 @@ def test_failures_reach_everybody_who_waits(folder, monkeypatch, failure):
 
 def _bad_disk(*_: Any) -> None:
     raise OSError(5, "Input/output error")
+
+
+def test_a_file_is_opened_beside_the_event_loop(folder, monkeypatch):
+    """A network disk that does not answer holds up one thread, and no other client."""
+    threads = []
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", lambda *a, **k: (threads.append(threading.current_thread()), opened(*a, **k))[1])
+    (entry,) = use(loading(folder, lora_copy="always"), {})
+    assert entry.kind == "arena" and threads and threading.main_thread() not in threads
+
+
+def test_a_converter_error_without_text_is_named_by_its_class(tmp_path, monkeypatch):
+    """Some errors of torch have no message."""
+    monkeypatch.setattr(torch, "load", lambda *a, **k: (_ for _ in ()).throw(AssertionError))
+    with pytest.raises(Refused, match="AssertionError"):
+        convert(tmp_path / "a.pt", tmp_path / "b", 100)

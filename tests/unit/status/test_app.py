@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
+from luna_daemon import monitoring
 from luna_daemon.config import load_settings
 from luna_daemon.control.access import Access
 from luna_daemon.control.state import State
@@ -146,3 +148,18 @@ def test_errors_as_http(error, status, header):
     answer = _refusal(error)
     assert answer.status == status and f'"{error.code}"' in (answer.text or "")
     assert header is None or answer.headers[header[0]] == header[1]
+
+
+def test_a_tls_handshake_that_never_comes_is_cut_off(state, monkeypatch):
+    """Connections in a handshake are not counted yet, so each must end as soon as one without a request."""
+    monkeypatch.setattr(monitoring, "_FIRST_REQUEST_S", 0.1)
+
+    async def main() -> None:
+        monitor = monitoring.Monitor(state, "127.0.0.1", 0, ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+        await monitor.start()
+        reader, writer = await asyncio.open_connection("127.0.0.1", monitor.port)
+        assert await asyncio.wait_for(reader.read(), 20) == b""
+        writer.close()
+        await monitor.stop()
+
+    asyncio.run(main())

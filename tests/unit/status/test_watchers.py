@@ -43,7 +43,7 @@ def watching(*readers: Reader) -> Watchers:
 def test_nothing_is_kept_while_nobody_watches():
     """What happens then is not sent later."""
     watchers, reader = watching(), Reader()
-    watchers.hear("request", {"op": "ping"})
+    watchers.on_event("request", {"op": "ping"})
     watchers._open.add(reader)  # type: ignore[arg-type]
     watchers._flush()
     assert reader.texts == []
@@ -54,8 +54,8 @@ def test_requests_are_sent_together_and_the_rest_is_counted():
     reader = Reader()
     watchers = watching(reader)
     for number in range(13):
-        watchers.hear("request", {"op": str(number)})
-        watchers.hear("error", {"code": str(number)})
+        watchers.on_event("request", {"op": str(number)})
+        watchers.on_event("error", {"code": str(number)})
     assert reader.texts == []
     watchers._flush()
     first, *errors = reader.texts
@@ -63,7 +63,7 @@ def test_requests_are_sent_together_and_the_rest_is_counted():
     assert [request["op"] for request in first["data"]["requests"]] == [str(number) for number in range(10)]
     assert first["data"]["left_out"] == 3
     assert [error["data"]["code"] for error in errors] == [str(number) for number in range(10)]
-    watchers.hear("request", {"op": "later"})
+    watchers.on_event("request", {"op": "later"})
     watchers._flush()
     assert reader.texts[-1]["data"] == {"requests": [{"op": "later"}], "left_out": 0}
 
@@ -71,7 +71,7 @@ def test_requests_are_sent_together_and_the_rest_is_counted():
 def test_other_events_are_sent_at_once():
     """Workers and models come and go too seldom to gather."""
     reader = Reader()
-    watching(reader).hear("scaling", {"event": "worker_started"})
+    watching(reader).on_event("scaling", {"event": "worker_started"})
     assert reader.texts == [{"v": 1, "type": "scaling", "data": {"event": "worker_started"}}]
 
 
@@ -80,7 +80,7 @@ def test_a_slow_reader_is_dropped_and_the_others_stay():
     slow, quick = Reader(1), Reader()
     watchers = watching(slow, quick)
     for _ in range(3):
-        watchers.hear("scaling", {})
+        watchers.on_event("scaling", {})
     assert slow.dropped and not quick.dropped and len(quick.texts) == 3
     assert (watchers.dropped, len(watchers)) == (1, 1)
     watchers.close()
