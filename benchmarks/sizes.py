@@ -211,13 +211,24 @@ def measure() -> Shape:
     )
 
 
+def problems(shape: Shape) -> list[str]:
+    """What is beyond the limits, a line each."""
+    bare = f"public docstrings: {shape.documented:.1f} %, not {LEAST_DOCSTRINGS:g}: {', '.join(shape.undocumented)}"
+    return [
+        *shape.too_large,
+        *([bare] if shape.documented < LEAST_DOCSTRINGS else []),
+        *(f"import circle: {', '.join(circle)}" for circle in shape.circles),
+        *(f"upward import: {line}" for line in shape.upward),
+    ]
+
+
 def spread(parts: list[Part]) -> str:
     """Median, 90th percentile and maximum of their lines."""
     sizes = sorted(part.lines for part in parts)
     return f"{statistics.median(sizes):g} / {statistics.quantiles(sizes, n=10)[8]:.0f} / {sizes[-1]}"
 
 
-def main() -> None:
+def main() -> int:
     shape = measure()
     print(f"{'role':32}{'lines':>8}")
     for role, size in shape.roles.items():
@@ -238,7 +249,11 @@ def main() -> None:
     }
     for what, value in rows.items():
         print(f"{what:40}{value}")
+    wrong = problems(shape)
+    for line in wrong:
+        print(f"beyond the limits: {line}")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -198,6 +198,32 @@ def test_what_is_too_large_is_named():
     assert len(too_large(classes=[sizes.Part(link, 300), sizes.Part(pool, 251)])) == 2
 
 
+@pytest.fixture(scope="module")
+def shape():
+    """The package as it is."""
+    return sizes.measure()
+
+
+def test_no_module_imports_itself_by_a_detour(shape):
+    """No circles, those that only type checkers walk included."""
+    assert shape.circles == []
+
+
+def test_no_import_goes_upward(shape):
+    """Not against the layers of ``.importlinter``, not even for type checkers."""
+    assert shape.upward == []
+
+
+def test_nothing_is_too_large(shape):
+    """Functions, classes and modules stay readable on one or two screens; one class may be larger."""
+    assert shape.too_large == []
+
+
+def test_what_is_public_is_documented(shape):
+    """Nearly all public functions, classes and methods have a docstring."""
+    assert shape.documented >= sizes.LEAST_DOCSTRINGS, shape.undocumented
+
+
 # --- nothing executable ------------------------------------------------------------------------------------------
 
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "marshal", "shelve", "cloudpickle", "joblib", "multiprocessing"}
