@@ -79,6 +79,7 @@ class InferenceModeWrapper:
         return self
 
     def eval(self) -> Any:
+        """Switch the wrapped network to evaluation; returns the wrapper."""
         return self.train(False)
 
     def _luna_run(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

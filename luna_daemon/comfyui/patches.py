@@ -54,6 +54,7 @@ class Beside:
     """Models whose weights are meant by reference."""
 
     def index(self, model: ModelRef) -> int:
+        """Position of a model in ``models``, where it is added if it is new."""
         if model not in self.models:
             self.models.append(model)
         return self.models.index(model)

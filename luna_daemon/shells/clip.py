@@ -85,6 +85,7 @@ class Encoders:
 
     @property
     def model(self) -> Any:
+        """The weightless network."""
         return self._model()
 
     def methods(self) -> dict[str, Callable[..., Any]]:
@@ -105,10 +106,12 @@ class Encoders:
     # --- options ---
 
     def set_options(self, options: dict[str, Any]) -> Any:
+        """Note options for the next call, and set them on the network as ComfyUI does."""
         self.options.update(options)
         return type(self.model).set_clip_options(self.model, options)
 
     def reset_options(self) -> Any:
+        """Forget all options, and reset those of the network."""
         self.options.clear()
         return type(self.model).reset_clip_options(self.model)
 

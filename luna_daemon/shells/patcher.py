@@ -33,6 +33,7 @@ class PatcherShell:
 
     @property
     def luna(self) -> Backing:
+        """What computes for the shell."""
         backing: Backing = self.model.luna
         return backing
 
@@ -48,6 +49,7 @@ class PatcherShell:
         self.__dict__["load_device"] = device
 
     def clone(self, *args: Any, **options: Any) -> Any:
+        """A clone with the same patches, which remembers the device that the weights belong on."""
         other = self._stock.clone(self, *args, **options)
         other.__dict__["load_device"] = self.__dict__["load_device"]
         other.luna_sets = list(self.sets)
@@ -56,18 +58,23 @@ class PatcherShell:
     # --- size and loading ---
 
     def model_size(self) -> int:
+        """Bytes of the weights; 0 as long as there are none, so that nothing is evicted for them."""
         return int(self._stock.model_size(self)) if self.luna.local else 0
 
     def loaded_size(self) -> int:
+        """Bytes of the weights on the device; 0 as long as there are none."""
         return int(self._stock.loaded_size(self)) if self.luna.local else 0
 
     def lowvram_patch_counter(self) -> int:
+        """Weights that are patched when they are used; 0 as long as there are none."""
         return int(self._stock.lowvram_patch_counter(self)) if self.luna.local else 0
 
     def get_ram_usage(self) -> int:
+        """Bytes in RAM, for ComfyUI's cache under memory pressure."""
         return self.model_size()
 
     def load(self, *args: Any, **options: Any) -> Any:
+        """Load the weights; without weights, note whose patches and hooks hold now."""
         if self.luna.local:
             return self._stock.load(self, *args, **options)
         self.luna.current = self
@@ -75,6 +82,7 @@ class PatcherShell:
         return None
 
     def patch_model(self, *args: Any, **options: Any) -> Any:
+        """Patch the network; without weights, only put in the objects of nodes."""
         if self.luna.local:
             return self._stock.patch_model(self, *args, **options)
         # Objects that nodes put into the network are put there: it may be their code that calls the encoders.
@@ -84,11 +92,13 @@ class PatcherShell:
         return self.model
 
     def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> Any:
+        """Undo ``patch_model``."""
         if self.luna.local:
             return self._stock.unpatch_model(self, device_to, unpatch_weights)
         return self._stock.unpatch_model(self, None, unpatch_weights=False)
 
     def partially_load(self, device_to: Any, extra_memory: Any = 0, force_patch_weights: bool = False) -> Any:
+        """Load as much as fits; without weights, nothing."""
         if not self.luna.local and force_patch_weights:
             # Somebody is about to read patched weights: CLIPSave, LoRA extraction.
             self.luna.current = self
@@ -109,17 +119,20 @@ class PatcherShell:
                 entry.device = self.load_device
 
     def partially_unload(self, *args: Any, **options: Any) -> Any:
+        """Free memory of the device; returns the bytes freed."""
         return self._stock.partially_unload(self, *args, **options) if self.luna.local else 0
 
     # --- hooks: remembered, and sent with each call ---
 
     def patch_hooks(self, hooks: Any) -> None:
+        """Apply hooks to the weights; without weights, remember them for the next call."""
         if self.luna.local:
             self._stock.patch_hooks(self, hooks)
         else:
             self.current_hooks = hooks
 
     def unpatch_hooks(self, *args: Any, **options: Any) -> None:
+        """Undo ``patch_hooks``."""
         if self.luna.local:
             self._stock.unpatch_hooks(self, *args, **options)
         else:
@@ -136,6 +149,7 @@ class PatcherShell:
         return sets
 
     def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> list[Any]:
+        """Add weight patches; returns the keys that the network has."""
         accepted: list[Any] = self._stock.add_patches(self, patches, strength_patch, strength_model)
         known = set(accepted)
         taken = {key: value for key, value in patches.items() if key in known}
@@ -165,6 +179,7 @@ class PatcherShell:
         return kept[hook_ref]
 
     def get_key_patches(self, *args: Any, **options: Any) -> dict[str, list[Any]]:
+        """Weights and their patches by key; weights that are not here are fetched when they are read."""
         found: dict[str, list[Any]] = self._stock.get_key_patches(self, *args, **options)
         if self.luna.local:
             return found
@@ -174,6 +189,7 @@ class PatcherShell:
         }
 
     def model_state_dict(self, *args: Any, **options: Any) -> Any:
+        """The network's state dict; weights that are not here are fetched when they are read."""
         found = self._stock.model_state_dict(self, *args, **options)
         if self.luna.local:
             return found

@@ -69,6 +69,7 @@ class VAEShell:
         return self._decode(state, m.Tiling(*args, **options), None, samples, local)
 
     def get_sd(self) -> Any:
+        """The state dict, for which the true weights are loaded here."""
         self.materialize("the state dict is asked for")
         return self._stock.get_sd(self)
 

@@ -85,6 +85,7 @@ class Slot:
 
     @property
     def nbytes(self) -> int:
+        """Size of the memory."""
         return self.view.nbytes
 
     def part(self, start: int, nbytes: int) -> Slot:
@@ -94,10 +95,12 @@ class Slot:
         return Slot(self.number, self.segment, self.offset + start, view, lambda _: self.release())
 
     def retain(self) -> Slot:
+        """Add one use; returns the slot."""
         self.users += 1
         return self
 
     def release(self) -> None:
+        """End one use; the last one frees the memory."""
         self.users -= 1
         if self.users == 0:
             self._free(self)
@@ -149,6 +152,7 @@ class Leases:
             self.take(number).release()
 
     def release_all(self) -> None:
+        """End every use."""
         for number in list(self._held):
             self.release(number)
 

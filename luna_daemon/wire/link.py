@@ -152,6 +152,7 @@ class Link:
         on_progress: OnProgress | None,
         is_cancelled: IsCancelled | None,
     ) -> Answer:
+        """Make a call; ``DaemonClient.call`` describes the arguments."""
         slots: list[int] = []
         with self._id_lock:
             self._calls += 1

@@ -6,104 +6,17 @@ request, a ``BadRequest``. Tensor bytes are never here: a ``TensorRef`` says whe
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any, Union
 
 import msgspec
 
-Tokens = dict[str, list[list[tuple[int, float]]]]
-"""Per text encoder (``l``, ``g``, ``t5xxl``) its chunks of ``(token id, weight)``, as ComfyUI's tokenizers make."""
-
-
-class TensorRef(msgspec.Struct, array_like=True, frozen=True):
-    """Where a tensor's bytes lie: without gaps, little-endian."""
-
-    dtype: str
-    """torch's name without the prefix: ``float32``, ``bfloat16``, ``uint8`` ..."""
-    shape: tuple[int, ...]
-    nbytes: int
-    offset: int
-    """Bytes from the start of the segment, or of this frame's payload when ``slot`` is 0."""
-    slot: int = 0
-    """Number of the arena slot; 0 means the bytes follow in this frame."""
-    segment: str = ""
-    """Name of the arena segment that holds the slot."""
-    shared: bool = False
-    """Others read the same slot: copy before use, then release."""
-    order: tuple[int, ...] = ()
-    """Dimensions from the slowest to the fastest in memory, where that is not their own order. Kernels are chosen by
-    layout, so the same bits need the same layout."""
-
-    def placed(self, offset: int, slot: int = 0, segment: str = "", shared: bool = False) -> TensorRef:
-        """The same tensor at another place: in a slot, or inline."""
-        return msgspec.structs.replace(self, offset=offset, slot=slot, segment=segment, shared=shared)
-
-
-class Tiling(msgspec.Struct, frozen=True):
-    """ComfyUI's tile arguments. Latent units for decode, pixels for encode; ``None`` is ComfyUI's default."""
-
-    tile_x: int | None = None
-    tile_y: int | None = None
-    overlap: int | None = None
-    tile_t: int | None = None
-    overlap_t: int | None = None
-
-    def given(self) -> dict[str, int]:
-        """The arguments that are not ``None``: whoever computes has defaults of its own."""
-        values = {name: getattr(self, name) for name in self.__struct_fields__}
-        return {name: value for name, value in values.items() if value is not None}
-
-
-class FileId(msgspec.Struct, frozen=True):
-    """A model file as the client sees it. Size and mtime (and inode, on one host) must agree with the daemon's."""
-
-    path: str
-    size: int = 0
-    mtime_ns: int = 0
-    inode: int = 0
-    digest: str = ""
-    """``sha256:...`` of the content, where the two sides do not share a disk."""
-
-
-class ComfyId(msgspec.Struct, frozen=True):
-    """The ComfyUI that a client itself runs: the worker that computes for it runs the same."""
-
-    root: str
-    """Its folder."""
-    python: str
-    """The interpreter that runs it."""
-    version: str = ""
-    torch: str = ""
-    flags: tuple[str, ...] = ()
-    """Those of its command line that decide bits (``--fp32-vae``)."""
-
-    @property
-    def key(self) -> str:
-        """Short name of folder, interpreter and flags."""
-        parts = "\0".join((self.root, self.python, *self.flags))
-        return hashlib.blake2b(parts.encode(), digest_size=5).hexdigest()
-
-
-class ModelRef(msgspec.Struct, frozen=True):
-    """Which model: a name from the configuration, or files; ``type`` is the family (``sdxl``, ``flux`` ...)."""
-
-    kind: str
-    name: str = ""
-    files: tuple[FileId, ...] = ()
-    type: str = ""
-    checkpoint: bool = False
-    """``files`` is one checkpoint that carries the VAE or the text encoders inside."""
-    comfy: ComfyId | None = None
-    """What computes it, for an equal result; ``None`` is the daemon's own."""
-
-
-class PatchUse(msgspec.Struct, array_like=True, frozen=True):
-    """A patch set that was put under ``name`` (its content's hash), and how strongly it applies."""
-
-    name: str
-    strength_patch: float = 1.0
-    strength_model: float = 1.0
-
+from .values import ComfyId as ComfyId
+from .values import FileId as FileId
+from .values import ModelRef as ModelRef
+from .values import PatchUse as PatchUse
+from .values import TensorRef as TensorRef
+from .values import Tiling as Tiling
+from .values import Tokens as Tokens
 
 # --- calls: what a request may ask for; the tag is the op --------------------------------------------------------
 

@@ -124,15 +124,19 @@ class TlsSocket:
     # --- what a channel needs of a socket ---
 
     def setsockopt(self, *option: int) -> None:
+        """As ``socket.setsockopt``."""
         self._sock.setsockopt(*option)
 
     def settimeout(self, seconds: float | None) -> None:
+        """As ``socket.settimeout``; holds for sending, too."""
         self._sock.settimeout(seconds)
 
     def fileno(self) -> int:
+        """As ``socket.fileno``."""
         return self._sock.fileno()
 
     def sendall(self, data: bytes | memoryview) -> None:
+        """As ``socket.sendall``."""
         with self._lock:
             self._tls.write(data)
             sealed = self._out.read()
@@ -165,7 +169,9 @@ class TlsSocket:
         return got == 0
 
     def shutdown(self, how: int) -> None:
+        """As ``socket.shutdown``."""
         self._sock.shutdown(how)
 
     def close(self) -> None:
+        """As ``socket.close``."""
         self._sock.close()
