@@ -260,3 +260,22 @@ def group(patches: Patches) -> list[PatchSet]:
             found.setdefault((strength, model), PatchSet({}, strength, model)).patches[name] = value
         sets.extend(found.values())
     return sets
+
+
+def append(sets: list[PatchSet], new: PatchSet) -> None:
+    """Add a set. Merges add key by key: such keys become one set, as long as no key changes its place in its order."""
+    if new.single:
+        key = next(iter(new.patches))
+        for index in range(len(sets) - 1, -1, -1):
+            last = sets[index]
+            if not last.single or key in last.patches:
+                break
+            if _strengths(last) == _strengths(new):
+                # A new object: clones share the old one.
+                sets[index] = PatchSet({**last.patches, **new.patches}, *_strengths(new), single=True)
+                return
+    sets.append(new)
+
+
+def _strengths(one: PatchSet) -> tuple[float, float]:
+    return one.strength_patch, one.strength_model

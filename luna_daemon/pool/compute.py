@@ -107,7 +107,7 @@ def _vae_options(call: m.VaeEncode | m.VaeDecode, model: Any) -> dict[str, Any]:
         options["options"] = call.options
     if call.attributes:
         options["attributes"] = unpack(call.attributes, [])
-    if options and not hasattr(model, "_backend"):
+    if options and not getattr(model, "takes_options", False):
         raise BadRequest(f"{' and '.join(options)} need the comfy backend", "Leave them out, or set comfyui_path")
     return options
 

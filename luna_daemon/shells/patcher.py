@@ -11,7 +11,7 @@ import functools
 import math
 from typing import Any
 
-from ..comfyui.patches import PatchSet, group, matches
+from ..comfyui.patches import PatchSet, append, group, matches
 from ..wire.messages import PatchUse
 from .backing import Backing
 from .host import comfy
@@ -155,7 +155,7 @@ class PatcherShell:
         taken = {key: value for key, value in patches.items() if key in known}
         if taken:
             sets = self.__dict__.setdefault("luna_sets", [])
-            _append(sets, PatchSet(taken, strength_patch, strength_model, single=len(taken) == 1))
+            append(sets, PatchSet(taken, strength_patch, strength_model, single=len(taken) == 1))
         return accepted
 
     def uses(self) -> tuple[list[PatchUse], list[PatchUse], list[PatchSet]]:
@@ -194,25 +194,6 @@ class PatcherShell:
         if self.luna.local:
             return found
         return {key: _weight_ref(value, self.luna, key) for key, value in found.items()}
-
-
-def _append(sets: list[PatchSet], new: PatchSet) -> None:
-    """Add a set. Merges add key by key: such keys are collected, as long as no key changes its place in its order."""
-    if new.single:
-        key = next(iter(new.patches))
-        for index in range(len(sets) - 1, -1, -1):
-            one = sets[index]
-            if not one.single or key in one.patches:
-                break
-            if _strengths(one) == _strengths(new):
-                # A new object: clones share the old one.
-                sets[index] = PatchSet({**one.patches, **new.patches}, *_strengths(new), single=True)
-                return
-    sets.append(new)
-
-
-def _strengths(one: PatchSet) -> tuple[float, float]:
-    return one.strength_patch, one.strength_model
 
 
 def python_inside(patcher: Any) -> list[str]:

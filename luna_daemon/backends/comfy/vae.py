@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 class ComfyVae:
     """A ``comfy.sd.VAE``; a batch is computed as single samples, since the batch's size decides bits."""
 
+    takes_options = True
+    """Whether ``raw``, ``options`` and ``attributes`` are understood."""
+
     def __init__(self, backend: ComfyLibrary, vae: Any) -> None:
         self._backend = backend
         self._vae = vae
