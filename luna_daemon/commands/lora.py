@@ -95,6 +95,11 @@ def _files(name: str) -> list[str]:
     return [str(path.absolute()) if path.is_file() else name]
 
 
+def _cached_name(name: str) -> str:
+    """Give the path under which the daemon knows a file of this machine; other names stay."""
+    return str(Path(name).resolve()) if Path(name).is_file() else name
+
+
 @lora_app.command("pin")
 def pin(
     name: Annotated[str, _NAME],
@@ -102,6 +107,8 @@ def pin(
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Load a LoRA and keep it until it is unpinned or evicted."""
+    if Path(name).is_dir():
+        raise typer.BadParameter(f"{name} is a folder: name one LoRA", param_hint="NAME")
     with dial(host, port, config, runtime_dir) as client:
         _print_pin(client.pin_lora(_files(name)[0]), True, as_json)
 
@@ -114,7 +121,7 @@ def unpin(
 ) -> None:  # fmt: skip
     """Allow a pinned LoRA to be evicted when room is needed."""
     with dial(host, port, config, runtime_dir) as client:
-        _print_pin(client.pin_lora(name, False), False, as_json)
+        _print_pin(client.pin_lora(_cached_name(name), False), False, as_json)
 
 
 def _print_pin(name: str, pinned: bool, as_json: bool) -> None:
@@ -135,7 +142,7 @@ def evict(
     if everything == (name is not None):
         raise typer.BadParameter("name one LoRA, or give --all", param_hint="NAME")
     with dial(host, port, config, runtime_dir) as client:
-        evicted = client.evict_lora(name)
+        evicted = client.evict_lora(name and _cached_name(name))
     if as_json:
         print_json({"evicted": evicted})
     else:

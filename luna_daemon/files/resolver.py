@@ -159,9 +159,9 @@ class ModelResolver:
         self._digests[mine] = f"sha256:{digest.hexdigest()}"
 
     def _configured_folders(self) -> Iterable[Path]:
-        """Folders of absolute files in the configuration, which the user trusts by naming the files."""
+        """Folders of the absolute files in the configuration: the user trusts these folders by naming the files."""
         names = (name for model in self.named.values() for name in [*model.vae, *model.clip])
-        return (Path(name).parent for name in names if Path(name).is_absolute())
+        return (path.parent for name in names if (path := Path(name).expanduser()).is_absolute())
 
 
 def _real(folder: Path) -> Path:

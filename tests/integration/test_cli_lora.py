@@ -61,6 +61,16 @@ def test_warm_a_folder_pin_and_evict(ask, loras):
     assert ask("evict", "ink.safetensors") == (0, "evicted 1 LoRA\n", "") and listed(ask) == {}
 
 
+def test_a_file_is_named_by_its_path_from_the_current_folder(ask, loras):
+    """For each command the same; a folder, of which only the first file would be pinned, is refused."""
+    path = os.path.join("models", "loras", "ink.safetensors")
+    assert ask("pin", path) == (0, "ink.safetensors is pinned\n", "")
+    assert ask("unpin", path) == (0, "ink.safetensors is no longer pinned\n", "")
+    assert ask("evict", path) == (0, "evicted 1 LoRA\n", "") and listed(ask) == {}
+    code, _, err = ask("pin", str(loras))
+    assert code == 2 and "name one LoRA" in err and listed(ask) == {}
+
+
 def test_what_cannot_be_warmed_is_named_and_the_rest_is_warmed(ask, loras):
     """One corrupt file among others: exit code 1 and a line on stderr."""
     (loras / "broken.safetensors").write_bytes(b"x" * 50)

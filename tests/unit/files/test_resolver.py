@@ -129,6 +129,17 @@ def test_absolute_paths_of_the_configuration_are_taken(place):
     assert place.resolver(models={"mine": {"vae": [str(file)]}}).resolve(by_name("mine")).files == (str(file),)
 
 
+def test_the_folder_of_a_configured_file_is_trusted(place, monkeypatch):
+    """However the configuration writes it: a client may name the file, and its neighbours, by path."""
+    monkeypatch.setenv("HOME", str(place.root))
+    monkeypatch.setenv("USERPROFILE", str(place.root))
+    file, neighbour = place.file("anywhere/a.safetensors"), place.file("anywhere/b.safetensors")
+    for written in (str(file), "~/anywhere/a.safetensors"):
+        resolver = place.resolver(models={"mine": {"vae": [written]}})
+        assert resolver.resolve(by_name("mine")).files == (str(file),)
+        assert resolver.resolve(by_file(neighbour)).files == (str(neighbour),)
+
+
 def test_a_kind_has_its_own_folders(place):
     """A text encoder of the same name is not taken for a VAE."""
     place.file("ComfyUI/models/text_encoders/a.safetensors")
