@@ -3,25 +3,25 @@
 The error tree. Each class has a stable wire ``code``; the client raises the class whose code the daemon answered::
 
     LunaError
-    ├── ConfigError             a setting is wrong: names the setting, its value and what is allowed
+    ├── ConfigError             a setting is wrong: the message names setting, value and allowed values
     ├── PortInUse               another process listens on the port
     ├── DaemonConnectionError   no daemon answers, or the connection broke         (local model may step in)
     │   └── ShuttingDown        the daemon is draining                             (local model may step in)
-    ├── ProtocolError           bytes that are not LDP/1
+    ├── ProtocolError           bytes that do not follow LDP/1
     │   ├── VersionMismatch     the peer speaks another protocol version           (local model may step in)
     │   └── AuthenticationError no token, or a wrong one                           (local model may step in)
-    ├── BadRequest              an argument is wrong: names the argument and its value
-    │   └── LimitExceeded       larger than a limit that ``welcome`` announced
+    ├── BadRequest              an argument is wrong: the message names argument and value
+    │   └── LimitExceeded       larger than a limit announced in ``welcome``
     ├── ModelError
-    │   ├── PatchMissing        a patch set is not kept (any more): send it again
+    │   ├── PatchMissing        the daemon does not have a patch set: send the set again
     │   ├── ModelNotFound       no such name or file                               (local model may step in)
     │   ├── ModelMismatchError  the client's file is not the daemon's              (local model may step in)
-    │   └── ModelLoadError      the file is there and cannot be loaded             (local model may step in)
+    │   └── ModelLoadError      the file exists and cannot be loaded               (local model may step in)
     ├── ComfyRefused            no worker may, or can, run the client's own ComfyUI (local model may step in)
-    ├── Busy                    the queue is full; ``retry_after_s`` says when to ask again
+    ├── Busy                    the queue is full; ``retry_after_s`` says when to retry
     ├── DeadlineExceeded        the request's deadline passed before it was started
     ├── RequestCancelled        the caller cancelled the request
-    ├── OutOfMemory             the device had no room, tiled or not
+    ├── OutOfMemory             the device's memory was too small, tiled or not
     ├── WorkerCrashed           no worker process can be started                   (local model may step in)
     │   └── PoisonRequest       a request crashed two workers: never repeated, and never computed locally
     └── InternalError           a bug in the daemon; its log has the traceback
@@ -34,55 +34,30 @@ from enum import Enum
 from typing import ClassVar
 
 __all__ = [
-    "PROTOCOL_VERSION",
-    "AuthenticationError",
-    "BadRequest",
-    "Busy",
-    "ComfyRefused",
-    "ConfigError",
-    "DaemonConnectionError",
-    "DeadlineExceeded",
-    "InternalError",
-    "LimitExceeded",
-    "LunaError",
-    "ModelError",
-    "ModelKind",
-    "ModelLoadError",
-    "ModelMismatchError",
-    "ModelNotFound",
-    "OutOfMemory",
-    "PatchMissing",
-    "PoisonRequest",
-    "PortInUse",
-    "Priority",
-    "ProtocolError",
-    "RequestCancelled",
-    "ServiceType",
-    "ShuttingDown",
-    "VersionMismatch",
-    "WorkerCrashed",
-    "WorkerState",
-    "error_from_code",
-    "logger",
-]
+    "PROTOCOL_VERSION", "AuthenticationError", "BadRequest", "Busy", "ComfyRefused", "ConfigError",
+    "DaemonConnectionError", "DeadlineExceeded", "InternalError", "LimitExceeded", "LunaError", "ModelError",
+    "ModelKind", "ModelLoadError", "ModelMismatchError", "ModelNotFound", "OutOfMemory", "PatchMissing",
+    "PoisonRequest", "PortInUse", "Priority", "ProtocolError", "RequestCancelled", "ServiceType", "ShuttingDown",
+    "VersionMismatch", "WorkerCrashed", "WorkerState", "error_from_code", "logger",
+]  # fmt: skip
 
 PROTOCOL_VERSION = 1
-"""The ``1`` of LDP/1. Client and daemon must speak the same version."""
+"""Version of LDP; client and daemon must use the same."""
 
 logger = logging.getLogger("luna_daemon")
 
 
 class ModelKind(str, Enum):
-    """What a model does; workers of each kind scale on their own."""
+    """Kind of a model; the workers of each kind scale separately."""
 
     VAE = "vae"
     CLIP = "clip"
     ECHO = "echo"
-    """No model: the diagnostic backend with which ``luna-daemon bench`` times the wire."""
+    """No model: the echo backend, with which ``luna-daemon bench`` measures the transport."""
 
 
 class ServiceType(str, Enum):
-    """Which kinds of work a daemon accepts (the predecessor's split mode)."""
+    """Kinds of models that a daemon serves (the predecessor's split mode)."""
 
     FULL = "full"
     VAE_ONLY = "vae"
@@ -90,7 +65,7 @@ class ServiceType(str, Enum):
 
 
 class WorkerState(str, Enum):
-    """The life of a worker process, as ``info`` shows it."""
+    """State of a worker process, as ``info`` shows it."""
 
     STARTING = "starting"
     IDLE = "idle"
@@ -101,7 +76,7 @@ class WorkerState(str, Enum):
 
 
 class Priority(int, Enum):
-    """Order in the queue; lower is sooner."""
+    """Order in the queue: lower values first."""
 
     INTERACTIVE = 0
     NORMAL = 1
@@ -109,16 +84,16 @@ class Priority(int, Enum):
 
 
 class LunaError(Exception):
-    """Root of everything this package raises on purpose.
+    """Base class of the errors that this package raises.
 
     Args:
         message: what was wrong, with the value.
-        hint: what to do about it; may be empty.
+        hint: what the user can do; may be empty.
     """
 
     code: ClassVar[str] = "error"
     exit_code: ClassVar[int] = 1
-    """What a process ends with when this error ended it."""
+    """Exit code of a process that ends because of this error."""
     local_ok: ClassVar[bool] = False
     """Whether a proxy that has a local model may use it instead of failing."""
 
@@ -139,7 +114,7 @@ class ConfigError(LunaError):
 
 
 class PortInUse(LunaError):
-    """The daemon's port is taken."""
+    """Another process listens on the daemon's port."""
 
     code = "port_in_use"
     exit_code = 3
@@ -153,7 +128,7 @@ class DaemonConnectionError(LunaError, ConnectionError):
 
 
 class ShuttingDown(DaemonConnectionError):
-    """The daemon finishes what runs and takes nothing new."""
+    """The daemon finishes running requests and accepts no new ones."""
 
     code = "shutting_down"
 
@@ -198,14 +173,14 @@ class ModelError(LunaError):
 
 
 class ModelNotFound(ModelError):
-    """No model of that name, or no file at any place tried."""
+    """No model has that name, or no file exists at the paths tried."""
 
     code = "model_not_found"
     local_ok = True
 
 
 class ModelMismatchError(ModelError):
-    """The client's file differs from the daemon's: never answered with other weights."""
+    """The client's file differs from the daemon's, whose weights would give other results."""
 
     code = "model_mismatch"
     local_ok = True
@@ -219,7 +194,7 @@ class ModelLoadError(ModelError):
 
 
 class PatchMissing(ModelError):
-    """A request names a patch set that the daemon does not keep (any more): send the set, then ask again."""
+    """A request names a patch set that the daemon does not have: send the set, then retry."""
 
     code = "patch_missing"
 
@@ -254,7 +229,7 @@ class RequestCancelled(LunaError):
 
 
 class OutOfMemory(LunaError, MemoryError):
-    """The device had no room for the call."""
+    """The device's memory was too small for the call."""
 
     code = "out_of_memory"
 
@@ -274,18 +249,18 @@ class PoisonRequest(WorkerCrashed):
 
 
 class InternalError(LunaError):
-    """A bug in the daemon, whose log has the traceback."""
+    """A bug in the daemon; the daemon's log has the traceback."""
 
     code = "internal"
 
     @classmethod
     def of(cls, bug: BaseException) -> InternalError:
-        """Make the error that callers get for an unexpected exception, which the daemon logs."""
+        """Make the error for an unexpected exception, which the caller must log."""
         return cls(f"{type(bug).__name__}: {bug}", "The daemon's log has the traceback")
 
 
 def _tree(root: type[LunaError]) -> dict[str, type[LunaError]]:
-    """Map codes to classes; a subclass without a code of its own never travels."""
+    """Map codes to classes; classes without a code of their own are never sent."""
     classes = {root.code: root} if "code" in vars(root) else {}
     for child in root.__subclasses__():
         classes.update(_tree(child))
@@ -293,7 +268,7 @@ def _tree(root: type[LunaError]) -> dict[str, type[LunaError]]:
 
 
 def error_from_code(code: str, message: str, hint: str = "", retry_after_s: float = 0.0) -> LunaError:
-    """Make the exception of a wire code; an unknown code gives a plain ``LunaError``."""
+    """Make the exception for an error code; a plain ``LunaError`` for an unknown code."""
     kind = _tree(LunaError).get(code, LunaError)
     if issubclass(kind, Busy):
         return kind(message, hint, retry_after_s)

@@ -1,4 +1,4 @@
-"""LoRAs in RAM, shared by all clients: which are kept, in use, or next to go. Knows no disk and no socket."""
+"""The cache of LoRAs in RAM, shared by all clients; reads no files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import difflib
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from .core import BadRequest, ModelNotFound
@@ -17,50 +18,37 @@ from .wire.messages import FileId
 __all__ = ["LoRACache", "LoRAEntry"]
 
 _COUNTED = 1000
-"""Names whose hits and misses are remembered, dropped ones included."""
+"""Limit of names whose hits and misses are counted, evicted LoRAs included."""
 
 
+@dataclass(eq=False)
 class LoRAEntry:
-    """A LoRA. Its memory is released when neither the cache nor a client uses the LoRA any more.
+    """A LoRA. Its memory is released when neither the cache nor a client uses the LoRA any more."""
 
-    Args:
-        kind: ``file`` (clients map the file itself, which the page cache holds), ``arena`` (a copy of the file in
-            the daemon's memory) or ``put`` (a client's state dict).
-        refs: the tensors; for ``file`` their offsets count from the start of the file, else of ``slots[0]``.
-        slots: the memory: none for ``file``, one for ``arena``, one per tensor for ``put``.
-        source: the file's identity; a file that was changed has another.
-        load_s: how long loading took.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        kind: str,
-        refs: list[NamedRef],
-        nbytes: int,
-        slots: list[Slot] | None = None,
-        source: FileId | None = None,
-        load_s: float = 0.0,
-    ) -> None:
-        self.name = name
-        self.kind = kind
-        self.refs = refs
-        self.nbytes = nbytes
-        self.slots = slots or []
-        self.source = source
-        self.load_s = load_s
-        self.last_used = time.time()
-        self.clients: Counter[int] = Counter()
-        """Uses by the number of the client's session."""
-        self.table: Any = None
-        """The tensors' places as ``lora.load`` sends them, packed at the first request."""
-        self._uses = 1
+    name: str
+    kind: str
+    """``file`` (clients map the file), ``arena`` (a copy in the daemon's memory) or ``put`` (a client's state dict)."""
+    refs: list[NamedRef]
+    """The tensors; offsets count from the start of the file if ``kind`` is ``file``, else of ``slots[0]``."""
+    nbytes: int
+    slots: list[Slot] = field(default_factory=list)
+    """The memory: no slot for ``file``, one for ``arena``, one per tensor for ``put``."""
+    source: FileId | None = None
+    """The file's identity, which changes with the file."""
+    load_s: float = 0.0
+    """Seconds that loading took."""
+    last_used: float = field(default_factory=time.time, init=False)
+    clients: Counter[int] = field(default_factory=Counter, init=False)
+    """Number of uses by the number of the client's session."""
+    table: Any = field(default=None, init=False)
+    """The tensors' positions as ``lora.load`` sends them, packed at the first request."""
+    _uses: int = field(default=1, init=False)
 
     def hold(self, client: int = 0) -> Slot:
-        """Use the LoRA until the slot's ``release``.
+        """Use the LoRA until the returned slot is released.
 
         Args:
-            client: number of the session; 0 is the daemon itself.
+            client: number of the session; 0 for the daemon itself.
         """
         self._uses += 1
         if client:
@@ -68,13 +56,13 @@ class LoRAEntry:
         return Slot(1, "", 0, memoryview(b""), lambda _: self._end_use(client))
 
     def drop(self) -> None:
-        """End the use that the entry was made with: the cache's."""
+        """End the first use, which began with the entry: that of its maker, and then of the cache."""
         self._end_use(0)
 
     def _end_use(self, client: int) -> None:
         if client:
             self.clients[client] -= 1
-            self.clients += Counter()  # forgets zeros
+            self.clients += Counter()  # removes zeros
         self._uses -= 1
         if self._uses == 0:
             for slot in self.slots:
@@ -82,17 +70,17 @@ class LoRAEntry:
 
     @property
     def mappable(self) -> bool:
-        """Whether a client that sees the daemon's memory can map the tensors as they lie."""
+        """Whether clients can map the tensors: all are contiguous and in shared memory."""
         return all(slot.number for slot in self.slots) and not any(ref.order for _, ref in self.refs)
 
     def places(self) -> list[tuple[str, str, Any]]:
-        """Key, segment (empty for a file) and descriptor, its offset counted from there, of each tensor."""
+        """Key, segment (empty for a file) and descriptor, with its offset in the segment or file, of each tensor."""
         if self.kind == "file":
             return [(key, "", ref) for key, ref in self.refs]
         return [(key, slot.segment, ref.placed(slot.offset + start)) for key, ref, slot, start in self._parts()]
 
     def pieces(self) -> list[Piece]:
-        """The tensors, each with a use of its memory that the caller must release."""
+        """The tensors as pieces that the caller must release."""
         return [Piece(ref.placed(0), slot.part(start, ref.nbytes)) for _, ref, slot, start in self._parts()]
 
     def _parts(self) -> list[tuple[str, Any, Slot, int]]:
@@ -102,14 +90,14 @@ class LoRAEntry:
 
 
 class LoRACache:
-    """Keeps entries by name, within limits of bytes and of entries: the least recently used goes first.
+    """An LRU cache of LoRAs by name, limited in bytes and in entries.
 
-    An entry that a client uses, or that is pinned, stays. Where that leaves no room, a further LoRA is not kept.
+    An entry that a client uses, or that is pinned, is not evicted. If that leaves no room, a further LoRA is not kept.
 
     Args:
-        max_bytes: most bytes of all entries together.
-        max_entries: most entries.
-        clock: seconds since 1970.
+        max_bytes: limit of the bytes of all entries together.
+        max_entries: limit of the number of entries.
+        clock: returns seconds since 1970.
     """
 
     def __init__(self, max_bytes: int, max_entries: int, clock: Callable[[], float] = time.time) -> None:
@@ -120,7 +108,7 @@ class LoRACache:
         self.misses = 0
         self.evictions = 0
         self.uncached = 0
-        """Loads that found no room; counted by the loader."""
+        """Number of loads that found no room in the cache; counted by the loader."""
         self.pinned: set[str] = set()
         self._clock = clock
         self._kept: OrderedDict[str, LoRAEntry] = OrderedDict()
@@ -137,7 +125,7 @@ class LoRACache:
         return list(self._kept.values())
 
     def look(self, name: str, source: FileId | None = None) -> LoRAEntry | None:
-        """The entry of a name, not counted as a use; dropped if ``source`` shows that its file has changed."""
+        """The entry of a name, not counted as a hit or a miss; evicted if its file's identity is not ``source``."""
         entry = self._kept.get(name)
         if entry is not None and source is not None and entry.source != source:
             self.evict(name)
@@ -154,7 +142,7 @@ class LoRACache:
         return entry
 
     def count(self, name: str, hit: bool) -> None:
-        """Count a hit or a miss of this LoRA."""
+        """Count a hit or a miss of a name."""
         counts = self._counts.setdefault(name, Counter())
         self._counts.move_to_end(name)
         if len(self._counts) > _COUNTED:
@@ -167,10 +155,10 @@ class LoRACache:
             counts["misses"] += 1
 
     def keep(self, entry: LoRAEntry) -> bool:
-        """Keep an entry, in place of one of the same name.
+        """Keep an entry, in place of another of the same name.
 
         Returns:
-            Whether the entry is kept: without room for it, it stays the caller's.
+            Whether the cache now owns the entry; ``False`` if it finds no room.
         """
         old = self._kept.get(entry.name)
         evicted = self._to_make_room(entry, old)
@@ -186,7 +174,7 @@ class LoRACache:
         return True
 
     def _to_make_room(self, entry: LoRAEntry, old: LoRAEntry | None) -> list[str] | None:
-        """Names to evict besides ``old``, which the entry replaces; ``None`` if that would not be enough."""
+        """Names to evict besides ``old``, which the entry replaces; ``None`` if evicting cannot make enough room."""
         nbytes, count = self.nbytes - (old.nbytes if old else 0), len(self._kept) - (1 if old else 0)
         evicted: list[str] = []
         for other in self._kept.values():
@@ -198,11 +186,7 @@ class LoRACache:
         return evicted if nbytes + entry.nbytes <= self.max_bytes and count < self.max_entries else None
 
     def evict(self, name: str) -> bool:
-        """Drop an entry; its memory is released with its last use.
-
-        Returns:
-            Whether there was an entry of that name.
-        """
+        """Remove the entry of a name, if there is one, and return whether; its last use releases the memory."""
         entry = self._kept.pop(name, None)
         if entry is None:
             return False
@@ -211,23 +195,23 @@ class LoRACache:
         return True
 
     def evict_all(self) -> list[LoRAEntry]:
-        """Drop all entries that are not pinned, and return them."""
+        """Remove and return all entries that are not pinned."""
         evicted = [entry for entry in self._kept.values() if entry.name not in self.pinned]
         for entry in evicted:
             self.evict(entry.name)
         return evicted
 
     def clear(self) -> None:
-        """Drop all entries, pinned ones too."""
+        """Remove all entries, pinned entries included."""
         for name in list(self._kept):
             self.evict(name)
 
     def named(self, name: str) -> LoRAEntry:
-        """The entry of a name, or of a file's path.
+        """The entry of a name or of a file's path.
 
         Raises:
             BadRequest: the name is empty.
-            ModelNotFound: no such entry; suggests similar names.
+            ModelNotFound: there is no such entry; the hint suggests similar names.
         """
         if not name:
             raise BadRequest("a LoRA's name is empty")
@@ -235,11 +219,11 @@ class LoRACache:
             if name == entry.name or (entry.source is not None and name == entry.source.path):
                 return entry
         close = difflib.get_close_matches(name, self._kept, n=3, cutoff=0.4)
-        hint = f"Close to it: {', '.join(close)}" if close else "'luna-daemon lora ls' lists what is kept"
+        hint = f"Similar names: {', '.join(close)}" if close else "'luna-daemon lora ls' lists the cache"
         raise ModelNotFound(f"LoRA {name!r} is not in the cache", hint)
 
     def stats(self) -> dict[str, Any]:
-        """Statistics for ``info``: totals, and per LoRA. Sizes are bytes, times seconds; ``last_used`` since 1970."""
+        """Statistics for ``info``, in total and by LoRA: sizes in bytes, times in seconds, ``last_used`` since 1970."""
         return {
             "entries": len(self._kept), "bytes": self.nbytes, "max_bytes": self.max_bytes,
             "max_entries": self.max_entries, "hits": self.hits, "misses": self.misses,

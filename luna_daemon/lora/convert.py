@@ -1,7 +1,7 @@
-"""Converts a LoRA in one of torch's own formats to safetensors, in a process of its own that the daemon starts.
+"""Script that converts a LoRA in one of torch's own formats to safetensors, in a process that the daemon starts.
 
-Reads weights only: a file that wants code executed is refused. Started as a script by its absolute path; its arguments
-are the file, the file to write, and the most bytes. Ends with 0, or with 1 and the reason on standard error.
+Loads weights only: a file that would execute code is refused. The arguments are the file, the file to write, and the
+limit of bytes. The exit code is 0, or 1 with the reason on standard error.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ if __name__ == "__main__" and not __package__:
     import pathlib
     import sys
 
-    # A script's own folder would shadow the standard library; nothing of the package is needed here.
+    # The script's own folder could shadow other modules; no module of the package is imported here.
     sys.path[:] = [entry for entry in sys.path if pathlib.Path(entry or ".").resolve() != pathlib.Path(__file__).parent]
 
 import sys
@@ -20,11 +20,11 @@ from typing import Any
 
 
 class Refused(Exception):
-    """A file is not converted; the message is the reason."""
+    """The file is not converted; the message is the reason."""
 
 
 def convert(source: Path, target: Path, max_bytes: int) -> None:
-    """Write the tensors that ComfyUI would find in ``source`` to ``target``, as safetensors.
+    """Write the tensors that ComfyUI would load from ``source`` to ``target``, as safetensors.
 
     Raises:
         Refused: the file holds more than weights, or more than ``max_bytes``.
@@ -39,7 +39,7 @@ def convert(source: Path, target: Path, max_bytes: int) -> None:
         document: Any = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise Refused(f"the file cannot be read as weights alone: {why}") from error
+        raise Refused(f"the file cannot be loaded as weights only: {why}") from error
     weights = _state_dict(document)
     if not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in weights.items()):
         raise Refused("the file holds more than tensors")
@@ -49,7 +49,7 @@ def convert(source: Path, target: Path, max_bytes: int) -> None:
 
 
 def _state_dict(document: Any) -> dict[Any, Any]:
-    """The part of the file that ComfyUI takes for the state dict."""
+    """The part of the file that ComfyUI uses as the state dict."""
     if not isinstance(document, dict):
         raise Refused(f"the file holds a {type(document).__name__}, not a state dict")
     inner = document.get("state_dict")
@@ -64,14 +64,7 @@ def _check_size(nbytes: int, max_bytes: int) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Convert a file.
-
-    Args:
-        arguments: source, target and most bytes.
-
-    Returns:
-        The exit status.
-    """
+    """Convert a file; ``arguments`` are source, target and limit of bytes. Returns the exit code."""
     source, target, max_bytes = arguments
     try:
         convert(Path(source), Path(target), int(max_bytes))

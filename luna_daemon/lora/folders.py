@@ -1,4 +1,4 @@
-"""From a LoRA's name to its file, in the folders where ComfyUI looks, and nowhere else."""
+"""Finds a LoRA's file by name in ComfyUI's LoRA folders and those of the settings."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from ..files.identity import check_same, first_existing, identity_of
 from ..wire.messages import FileId
 
 ENDINGS = (".safetensors", ".sft", ".pt", ".ckpt", ".bin", ".pth")
-_LONGEST_NAME = 4096
-_MOST_NAMES = 20_000
+_MAX_NAME = 4096
+_MAX_NAMES = 20_000
 
 
 @dataclass(frozen=True)
 class FoundLoRA:
-    """A LoRA file: the name that ComfyUI lists it by, and what identifies it."""
+    """A LoRA file: its name in ComfyUI's lists, and its identity."""
 
     name: str
     source: FileId
 
     @property
     def path(self) -> Path:
-        """The file, links followed."""
+        """Path of the file, links resolved."""
         return Path(self.source.path)
 
     @property
     def is_safetensors(self) -> bool:
-        """Whether the file is what its name says: safetensors, and none of torch's own formats."""
+        """Whether the file's suffix is one of safetensors, not of torch's own formats."""
         return self.path.suffix.lower() in (".safetensors", ".sft")
 
 
 class LoRAFolders:
     """ComfyUI's LoRA folders, those of ``extra_model_paths.yaml`` included, and those in ``model_dirs``.
 
-    Every method reads the disk, which may be slow: not for the event loop.
+    Every method may block on a slow disk: call it in a thread.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -49,30 +49,30 @@ class LoRAFolders:
 
     @cached_property
     def folders(self) -> list[Path]:
-        """The folders, in the order in which they are searched."""
+        """The folders in search order."""
         return list(dict.fromkeys(_folders(self._settings)))
 
     def find(self, name: str, file: FileId | None = None) -> FoundLoRA:
         """Find a LoRA's file.
 
         Args:
-            name: relative to a folder, as ComfyUI lists it, or a full path.
+            name: path relative to a folder, as in ComfyUI's lists, or a full path.
             file: identity of the client's own file, if the client has one.
 
         Raises:
-            BadRequest: ``name`` is not a name, or not that of a LoRA file.
-            ModelNotFound: no such file in the folders; suggests similar names.
-            ModelMismatchError: the client's file is another one.
+            BadRequest: ``name`` is empty or too long, or its suffix is not that of a LoRA file.
+            ModelNotFound: the folders have no such file; the hint suggests similar names.
+            ModelMismatchError: the client's file differs from the daemon's.
         """
-        if not name or "\0" in name or len(name) > _LONGEST_NAME:
-            raise BadRequest(f"LoRA name {name[:80]!r} is not a name")
+        if not name or "\0" in name or len(name) > _MAX_NAME:
+            raise BadRequest(f"LoRA name {name[:80]!r} is empty, too long, or has a NUL character")
         path = self._first(name)
         real = path.resolve()
         roots = [folder.resolve() for folder in self.folders]
         if not any(real.is_relative_to(root) for root in roots):
             raise ModelNotFound(
                 f"LoRA {name!r} is outside the LoRA folders",
-                "Add its folder to model_dirs (LUNA_MODEL_DIRS) or give comfyui_path",
+                "Add its folder to model_dirs (LUNA_MODEL_DIRS), or set comfyui_path",
             )
         if not real.is_file():
             raise ModelNotFound(f"LoRA {name!r} is not a file")
@@ -90,16 +90,16 @@ class LoRAFolders:
         if path is not None:
             return path
         if not self.folders:
-            raise ModelNotFound(f"LoRA {name!r}: no LoRA folder is known", "Give comfyui_path or model_dirs")
+            raise ModelNotFound(f"LoRA {name!r}: no LoRA folder is known", "Set comfyui_path or model_dirs")
         known = {known.lower(): known for known in self.names()}
         close = difflib.get_close_matches(name.lower(), known, n=3)
-        hint = f"Close to it: {', '.join(known[match] for match in close)}" if close else ""
+        hint = f"Similar names: {', '.join(known[match] for match in close)}" if close else ""
         raise ModelNotFound(
             f"no LoRA is named {name!r}; looked in {', '.join(str(folder) for folder in self.folders)}", hint
         )
 
     def _listed_as(self, path: Path, real: Path, roots: list[Path]) -> str:
-        """The name relative to its folder; the full path, where that name means a file of another folder."""
+        """The name relative to the file's folder; the full path if that name means another folder's file."""
         for folder, root in zip(self.folders, roots):
             for base, place in ((folder, path), (root, real)):
                 if place.is_relative_to(base):
@@ -114,7 +114,7 @@ class LoRAFolders:
         return True
 
     def names(self) -> list[str]:
-        """The names of the LoRAs that ComfyUI lists, at most 20,000."""
+        """Names of the LoRAs that ComfyUI lists, about 20,000 at most."""
         names: dict[str, None] = {}
         for folder in self.folders:
             if folder.name.lower() not in ("lora", "loras"):
@@ -123,7 +123,7 @@ class LoRAFolders:
                 for file in files:
                     if file.lower().endswith(ENDINGS):
                         names[(Path(place) / file).relative_to(folder).as_posix()] = None
-                if len(names) >= _MOST_NAMES:  # maybe a link that leads to itself
+                if len(names) >= _MAX_NAMES:  # probably a link that leads back to itself
                     return list(names)
         return list(names)
 
@@ -147,7 +147,7 @@ def extra_folders(comfyui: Path, arguments: list[str]) -> tuple[list[Path], list
         arguments: ComfyUI's command line.
 
     Returns:
-        Folders that ComfyUI searches before its own, and those after.
+        Folders that ComfyUI searches before its own, and folders searched after.
     """
     first: list[Path] = []
     after: list[Path] = []
@@ -174,7 +174,7 @@ def _named_files(arguments: list[str]) -> Iterable[Path]:
 
 
 def _from_yaml(file: Path) -> Iterable[tuple[Path, bool]]:
-    """(folder, is_default) as ComfyUI reads them; warns about a file that ComfyUI could not read."""
+    """LoRA folders and whether each is searched before ComfyUI's own; warns about an unreadable file."""
     import yaml
 
     try:

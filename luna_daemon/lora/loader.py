@@ -1,4 +1,4 @@
-"""Loads LoRAs: finds a file by its name, checks it, reads or converts it, once for all clients that wait for it."""
+"""Loads LoRAs into the cache: finds, checks, reads or converts each file once for all clients that wait."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from .folders import FoundLoRA, LoRAFolders
 
 T = TypeVar("T")
 _THREADS = 4
-"""Threads that read files, and as many that look up names."""
+"""Number of threads that read files, and of threads that look up names."""
 _CONVERT_S = 120.0
-_REWARM_S = 60.0
+_PAGE_CACHE_S = 60.0
 _SCRIPT = Path(__file__).resolve().with_name("convert.py")
 
 
@@ -35,8 +35,8 @@ class LoRALoader:
     """Loads LoRAs into the cache.
 
     Args:
-        memory: holds copies; a copy that finds no room there lies on the heap, and travels by the socket.
-        max_copy: most bytes of a copy.
+        memory: shared memory for copies; a copy that finds no room there is on the heap, and travels by the socket.
+        max_copy: limit of the bytes of a copy.
     """
 
     def __init__(self, settings: Settings, cache: LoRACache, memory: SharedMemory, max_copy: int) -> None:
@@ -45,16 +45,16 @@ class LoRALoader:
         self.memory = memory
         self.max_copy = max_copy
         self.folders = LoRAFolders(settings)
-        # Not the loop's default threads: a slow disk must not hold up what else runs there.
+        # Not the loop's default threads: a slow disk must not hold up other work in those.
         self._threads = ThreadPoolExecutor(_THREADS, "lora")
         self._names = ThreadPoolExecutor(_THREADS, "lora-name")
         self._pending: dict[tuple[FoundLoRA, bool], list[tuple[asyncio.Future[tuple[LoRAEntry, Slot]], int]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._converting = asyncio.Lock()
-        self._rewarmed = time.monotonic()
+        self._page_cache_at = time.monotonic()
 
     def apply(self, settings: Settings) -> None:
-        """Use other folders and limits from now on; what exceeds them is dropped when room is next made."""
+        """Use new settings; entries beyond the new limits are evicted when the next LoRA needs room."""
         self.settings = settings
         self.folders = LoRAFolders(settings)
         self.cache.max_bytes = int(settings.lora_cache_gb * (1 << 30))
@@ -64,16 +64,16 @@ class LoRALoader:
         """Load a LoRA, unless the cache has it.
 
         Args:
-            client: number of the session that asks; 0 is the daemon itself.
+            client: number of the session; 0 for the daemon itself.
             file: identity of the client's own file, if the client has one.
-            copy: whether the bytes must lie in the daemon's memory, since the client cannot map the file.
+            copy: whether the bytes must be in the daemon's memory, since the client cannot map the file.
 
         Returns:
-            The entry, and a use of it that ends with the slot's release.
+            The entry, and a slot whose release ends the use of the entry.
 
         Raises:
             BadRequest, ModelNotFound, ModelMismatchError: see ``LoRAFolders.find``.
-            ModelLoadError: the file cannot be read, or is not valid.
+            ModelLoadError: the file cannot be read or is not valid.
             LimitExceeded: a copy would be larger than ``max_copy``.
         """
         put = self.cache.look(name)
@@ -88,7 +88,7 @@ class LoRALoader:
         return await self._join(found, copy, client)
 
     async def _join(self, found: FoundLoRA, copy: bool, client: int) -> tuple[LoRAEntry, Slot]:
-        """Wait for this file to be loaded: join a load that runs, or start one."""
+        """Wait until the file is loaded: join a running load, or start one."""
         waiter: tuple[asyncio.Future[tuple[LoRAEntry, Slot]], int]
         waiter = (asyncio.get_running_loop().create_future(), client)
         waiting = self._pending.get((found, copy))
@@ -108,7 +108,7 @@ class LoRALoader:
             raise
 
     async def _load(self, found: FoundLoRA, copy: bool) -> None:
-        """Read a file, keep it if there is room, and hand it to everybody who waits for it."""
+        """Read a file, keep the LoRA if the cache has room, and give it to all waiting clients."""
         entry, error = None, None
         try:
             entry = await self._read(found, copy)
@@ -151,7 +151,7 @@ class LoRALoader:
         return asked or wanted == "always" or (wanted == "auto" and is_on_network(found.path))
 
     async def _image(self, found: FoundLoRA, path: Path) -> tuple[list[NamedRef], Slot]:
-        """Copy the tensors of a safetensors file into the daemon's memory."""
+        """Copy the tensors of a safetensors file into shared memory, or onto the heap."""
         with await self._in_thread(path.open, "rb") as file:  # a network disk may hang here
             status = os.fstat(file.fileno())
             if path == found.path:
@@ -171,13 +171,13 @@ class LoRALoader:
     def _check_copy(self, found: FoundLoRA, nbytes: int) -> None:
         if nbytes > self.max_copy:
             raise LimitExceeded(
-                f"LoRA {found.name!r} has {nbytes} bytes; at most {self.max_copy} are copied", "Raise max_tensor_mb"
+                f"LoRA {found.name!r} has {nbytes} bytes; the limit of a copy is {self.max_copy}", "Raise max_tensor_mb"
             )
 
     # --- torch's own formats ---
 
     async def _converted(self, found: FoundLoRA) -> tuple[list[NamedRef], Slot]:
-        """Convert a file of torch's own formats in another process, and copy its tensors."""
+        """Convert a file in one of torch's own formats in another process, and copy its tensors."""
         self._check_copy(found, found.source.size)
         folder = self.memory.arena.folder if self.memory.arena is not None else None
         async with self._converting:
@@ -213,14 +213,14 @@ class LoRALoader:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
     def keep_cached(self) -> None:
-        """Ask the system once a minute to hold the cached files in its page cache, where it can be asked."""
-        if hasattr(os, "posix_fadvise") and time.monotonic() - self._rewarmed > _REWARM_S:
-            self._rewarmed = time.monotonic()
+        """Ask the system once a minute to keep the files of the cache in the page cache, where posix_fadvise exists."""
+        if hasattr(os, "posix_fadvise") and time.monotonic() - self._page_cache_at > _PAGE_CACHE_S:
+            self._page_cache_at = time.monotonic()
             paths = [entry.source.path for entry in self.cache.entries() if entry.kind == "file" and entry.source]
             self._threads.submit(_rewarm, paths)
 
     def close(self) -> None:
-        """Stop loading, and empty the cache."""
+        """Cancel running loads, and empty the cache."""
         for task in self._tasks:
             task.cancel()
         for threads in (self._threads, self._names):
@@ -229,7 +229,7 @@ class LoRALoader:
 
 
 def _check_and_warm(found: FoundLoRA, warm: bool) -> list[NamedRef]:
-    """Check the header; if asked, read the file from end to end, so that a bad disk shows here and not in a client."""
+    """Check the header; if ``warm``, read the whole file, so that a read error occurs here and not in a client."""
     with found.path.open("rb") as file:
         _check_unchanged(found, os.fstat(file.fileno()))
         refs = _refs(file, found.source.size, found.name)
@@ -239,7 +239,7 @@ def _check_and_warm(found: FoundLoRA, warm: bool) -> list[NamedRef]:
 
 
 def _refs(file: BinaryIO, size: int, name: str) -> list[NamedRef]:
-    """The tensors of an open LoRA, in the order of their bytes."""
+    """The tensors of an open safetensors file, in the order of their bytes."""
     refs = list(read_header(file, size, f"LoRA {name!r}").tensors.items())
     for key, ref in refs:
         if ref.dtype not in ITEM_SIZES:
@@ -249,7 +249,7 @@ def _refs(file: BinaryIO, size: int, name: str) -> list[NamedRef]:
 
 def _check_unchanged(found: FoundLoRA, status: os.stat_result) -> None:
     if not same_file(status, found.source.size, found.source.mtime_ns, found.source.inode):
-        raise ModelLoadError(f"LoRA {found.name!r} is being changed just now", "Try again once the file is complete")
+        raise ModelLoadError(f"LoRA {found.name!r} has just been changed", "Try again once the file is complete")
 
 
 def _rewarm(paths: list[str]) -> None:

@@ -89,7 +89,7 @@ def test_unknown_names_suggest_what_is_close(ask, loras, tmp_path):
     ask("warm", "ink.safetensors")
     for command in ("evict", "unpin"):
         code, out, err = ask(command, "inc.safetensors")
-        assert (code, out) == (1, "") and "Close to it: ink.safetensors" in err
+        assert (code, out) == (1, "") and "Similar names: ink.safetensors" in err
     (tmp_path / "nothing").mkdir()
     for wrong in (["warm", str(tmp_path / "nothing")], ["evict"], ["evict", "--all", "ink.safetensors"], ["warm"]):
         assert ask(*wrong)[0] == 2

@@ -84,7 +84,7 @@ def test_a_name_that_another_folder_takes_first(tmp_path, comfy, folders):
         ("{secret}", ModelNotFound, "outside the LoRA folders"),
         ("folder.safetensors", ModelNotFound, "is not a file"),
         ("notes.txt", BadRequest, r"must end in \.safetensors"),
-        ("Ink.safetensor", ModelNotFound, r"Close to it: ink\.safetensors"),
+        ("Ink.safetensor", ModelNotFound, r"Similar names: ink\.safetensors"),
     ],
 )
 def test_what_is_refused(tmp_path, comfy, folders, name, error, text):

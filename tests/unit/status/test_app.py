@@ -102,7 +102,7 @@ def test_calls_need_the_token(state):
         (CALL, {"Content-Type": "text/plain"}, "application/json"),
         ("{", JSON, "cannot be read"),
         ("\xff", JSON, "cannot be read"),
-        ('{"op": "vae.decode"}', JSON, "not taken by HTTP"),
+        ('{"op": "vae.decode"}', JSON, "not available by HTTP"),
         ('{"op": "models.unload", "model": 3}', JSON, "cannot be read"),
         ("x" * (65 << 10), JSON, "more than 65536 bytes"),
     ],
