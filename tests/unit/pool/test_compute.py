@@ -52,7 +52,7 @@ class VAE:
 class ComfyVAE(VAE):
     """One of the comfy backend."""
 
-    _backend = None
+    takes_options = True
 
 
 class Clip:
