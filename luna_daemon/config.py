@@ -197,12 +197,9 @@ class Settings(BaseSettings):
 
     @field_validator(*_PATHS)
     @classmethod
-    def _absolute(cls, value: Path | list[Path] | None) -> Path | list[Path] | None:
+    def _absolute(cls, value: Any) -> Any:
         """Expand ``~``, and resolve relative paths against the folder of ``luna.toml``, or else the current folder."""
-        base = cls.toml_path.parent if cls.toml_path else Path.cwd()
-        if isinstance(value, list):
-            return [base / path.expanduser() for path in value]
-        return None if value is None else base / value.expanduser()
+        return _below(cls.toml_path.parent if cls.toml_path else Path.cwd(), value)
 
     @field_validator("allowed_origins")
     @classmethod
@@ -300,11 +297,14 @@ _PARSERS: Mapping[str, Callable[[str], Any]] = {
 
 def _from_here(name: str, value: Any) -> Any:
     """Resolve paths of the command line and the environment against the current folder."""
-    if name not in _PATHS or not isinstance(value, (str, Path, list, tuple)):
-        return value
+    return _below(Path.cwd(), value) if name in _PATHS else value
+
+
+def _below(base: Path, value: Any) -> Any:
+    """Expand ``~`` in a path or in a list of paths, and resolve relative paths against ``base``."""
     if isinstance(value, (list, tuple)):
-        return [Path.cwd() / Path(part).expanduser() for part in value]
-    return Path.cwd() / Path(value).expanduser()
+        return [_below(base, part) for part in value]
+    return base / Path(value).expanduser() if isinstance(value, (str, Path)) else value
 
 
 def _explain(error: ValidationError) -> str:
