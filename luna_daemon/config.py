@@ -1,7 +1,7 @@
 """Settings: one typed object, from the command line, ``LUNA_*`` variables, ``luna.toml``, or the defaults below.
 
-The sources are listed by precedence. The constants below may be edited, but the other sources are better. Every setting
-is a field of ``Settings``; its environment variable is ``LUNA_`` and the field's name in capitals (``LUNA_PORT``).
+The sources are listed by precedence. The constants below may be edited, but an update overwrites them. Every setting is
+a field of ``Settings``; its environment variable is ``LUNA_`` and the field's name in capitals (``LUNA_PORT``).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["NamedModel", "Settings", "load_settings"]
 
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
 
-# Model files of the model named after MODEL_TYPE. Absolute, below ComfyUI's folder, or as its loaders list them.
+# Files of the model named after MODEL_TYPE: absolute, relative to ComfyUI's folder, or as ComfyUI's loaders list them.
 VAE_PATH = "models/vae/sdxl_vae.safetensors"
 CLIP_L_PATH = "models/clip/clip_l.safetensors"
 CLIP_G_PATH = "models/clip/clip_g.safetensors"
@@ -59,8 +59,8 @@ VRAM_SAFETY_MARGIN_GB = 1.0
 _T = TypeVar("_T")
 RELOADABLE = "reloadable"
 Live = Annotated[_T, RELOADABLE]
-"""A setting that a running daemon takes. The rest is bound into sockets, shared memory, limits that clients were told,
-or workers that run."""
+"""A setting that a reload changes. Other settings are fixed by open sockets, shared memory, limits announced to
+clients, or running workers."""
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?|GPU-[0-9a-fA-F-]+)$")]
 Port = Annotated[int, Field(ge=0, le=65535)]
 _DEVICES = "must be auto, cpu, cuda, cuda:1 (any number), mps, xpu, xpu:1 or a GPU's UUID (GPU-...)"
@@ -69,21 +69,21 @@ _PATHS = (
     "tls_cert", "tls_key",
 )  # fmt: skip
 _MAY_BE_EMPTY = ("vae_path", "clip_l_path", "clip_g_path")
-"""Settings whose variable may be empty and then means "no file"; other empty variables count as not set."""
+"""Settings whose environment variable may be empty, which means "no file"; other empty variables are ignored."""
 _NOT_SETTINGS = (
     "LUNA_CONFIG", "LUNA_OVERRIDES", "LUNA_START_FROM_COMFYUI", "LUNA_START_ID", "LUNA_TLS_CA", "LUNA_TOKEN",
     "LUNA_TOKEN_FILE",
 )  # fmt: skip
-"""Variables that other parts of the package read."""
+"""Environment variables that other modules read."""
 
 
 class NamedModel(BaseModel):
-    """``[models.NAME]`` in ``luna.toml``: the files behind a name that clients may use."""
+    """Files of a model that clients may name: ``[models.NAME]`` in ``luna.toml``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     vae: list[str] = []
-    """One file, or the two of a split TAESD."""
+    """One file, or both files of a split TAESD."""
     clip: list[str] = []
     """One to four text encoder files."""
     type: str = MODEL_TYPE
@@ -91,29 +91,23 @@ class NamedModel(BaseModel):
 
 
 class Settings(BaseSettings):
-    """Everything that can be set; the name of a size or a time ends with its unit."""
+    """All settings; names of sizes and times end with the unit."""
 
     model_config = SettingsConfigDict(env_prefix="LUNA_", extra="forbid", frozen=True, protected_namespaces=())
     toml_path: ClassVar[Path | None] = None
-    """The ``luna.toml`` that ``load_settings`` found, if any."""
+    """Path of the ``luna.toml`` that ``load_settings`` read, if any."""
     environ: ClassVar[Mapping[str, str] | None] = None
-    """The environment that ``load_settings`` was given."""
+    """Environment variables passed to ``load_settings``."""
 
     host: str = Field(
-        DAEMON_HOST, min_length=1, description="Address to listen on; anything but loopback is reachable by others."
+        DAEMON_HOST, min_length=1, description="Address to listen on; by default only this host connects."
     )
-    port: Port = Field(DAEMON_PORT, description="The daemon's socket.")
-    ws_port: Port = Field(DAEMON_WS_PORT, description="HTTP: status page, WebSocket, metrics, health.")
-    tls_cert: Path | None = Field(
-        None, description="PEM certificate: both ports speak TLS, as they should beyond this machine."
-    )
-    tls_key: Path | None = Field(
-        None, description="Private key of the certificate, if tls_cert does not contain the key."
-    )
-    service_type: Live[ServiceType] = Field(ServiceType.FULL, description="full, vae or clip: which work is accepted.")
-    config_only: Live[bool] = Field(
-        False, description="Serve only models named in the configuration, no files by path."
-    )
+    port: Port = Field(DAEMON_PORT, description="Port for clients and workers.")
+    ws_port: Port = Field(DAEMON_WS_PORT, description="HTTP port: status page, WebSocket, metrics, health.")
+    tls_cert: Path | None = Field(None, description="PEM certificate; with it both ports use TLS.")
+    tls_key: Path | None = Field(None, description="Private key, if tls_cert does not contain the key.")
+    service_type: Live[ServiceType] = Field(ServiceType.FULL, description="full, vae or clip: which models are served.")
+    config_only: Live[bool] = Field(False, description="Serve only models named in the settings, no files by path.")
 
     vae_path: Live[str] = Field(VAE_PATH, description="VAE of the model named after model_type.")
     clip_l_path: Live[str] = Field(CLIP_L_PATH, description="CLIP-L text encoder of that model.")
@@ -121,77 +115,69 @@ class Settings(BaseSettings):
     model_type: Live[str] = Field(MODEL_TYPE, description="Name and family of that model.")
     models: Live[dict[str, NamedModel]] = Field({}, description="Further models by name.")
     model_dirs: Live[Annotated[list[Path], NoDecode]] = Field(
-        [], description="Folders, besides ComfyUI's, whose model files clients may use."
+        [], description="Folders, besides ComfyUI's, with models for clients."
     )
     comfyui_path: Path | None = Field(None, description="ComfyUI's folder; COMFYUI_PATH is read too.")
     comfyui_python: Path | None = Field(None, description="Interpreter that runs ComfyUI; COMFYUI_PYTHON is read too.")
     comfyui_args: Annotated[list[str], NoDecode] = Field(
-        [], description="ComfyUI's own flags for workers, such as --fp32-vae."
+        [], description="ComfyUI's flags for workers, such as --fp32-vae."
     )
-    client_roots: Live[bool] = Field(
-        True, description="Run a client's own ComfyUI, if nobody else could have changed it."
-    )
+    client_roots: Live[bool] = Field(True, description="Run a client's own ComfyUI, if no other user could change it.")
     comfyui_roots: Live[Annotated[list[Path], NoDecode]] = Field(
-        [], description="Folders whose ComfyUIs and interpreters clients may have run, whoever owns them."
+        [], description="Folders whose ComfyUIs and interpreters workers may run, whatever their owner."
     )
-    backend: Literal["auto", "comfy", "diffusers"] = Field("auto", description="What runs the models.")
+    backend: Literal["auto", "comfy", "diffusers"] = Field("auto", description="Library that runs the models.")
 
     vae_device: Device = Field(VAE_DEVICE, description="auto, cpu, cuda:1, or a GPU's UUID.")
     clip_device: Device = Field(CLIP_DEVICE, description="auto, cpu, cuda:1, or a GPU's UUID.")
-    vae_precision: Precision = Field(VAE_PRECISION, description="auto is what ComfyUI would choose.")
-    clip_precision: Precision = Field(CLIP_PRECISION, description="auto is what ComfyUI would choose.")
-    cpu_threads: int = Field(0, ge=0, le=1024, description="Threads of a worker on the CPU; 0 is torch's own choice.")
+    vae_precision: Precision = Field(VAE_PRECISION, description="auto chooses as ComfyUI does.")
+    clip_precision: Precision = Field(CLIP_PRECISION, description="auto chooses as ComfyUI does.")
+    cpu_threads: int = Field(0, ge=0, le=1024, description="CPU threads of a worker; 0 is torch's default.")
 
-    max_vae_workers: Live[int] = Field(MAX_VAE_WORKERS, ge=1, le=64, description="Most workers that run VAEs.")
+    max_vae_workers: Live[int] = Field(MAX_VAE_WORKERS, ge=1, le=64, description="Maximum number of VAE workers.")
     max_clip_workers: Live[int] = Field(
-        MAX_CLIP_WORKERS, ge=1, le=64, description="Most workers that run text encoders."
+        MAX_CLIP_WORKERS, ge=1, le=64, description="Maximum number of text encoder workers."
     )
-    min_vae_workers: Live[int] = Field(MIN_VAE_WORKERS, ge=0, le=64, description="VAE workers kept when idle.")
-    min_clip_workers: Live[int] = Field(
-        MIN_CLIP_WORKERS, ge=0, le=64, description="Text encoder workers kept when idle."
-    )
-    queue_threshold: Live[int] = Field(
-        QUEUE_THRESHOLD, ge=1, description="Waiting requests before another worker starts."
-    )
-    scale_up_delay_sec: Live[float] = Field(
-        SCALE_UP_DELAY_SEC, ge=0, description="How long the requests must have waited for that."
-    )
-    idle_timeout_sec: Live[float] = Field(
-        IDLE_TIMEOUT_SEC, ge=0.1, description="Idle time after which memory is given back."
-    )
-    worker_keep_sec: Live[float] = Field(
-        WORKER_KEEP_SEC, ge=0.1, description="Idle time after which the last worker ends."
-    )
+    min_vae_workers: Live[int] = Field(MIN_VAE_WORKERS, ge=0, le=64, description="Idle VAE workers kept.")
+    min_clip_workers: Live[int] = Field(MIN_CLIP_WORKERS, ge=0, le=64, description="Idle text encoder workers kept.")
+    queue_threshold: Live[int] = Field(QUEUE_THRESHOLD, ge=1, description="Waiting requests that start another worker.")
+    scale_up_delay_sec: Live[float] = Field(SCALE_UP_DELAY_SEC, ge=0, description="Time that these must have waited.")
+    idle_timeout_sec: Live[float] = Field(IDLE_TIMEOUT_SEC, ge=0.1, description="Idle time until memory is released.")
+    worker_keep_sec: Live[float] = Field(WORKER_KEEP_SEC, ge=0.1, description="Idle time until the last worker ends.")
     worker_start_sec: Live[float] = Field(120.0, ge=1, description="How long a worker may take to import its backend.")
-    vram_safety_margin_gb: Live[float] = Field(
-        VRAM_SAFETY_MARGIN_GB, ge=0, description="VRAM left free when scaling up."
-    )
-    model_memory_gb: Live[float] = Field(0.0, ge=0, description="Most weights held per device; 0 is no limit.")
+    vram_safety_margin_gb: Live[float] = Field(VRAM_SAFETY_MARGIN_GB, ge=0, description="VRAM left free by scaling up.")
+    model_memory_gb: Live[float] = Field(0.0, ge=0, description="Maximum of weights per device; 0 is no limit.")
 
-    max_watchers: int = Field(64, ge=0, description="Most open status pages and other WebSockets.")
+    max_watchers: int = Field(64, ge=0, description="Maximum of open status pages and other WebSockets.")
     allowed_origins: Annotated[list[str], NoDecode] = Field(
-        [], description="Pages of other addresses that may use the WebSocket, as https://host:port."
+        [], description="Other origins whose pages may use the WebSocket, as https://host:port."
     )
     log_json: bool = Field(False, description="Log one JSON object per line.")
-    log_file: Path | None = Field(None, description="Log to this file too; rotated at 5 MB, two old files are kept.")
+    log_file: Path | None = Field(None, description="Additional log file; rotated at 5 MB, two old files are kept.")
 
-    queue_limit: Live[int] = Field(256, ge=1, description="Waiting requests before clients are told to come back.")
-    max_clients: Live[int] = Field(256, ge=1, description="Most connections.")
+    queue_limit: Live[int] = Field(
+        256, ge=1, description="Maximum of waiting requests; further ones are refused as busy."
+    )
+    max_clients: Live[int] = Field(256, ge=1, description="Maximum of connected clients.")
     max_header_mb: int = Field(8, ge=1, le=64, description="Largest message without its tensors.")
-    max_tensor_mb: int = Field(4096, ge=1, description="Largest tensor, and most bytes of one request.")
-    arena: bool = Field(True, description="Use shared memory on one host.")
+    max_tensor_mb: int = Field(4096, ge=1, description="Largest tensor, and largest sum of a request's tensors.")
+    arena: bool = Field(True, description="Use shared memory with clients on this host.")
     arena_dir: Path | None = Field(None, description="Folder of the shared memory; /dev/shm on Linux.")
-    arena_mb: int = Field(0, ge=0, description="Most shared memory; 0 is half of what its folder has free.")
-    arena_client_mb: int = Field(2048, ge=1, description="Most shared memory held for one client.")
-    conditioning_cache_mb: Live[int] = Field(512, ge=0, description="Answers to repeated prompts; 0 turns it off.")
-    lora_cache_gb: Live[float] = Field(8.0, ge=0, description="LoRA files kept in RAM.")
-    lora_cache_entries: Live[int] = Field(100, ge=0, description="Most LoRA files kept.")
+    arena_mb: int = Field(0, ge=0, description="Maximum of shared memory; 0 is half of its folder's free space.")
+    arena_client_mb: int = Field(2048, ge=1, description="Maximum of shared memory per client.")
+    conditioning_cache_mb: Live[int] = Field(
+        512, ge=0, description="Cache for repeated prompts; 0 turns the cache off."
+    )
+    lora_cache_gb: Live[float] = Field(8.0, ge=0, description="Maximum of LoRA files kept in RAM.")
+    lora_cache_entries: Live[int] = Field(100, ge=0, description="Maximum number of LoRA files kept.")
     lora_copy: Live[Literal["auto", "always", "never"]] = Field(
-        "auto", description="Hold a copy of a LoRA file instead of mapping it; auto copies from network disks."
+        "auto", description="Copy LoRA files instead of mapping them; auto copies from network disks."
     )
     drain_timeout_sec: Live[float] = Field(30.0, ge=0, description="How long a stop waits for running requests.")
     runtime_dir: Path | None = Field(None, description="Folder of the token; one per user and port by default.")
-    log_level: Live[Literal["DEBUG", "INFO", "WARNING", "ERROR"]] = Field("INFO", description="How much is logged.")
+    log_level: Live[Literal["DEBUG", "INFO", "WARNING", "ERROR"]] = Field(
+        "INFO", description="Lowest level that is logged."
+    )
 
     @classmethod
     def settings_customise_sources(
@@ -211,12 +197,9 @@ class Settings(BaseSettings):
 
     @field_validator(*_PATHS)
     @classmethod
-    def _absolute(cls, value: Path | list[Path] | None) -> Path | list[Path] | None:
-        """Expand ``~``, and take relative paths from the folder of ``luna.toml``, or else from the current folder."""
-        base = cls.toml_path.parent if cls.toml_path else Path.cwd()
-        if isinstance(value, list):
-            return [base / path.expanduser() for path in value]
-        return None if value is None else base / value.expanduser()
+    def _absolute(cls, value: Any) -> Any:
+        """Expand ``~``, and resolve relative paths against the folder of ``luna.toml``, or else the current folder."""
+        return _below(cls.toml_path.parent if cls.toml_path else Path.cwd(), value)
 
     @field_validator("allowed_origins")
     @classmethod
@@ -227,7 +210,7 @@ class Settings(BaseSettings):
         return [origin.lower() for origin in value]
 
     def named_models(self) -> dict[str, NamedModel]:
-        """Give all models by name; the model of ``vae_path`` and ``clip_*_path`` is named after ``model_type``."""
+        """All models by name; the model of ``vae_path`` and ``clip_*_path`` is named after ``model_type``."""
         clips = [path for path in (self.clip_l_path, self.clip_g_path) if path]
         vaes = [self.vae_path] if self.vae_path else []
         return {self.model_type: NamedModel(vae=vaes, clip=clips, type=self.model_type), **self.models}
@@ -238,20 +221,20 @@ def load_settings(
     environ: Mapping[str, str] | None = None,
     config_file: Path | None = None,
 ) -> Settings:
-    """Resolve every setting once.
+    """Read every setting from all sources.
 
     Args:
-        overrides: the command line; ``None`` values are ignored.
-        environ: ``os.environ`` by default. Its ``LUNA_OVERRIDES``, a JSON document by which one process starts a
-            daemon in another, counts as a command line.
-        config_file: ``LUNA_CONFIG`` or ``./luna.toml`` by default; a file that is named must exist.
+        overrides: options of the command line; ``None`` values are ignored.
+        environ: ``os.environ`` by default. ``LUNA_OVERRIDES``, a JSON object set by ``LunaDaemon.start``, has the
+            precedence of the command line.
+        config_file: ``LUNA_CONFIG`` or ``./luna.toml`` by default; a file named explicitly must exist.
 
     Raises:
-        ConfigError: a setting is wrong; names the setting, the value and what is allowed.
+        ConfigError: a setting is wrong; the message names the setting, the value and the allowed values.
     """
     environ = os.environ if environ is None else environ
     path = _find_toml(environ, config_file)
-    # A subclass per call: sources are looked up on the class, and two calls must not see each other's.
+    # A subclass per call: pydantic reads the sources from class attributes, which concurrent calls must not share.
     bound = type("Settings", (Settings,), {"toml_path": path, "environ": environ, "__module__": __name__})
     try:
         explicit = {**json.loads(environ.get("LUNA_OVERRIDES") or "{}"), **(overrides or {})}
@@ -276,7 +259,7 @@ def _find_toml(environ: Mapping[str, str], config_file: Path | None) -> Path | N
 
 
 def _from_environ(cls: type[BaseSettings], environ: Mapping[str, str]) -> dict[str, Any]:
-    """Read settings from ``LUNA_*`` variables; a variable that is not a setting is likely a slip: warn about it."""
+    """Read settings from ``LUNA_*`` variables; warn about variables that are not settings."""
     values: dict[str, Any] = {}
     fields = cls.model_fields
     for variable, text in environ.items():
@@ -309,27 +292,30 @@ _PARSERS: Mapping[str, Callable[[str], Any]] = {
     "allowed_origins": lambda text: text.replace(",", " ").split(),
     "models": json.loads,
 }
-"""How the text of an environment variable becomes a value, where pydantic does not know."""
+"""Parsers of environment variables whose text pydantic cannot convert."""
 
 
 def _from_here(name: str, value: Any) -> Any:
-    """Make a path absolute that was not read from ``luna.toml``: from the current folder."""
-    if name not in _PATHS or not isinstance(value, (str, Path, list, tuple)):
-        return value
+    """Resolve paths of the command line and the environment against the current folder."""
+    return _below(Path.cwd(), value) if name in _PATHS else value
+
+
+def _below(base: Path, value: Any) -> Any:
+    """Expand ``~`` in a path or in a list of paths, and resolve relative paths against ``base``."""
     if isinstance(value, (list, tuple)):
-        return [Path.cwd() / Path(part).expanduser() for part in value]
-    return Path.cwd() / Path(value).expanduser()
+        return [_below(base, part) for part in value]
+    return base / Path(value).expanduser() if isinstance(value, (str, Path)) else value
 
 
 def _explain(error: ValidationError) -> str:
-    """Put every problem that pydantic found into words: setting, value and what is allowed."""
+    """Describe every problem that pydantic found: setting, value and allowed values."""
     parts = []
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             close = difflib.get_close_matches(name, Settings.model_fields, n=1)
             parts.append(f"unknown setting {name!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
-        elif item["type"] == "string_pattern_mismatch":  # only devices have a pattern
+        elif item["type"] == "string_pattern_mismatch":  # only device settings have a pattern
             parts.append(f"setting {name!r} is {item['input']!r}: {_DEVICES}")
         else:
             what = re.sub(r"^Input should be", "must be", item["msg"])

@@ -100,29 +100,15 @@ def _errors(results: Counter[tuple[str, str]]) -> dict[str, int]:
 def _worker(worker: WorkerProcess, events: Events, now: float) -> dict[str, Any]:
     key = str(worker.key)
     error, at = events.last_errors.get(key, ("", None))
-    return {
-        "number": worker.number,
-        "pid": worker.pid,
-        "key": key,
-        "device": worker.device,
-        "state": worker.state.value,
-        "models": dict(worker.models),
-        "rss": worker.rss,
-        "requests": worker.served,
-        "idle_s": 0.0 if worker.work else round(now - worker.idle_since, 3),
-        "threads": worker.threads,
-        "versions": worker.versions,
-        "last_error": error,
-        "last_error_at": at,
-        "crashes": events.crashes[key],
-        "restarts": events.restarts[key],
-        "comfyui": _comfyui(worker),
-    }
-
-
-def _comfyui(worker: WorkerProcess) -> dict[str, Any] | None:
     comfy = worker.comfy
-    return None if comfy is None else {"root": comfy.root, "python": comfy.python, "flags": list(comfy.flags)}
+    return {
+        "number": worker.number, "pid": worker.pid, "key": key, "device": worker.device, "state": worker.state.value,
+        "models": dict(worker.models), "rss": worker.rss, "requests": worker.served,
+        "idle_s": 0.0 if worker.work else round(now - worker.idle_since, 3),
+        "threads": worker.threads, "versions": worker.versions, "last_error": error, "last_error_at": at,
+        "crashes": events.crashes[key], "restarts": events.restarts[key],
+        "comfyui": comfy and {"root": comfy.root, "python": comfy.python, "flags": list(comfy.flags)},
+    }  # fmt: skip
 
 
 def _arena(state: State) -> dict[str, Any]:

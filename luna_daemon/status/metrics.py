@@ -1,7 +1,4 @@
-"""The daemon's metrics for Prometheus, read from the state at each scrape.
-
-Names follow Prometheus' rules: base units, ``_total`` for what only grows. docs/monitoring.md lists them.
-"""
+"""The daemon's metrics for Prometheus, read from the state at each scrape; docs/monitoring.md lists the names."""
 
 from __future__ import annotations
 
@@ -34,7 +31,7 @@ async def render(state: State, watchers: Watchers, accept: str) -> tuple[bytes, 
     Returns:
         The exposition and its content type.
     """
-    # The state is read here, in one go; making text of it takes longer and happens beside the event loop.
+    # The state is read on the event loop; encoding takes longer and runs in a thread.
     registry = CollectorRegistry()
     registry.register(_Collected(list(Collector(state, watchers).collect())))
     encode, kind = choose_encoder(accept)
@@ -42,25 +39,25 @@ async def render(state: State, watchers: Watchers, accept: str) -> tuple[bytes, 
 
 
 class _Collected:
-    """A collector of families that are made already."""
+    """A collector of families that were made before."""
 
     def __init__(self, families: list[Metric]) -> None:
         self._families = families
 
     def collect(self) -> list[Metric]:
-        """The families."""
+        """Return the families."""
         return self._families
 
 
 class Collector:
-    """Makes all families from the daemon's state in one pass."""
+    """Makes all metric families from the daemon's state."""
 
     def __init__(self, state: State, watchers: Watchers) -> None:
         self._state = state
         self._watchers = watchers
 
     def collect(self) -> Iterator[Metric]:
-        """The families."""
+        """Yield the families."""
         yield from self._process()
         yield from self._requests()
         yield from self._queue()
@@ -76,8 +73,8 @@ class Collector:
         with process.oneshot():
             rss, times, threads = process.memory_info().rss, process.cpu_times(), process.num_threads()
         yield _gauge("luna_build_info", "The daemon's version; always 1.", {"version": __version__}, 1)
-        yield _gauge("luna_start_time_seconds", "When the daemon started, since 1970.", {}, state.started_at)
-        yield _gauge("luna_ready", "Whether it takes requests.", {}, int(state.pool.accepting))
+        yield _gauge("luna_start_time_seconds", "When the daemon started, in seconds since 1970.", {}, state.started_at)
+        yield _gauge("luna_ready", "Whether the daemon accepts requests.", {}, int(state.pool.accepting))
         yield _gauge("luna_process_resident_memory_bytes", "Memory of the control process.", {}, rss)
         yield _counter("luna_process_cpu_seconds", "CPU time of the control process.", {}, times.user + times.system)
         yield _gauge("luna_process_threads", "Threads of the control process.", {}, threads)
@@ -92,20 +89,20 @@ class Collector:
             requests.add_metric([op, result], count)
         yield requests
         latency = HistogramMetricFamily(
-            "luna_request_duration_seconds", "From receipt to answer, of requests that went well.",
+            "luna_request_duration_seconds", "Time from receipt to answer of successful requests.",
             labels=["op", "model"],
         )  # fmt: skip
         for (op, model), histogram in events.latencies.items():
             _add(latency, [op, model], histogram)
         yield latency
-        yield _gauge("luna_requests_in_flight", "Requests that wait or are computed.", {}, self._state.pool.in_flight)
+        yield _gauge("luna_requests_in_flight", "Requests waiting or running.", {}, self._state.pool.in_flight)
         yield _counter("luna_requests_coalesced", "Requests that joined an identical one.", {}, self._state.coalesced)
 
     def _queue(self) -> Iterator[Metric]:
         state = self._state
         yield _gauge("luna_queue_depth", "Requests that wait for a worker.", {}, len(state.pool.queue))
-        yield _gauge("luna_queue_limit", "Most that may wait.", {}, state.settings.queue_limit)
-        waits = HistogramMetricFamily("luna_queue_wait_seconds", "Time in the queue.", labels=[])
+        yield _gauge("luna_queue_limit", "Maximum number of waiting requests.", {}, state.settings.queue_limit)
+        waits = HistogramMetricFamily("luna_queue_wait_seconds", "Time that requests waited in the queue.", labels=[])
         _add(waits, [], state.events.waits)
         yield waits
 
@@ -120,13 +117,13 @@ class Collector:
             "luna_worker_resident_memory_bytes", "Memory of a worker process.", ["worker", "device"],
             {(str(worker.number), worker.device): worker.rss for worker in pool.workers},
         )  # fmt: skip
-        yield _counters("luna_worker_crashes", "Workers that died.", ["key"], _by_key(events.crashes))
+        yield _counters("luna_worker_crashes", "Workers that ended unexpectedly.", ["key"], _by_key(events.crashes))
         yield _counters(
-            "luna_worker_restarts", "Workers started in place of one that died.", ["key"], _by_key(events.restarts)
+            "luna_worker_restarts", "Workers started in place of a crashed worker.", ["key"], _by_key(events.restarts)
         )
-        yield _counter("luna_request_retries", "Requests tried again after their worker died.", {}, pool.retries)
+        yield _counter("luna_request_retries", "Requests tried again after a crash of their worker.", {}, pool.retries)
         yield _counters(
-            "luna_scale_events", "Workers and models that came or went, by event.", ["event"],
+            "luna_scale_events", "Starts and ends of workers, loads and unloads of models, by event.", ["event"],
             _by_key(events.scalings),
         )  # fmt: skip
 
@@ -145,22 +142,27 @@ class Collector:
             return {(cache,): numbers[name] for cache, numbers in stats.items() if name in numbers}
 
         yield _counters("luna_cache_hits", "Answers from a cache.", ["cache"], of("hits"))
-        yield _counters("luna_cache_misses", "What a cache did not hold.", ["cache"], of("misses"))
-        yield _counters("luna_cache_evictions", "What had to make room in a cache.", ["cache"], of("evictions"))
+        yield _counters("luna_cache_misses", "Lookups that a cache could not answer.", ["cache"], of("misses"))
+        yield _counters("luna_cache_evictions", "Entries evicted to make room in a cache.", ["cache"], of("evictions"))
         yield _gauges("luna_cache_entries", "Entries of a cache.", ["cache"], of("entries"))
         yield _gauges("luna_cache_bytes", "Memory of a cache.", ["cache"], of("bytes"))
-        yield _gauges("luna_cache_limit_bytes", "Most memory of a cache.", ["cache"], of("max_bytes"))
+        yield _gauges("luna_cache_limit_bytes", "Memory limit of a cache.", ["cache"], of("max_bytes"))
 
     def _loras(self) -> Iterator[Metric]:
         loras = self._state.loras.stats()["loras"]
         columns: tuple[tuple[str, Any, str, str], ...] = (
             ("hits", _counters, "luna_lora_hits", "How often a LoRA was served from the cache."),
-            ("misses", _counters, "luna_lora_misses", "How often it had to be loaded."),
+            ("misses", _counters, "luna_lora_misses", "How often a LoRA had to be loaded."),
             ("bytes", _gauges, "luna_lora_bytes", "Memory of a LoRA."),
-            ("load_s", _gauges, "luna_lora_load_seconds", "How long loading it took."),
-            ("last_used", _gauges, "luna_lora_last_used_timestamp_seconds", "When it was last asked for, since 1970."),
-            ("clients", _gauges, "luna_lora_clients", "Clients that map it."),
-            ("pinned", _gauges, "luna_lora_pinned", "Whether it stays."),
+            ("load_s", _gauges, "luna_lora_load_seconds", "How long loading a LoRA took."),
+            (
+                "last_used",
+                _gauges,
+                "luna_lora_last_used_timestamp_seconds",
+                "When a LoRA was last used, since 1970.",
+            ),
+            ("clients", _gauges, "luna_lora_clients", "Clients that use a LoRA."),
+            ("pinned", _gauges, "luna_lora_pinned", "Whether a LoRA is pinned."),
         )
         for column, family, name, text in columns:
             values = {(base_name(lora),): row[column] for lora, row in loras.items() if column in row}
@@ -172,14 +174,14 @@ class Collector:
         for nbytes, name, text in zip(
             sizes,
             ("used", "reserved", "limit"),
-            ("Shared memory in use.", "Shared memory taken from the system.", "Most shared memory."),
+            ("Shared memory in use.", "Shared memory reserved from the system.", "Limit of shared memory."),
         ):
             yield _gauge(f"luna_arena_{name}_bytes", text, {}, nbytes)
         gpus = self._state.gpus
         for column, name, text in (
-            ("used", "luna_gpu_memory_used_bytes", "VRAM in use, by every process."),
-            ("free", "luna_gpu_memory_free_bytes", "VRAM that is free."),
-            ("total", "luna_gpu_memory_total_bytes", "VRAM of the GPU."),
+            ("used", "luna_gpu_memory_used_bytes", "VRAM in use by all processes."),
+            ("free", "luna_gpu_memory_free_bytes", "Free VRAM."),
+            ("total", "luna_gpu_memory_total_bytes", "Total VRAM."),
         ):
             values: Values = {(str(gpu["index"]), gpu["name"], gpu["uuid"]): gpu[column] for gpu in gpus}
             yield _gauges(name, text, ["gpu", "name", "uuid"], values)
@@ -188,16 +190,16 @@ class Collector:
         state = self._state
         sessions = list(state.sessions.values())
         yield _gauges(
-            "luna_clients", "Connected clients by how tensors travel.", ["transport"],
+            "luna_clients", "Connected clients by transport of tensors.", ["transport"],
             {("shared_memory",): sum(s.sees_arena for s in sessions),
              ("tcp",): sum(not s.sees_arena for s in sessions)},
         )  # fmt: skip
         yield _gauge(
-            "luna_clients_leased_bytes", "Shared memory that clients hold.", {}, sum(s.leases.nbytes for s in sessions)
+            "luna_clients_leased_bytes", "Shared memory leased to clients.", {}, sum(s.leases.nbytes for s in sessions)
         )
         yield _gauge("luna_watchers", "Open WebSockets.", {}, len(self._watchers))
         yield _counter(
-            "luna_watchers_dropped", "WebSockets cut off for reading too slowly.", {}, self._watchers.dropped
+            "luna_watchers_dropped", "WebSockets disconnected for reading too slowly.", {}, self._watchers.dropped
         )
         yield _counter("luna_client_fallbacks", "Calls that clients computed themselves.", {}, state.fallbacks)
         yield _counter(
@@ -227,7 +229,7 @@ def _gauges(name: str, text: str, labels: list[str], values: Values) -> Metric:
 
 
 def _counters(name: str, text: str, labels: list[str], values: Values) -> Metric:
-    """``_total`` is put behind the name."""
+    """Make a counter family; its samples' names get the suffix ``_total``."""
     return _filled(CounterMetricFamily(name, text, labels=labels), values)
 
 

@@ -266,10 +266,10 @@ def test_service_type_is_an_enum_member():
 # --- the page ---
 
 
-def _rows() -> dict[str, tuple[str, str]]:
-    """Setting to (environment variable, default), as the page has them."""
-    found = re.findall(r"^\| `(\w+)` \| `(\w+)` \| `(.*?)` \| .+ \|$", PAGE.read_text(), re.MULTILINE)
-    return {name: (variable, default) for name, variable, default in found}
+def _rows() -> dict[str, tuple[str, ...]]:
+    """Setting to (environment variable, default, meaning), as the page has them."""
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| `(.*?)` \| (.+) \|$", PAGE.read_text(), re.MULTILINE)
+    return {row[0]: row[1:] for row in rows}
 
 
 def _written(default: object) -> str:
@@ -278,9 +278,11 @@ def _written(default: object) -> str:
 
 
 def test_the_page_has_every_setting_with_its_default():
-    """docs/configuration.md lists exactly the settings there are, their variables and defaults."""
-    fields = Settings.model_fields.items()
-    assert _rows() == {name: (f"LUNA_{name.upper()}", _written(field.default)) for name, field in fields}
+    """docs/configuration.md lists exactly the settings there are, their variables, defaults and descriptions."""
+    assert _rows() == {
+        name: (f"LUNA_{name.upper()}", _written(field.default), field.description)
+        for name, field in Settings.model_fields.items()
+    }
 
 
 def test_the_page_s_example_is_valid(tmp_path):

@@ -76,9 +76,9 @@ def test_a_name_that_another_folder_takes_first(tmp_path, comfy, folders):
 @pytest.mark.parametrize(
     ("name", "error", "text"),
     [
-        ("", BadRequest, "not a name"),
-        ("a\0b", BadRequest, "not a name"),
-        ("x" * 5000, BadRequest, "not a name"),
+        ("", BadRequest, "empty, too long"),
+        ("a\0b", BadRequest, "empty, too long"),
+        ("x" * 5000, BadRequest, "empty, too long"),
         ("../../secret.safetensors", ModelNotFound, "outside the LoRA folders"),
         ("link.safetensors", ModelNotFound, "outside the LoRA folders"),
         ("{secret}", ModelNotFound, "outside the LoRA folders"),
