@@ -191,8 +191,8 @@ def test_figures_are_the_daemons(page):
             time.sleep(0.3)
         page.browser.wait(lambda: page.browser.run("return document.querySelectorAll('path.line').length") >= 4, 5)
         page.browser.shot("dark-load")
-    page.browser.wait(lambda: page.info()["in_flight"] == 0, 10)
-    time.sleep(1.5)
+    page.browser.wait(lambda: page.info()["in_flight"] == 0, 20)
+    page.browser.wait(lambda: page.number("requests") == done(page.info()), 20, "the last status")
     info = page.info()
     assert page.number("requests") == done(info)
     assert page.number("in_flight") == 0 and page.number("queue") == info["queue"]["waiting"]
@@ -293,7 +293,12 @@ def test_everything_can_be_done_with_the_keyboard(page):
     assert page.browser.run("return document.querySelector('[data-column=name]').ariaSort") == "ascending"
     page.browser.press("\ue007")
     assert page.loras() == sorted(LORAS, key=lambda name: name.split("/")[-1], reverse=True)
-    time.sleep(2.2)
+    page.browser.run(
+        """window.changes = 0;
+           const seen = new MutationObserver(() => { window.changes += 1; });
+           seen.observe(document.querySelector('.luna'), { subtree: true, childList: true, characterData: true });"""
+    )
+    page.browser.wait(lambda: page.browser.run("return window.changes") >= 2, 20, "two further statuses")
     assert page.browser.run("return document.activeElement.textContent") == "LoRA", "a status moved the focus"
     page.quiet()
 
@@ -305,8 +310,8 @@ def test_it_can_be_read(page, theme, width):
     fill_loras(page.daemon)
     page.open(theme, width)
     with load(page.daemon, clients=2):
-        time.sleep(6)
-        page.browser.wait(lambda: len(page.loras()) == len(LORAS), 5)
+        page.browser.wait(lambda: page.browser.run("return document.querySelectorAll('path.line').length") >= 4, 20)
+        page.browser.wait(lambda: len(page.loras()) == len(LORAS), 20)
         page.browser.shot(f"{theme}-{width}")
         assert page.browser.faint(".luna *") == []
     assert page.browser.run("return document.documentElement.scrollWidth") <= width
@@ -338,13 +343,13 @@ def test_memory_of_gpus_is_drawn(page):
         info,
     )
     page.browser.wait(lambda: page.browser.run("return document.styleSheets.length") >= 2, 3)
-    time.sleep(0.8)
-    meters = page.browser.run(
+    read = (
         "return [...document.querySelectorAll('[data-field=gpus] .meter')].map((one) => [one.ariaLabel,"
         " one.ariaValueText, Math.round(100 * one.firstChild.offsetWidth / one.offsetWidth), one.dataset.tone ?? ''])"
     )
+    drawn = [["GPU 0", "9.0 GB of 24.0 GB", 38, ""], ["GPU 1", "11.5 GB of 12.0 GB", 96, "bad"]]
+    page.browser.wait(lambda: page.browser.run(read) == drawn, 20, "the meters at their ends")
     page.browser.shot("gpus")
-    assert meters == [["GPU 0", "9.0 GB of 24.0 GB", 38, ""], ["GPU 1", "11.5 GB of 12.0 GB", 96, "bad"]]
     assert page.field("last_error") == "out of memory: 2 GB more were asked for"
     page.quiet()
 

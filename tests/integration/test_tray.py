@@ -227,7 +227,7 @@ class Desk:
         before = len(windows(str(self.display)).splitlines())
         self.click(3)
         wait_for(lambda: len(windows(str(self.display)).splitlines()) > before)
-        time.sleep(0.3)
+        time.sleep(0.3)  # the menu takes the keyboard some time after its window is there, and shows no sign of it
         self.xdotool("mousemove", "1", "1")
         for _ in range(reachable.index(action) + 1):
             self.xdotool("key", "Down")
@@ -287,7 +287,7 @@ def test_the_icon_follows_the_daemon(desk: Desk) -> None:
     os.kill(desk.pid(), signal.SIGKILL)
     desk.wait_until(TrayState.ERROR, "error")
     assert desk.said("notified the user: the daemon was killed by signal SIGKILL\n")
-    time.sleep(3)
+    time.sleep(3)  # the time is what is tested: a restart would come within it
     assert desk.seen() is TrayState.ERROR, "it was started again, though that is not wanted"
     assert tray.poll() is None
 
