@@ -49,7 +49,7 @@ BEFORE_HELLO = {
     "no message of ours": (prefix(14) + b"\x81\xa4type\xa7unknown", "protocol", "unknown"),
     "deeply nested": (prefix(5000) + b"\x91" * 5000, "protocol", "malformed message"),
     "a request": (encode_frame(m.Cancel(1)), "protocol", "must be hello, not Cancel"),
-    "tensors": (encode_frame(m.Cancel(1), 64), "authentication", "before a greeting"),
+    "tensors": (encode_frame(m.Cancel(1), 64), "authentication", "before the greeting"),
 }
 
 
