@@ -1,4 +1,4 @@
-"""WorkerPool: queues work, gives it to worker processes, tries it again when one fails. ``pool/`` holds its parts."""
+"""WorkerPool: queues work, gives it to worker processes, and retries it when a worker dies; see also ``pool/``."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ __all__ = ["WorkerPool"]
 
 _TICK_S = 0.1
 _SIGN_OF_LIFE_S = 5.0
-_LOCAL = "The local model can step in"
+_LOCAL = "The local model can be used instead"
 
 
 class WorkerPool:
-    """All worker processes of a daemon and the work that waits for them.
+    """All worker processes of a daemon, and the waiting work.
 
     Args:
         settings: limits, devices, timeouts; may be replaced while requests run.
         logs: folder for the output of workers.
-        events: told of workers and models that come and go.
+        events: receives events of workers and models.
         clock: monotonic seconds.
-        sleep: waits between two looks at the workers.
+        sleep: pauses between two checks of the workers.
         spawn: starts a worker's process.
         free_vram: free bytes of a GPU by its device; ``None`` where unknown.
     """
@@ -80,16 +80,16 @@ class WorkerPool:
     # --- life ---
 
     def open(self, host: str, port: int) -> None:
-        """Start looking after workers, which dial ``host:port``; needs a running event loop."""
+        """Start to supervise workers, which connect to ``host:port``; needs a running event loop."""
         self.fleet.address = (host, port)
         self._ticker = asyncio.get_running_loop().create_task(self._tick())
 
     async def close(self, drain_s: float) -> None:
-        """Refuse what waits, let what runs finish within ``drain_s``, end every worker."""
+        """Refuse waiting work, let running work finish within ``drain_s`` seconds, and stop every worker."""
         self.accepting, self._closing = False, True
         self.queue.fail(list(self.queue), ShuttingDown("the daemon is shutting down", _LOCAL))
         end = self._clock() + drain_s
-        # In flight is the queue too: a request that is tried again, after its worker ran out of memory, is there.
+        # The queue counts too: work that is retried after a worker ran out of memory is put back there.
         while self.in_flight and self._clock() < end:
             await self._sleep(0.02)
         late = ShuttingDown("the daemon had to stop before this request was done")
@@ -106,13 +106,13 @@ class WorkerPool:
     # --- requests ---
 
     def submit(self, work: Work) -> None:
-        """Queue work, which is answered through its waiters.
+        """Queue work; its waiters get the result or error.
 
         Raises:
             Busy: the queue is full.
             ShuttingDown: the daemon takes no new work.
-            WorkerCrashed: workers for this work cannot be started just now.
-            ComfyRefused: a worker would have other versions than the client.
+            WorkerCrashed: workers for this work cannot be started now.
+            ComfyRefused: a new worker would have other versions than the client.
         """
         if not self.accepting:
             raise ShuttingDown("the daemon is shutting down", _LOCAL)
@@ -121,7 +121,7 @@ class WorkerPool:
         self.schedule()
 
     def cancel(self, work: Work, waiter: Waiter) -> None:
-        """Take a waiter off its work; work without waiters is dropped, or stopped at its next tile."""
+        """Remove a waiter from its work; work without waiters is dropped, or stopped at its next tile."""
         if waiter in work.waiters:
             work.waiters.remove(waiter)
         if work.waiters:
@@ -134,12 +134,19 @@ class WorkerPool:
                 worker.cancel()
 
     def find_same(self, same: Callable[[Work], bool]) -> Work | None:
-        """Return work for which ``same`` holds, that waits or runs and that somebody waits for."""
+        """Return waiting or running work that has waiters and for which ``same`` is true."""
         running = [worker.work for worker in self.workers if worker.work is not None]
         return next((work for work in [*self.queue, *running] if work.waiters and same(work)), None)
 
     def unload(self, key: str | None) -> int:
-        """Unload one model, or all, and unpin; busy workers follow after their job. Return the number of copies."""
+        """Unload and unpin one model, or all; a busy worker unloads after its job.
+
+        Args:
+            key: the model's key; ``None`` for all models.
+
+        Returns:
+            Number of copies unloaded.
+        """
         count = 0
         for worker in self.workers:
             keys = [name for name in worker.models if key in (None, name)]
@@ -149,22 +156,22 @@ class WorkerPool:
         return count
 
     def forget(self, client: int) -> None:
-        """Drop what is known of a client that has disconnected."""
+        """Drop the record of a client that has disconnected."""
         self.queue.forget(client)
 
     @property
     def in_flight(self) -> int:
-        """Requests that wait or are computed."""
+        """Number of pieces of work that wait or are computed."""
         return len(self.queue) + sum(worker.work is not None for worker in self.workers)
 
     def schedule(self) -> None:
         """Give waiting work to free workers, and start workers for it."""
         self._scheduler.run(self.settings)
 
-    # --- what workers send ---
+    # --- messages of workers ---
 
     def adopt(self, token: str, connection: Connection) -> WorkerProcess | None:
-        """Return the worker that has dialled in with this token, which is valid once; ``None`` if there is none."""
+        """Return the worker that connected with this token, which is valid once; ``None`` for an unknown token."""
         return self.fleet.adopt(token, connection)
 
     def received(self, worker: WorkerProcess, message: m.Message, payload: Slot | None) -> None:
@@ -208,12 +215,12 @@ class WorkerPool:
             return
         others = [key for key in worker.models if key != work.spec.key]
         if isinstance(error, OutOfMemory) and others and not work.evicted_all and not self.pinned & set(others):
-            # The budget is only an estimate: give everything else back and try once more.
+            # The memory budget is only an estimate: unload all other models and try once more.
             work.evicted_all = True
             self.fleet.unload(worker, others, "out of memory")
             self.queue.put_back(work)
         elif isinstance(error, RequestCancelled) and work.waiters:
-            # Cancelled for one caller while another joined: compute it for that one.
+            # A caller joined after the work was cancelled: compute it for that caller.
             self.queue.put_back(work)
         else:
             if not isinstance(error, (BadRequest, RequestCancelled)):
@@ -241,7 +248,7 @@ class WorkerPool:
         if not work.waiters:
             work.release_inputs()
         elif self._closing:
-            # Another worker could not dial in: nobody listens any more.
+            # Another worker could not connect: the daemon no longer accepts connections.
             work.fail(ShuttingDown("a worker died while the daemon shuts down", _LOCAL))
         elif work.crashes < 2:
             self.retries += 1
@@ -250,7 +257,7 @@ class WorkerPool:
             work.fail(
                 PoisonRequest(
                     f"{work.op} on {work.spec.key} crashed two workers, the last with pid {worker.pid}: {why}",
-                    "It is not tried again, and not locally: it would crash this process too",
+                    "It is not retried, not even locally: it would crash this process too",
                 )
             )
 
@@ -266,7 +273,7 @@ class WorkerPool:
                 logger.exception("the pool's tick failed")
 
     def watch(self) -> None:
-        """Give up workers that are late or silent, let idle ones rest, and give waiting callers a sign of life."""
+        """Remove workers that are late or silent, stop idle workers, and send waiting callers a sign of life."""
         now = self._clock()
         signs = now >= self._next_sign
         if signs:

@@ -1,6 +1,6 @@
-"""Attributes that nodes set on a network: noticed on the weightless one, set on the real one for the time of a call.
+"""Attributes that nodes set on a network: detected on the weightless network, set on the real network during a call.
 
-Plain values travel: padding modes, noise scales, whether a regularizer samples. Code, other layers and tensors do not.
+Plain values can be sent: padding modes, noise scales, whether a regularizer samples. Code, layers and tensors cannot.
 """
 
 from __future__ import annotations
@@ -20,38 +20,42 @@ from ..wire.packing import pack
 _ABSENT = object()
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _INTERNAL = frozenset({"_compiled_call_impl"})
-"""torch's own: compiled or not, the result is the same."""
+"""Attributes that torch sets: they do not change the result."""
 
 
 class Watch:
-    """A network as it is now, to tell later what was set on it."""
+    """The attributes of a network now, to detect later what nodes have set.
+
+    Args:
+        network: torch module, held weakly.
+    """
 
     def __init__(self, network: Any) -> None:
-        # Weak, since the network holds this: a network with weights should go as soon as nobody uses it.
-        self._modules = [(name, weakref.ref(module), _facts(module)) for name, module in network.named_modules()]
+        # Weak, since the network holds this object: an unused network with weights should be freed at once.
+        self._modules = [(name, weakref.ref(module), _attributes(module)) for name, module in network.named_modules()]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
         return self
 
     def changes(self) -> tuple[dict[str, dict[str, Any]], list[str]]:
-        """What was set since.
+        """Return what was set since this object was made.
 
         Returns:
-            Plain values as they travel, by module and attribute; and names of what cannot travel.
+            Packed plain values by module and attribute, and the names of changes that cannot be sent.
         """
         plain: dict[str, dict[str, Any]] = {}
         other: list[str] = []
         for name, alive, (attributes, children, hooks) in self._modules:
             module = alive()
-            if module is None:  # taken out of the network, which is seen at its parent
+            if module is None:  # removed from the network: its parent's children differ
                 continue
             now = module.__dict__
             for key, value in now.items():
                 if attributes.get(key, _ABSENT) is not value and key not in _ignored(name):
                     _sort(name, key, attributes.get(key, _ABSENT), value, plain, other)
-            gone = [key for key in attributes if key not in now]
-            if gone or children != _children(module) or hooks != _hooks(module):
-                other.append(".".join(filter(None, [name, *gone[:1]])) or type(module).__name__)
+            removed = [key for key in attributes if key not in now]
+            if removed or children != _children(module) or hooks != _hooks(module):
+                other.append(".".join(filter(None, [name, *removed[:1]])) or type(module).__name__)
         return plain, other
 
 
@@ -64,7 +68,7 @@ def _sort(module: str, key: str, before: Any, value: Any, plain: dict[str, dict[
 
 
 def _packed(value: Any) -> Any:
-    """Plain data as it travels; ``_ABSENT`` for anything else."""
+    """Return plain data packed for sending; ``_ABSENT`` for anything else."""
     tensors: list[Any] = []
     try:
         packed = pack(value, tensors)
@@ -73,12 +77,12 @@ def _packed(value: Any) -> Any:
     return _ABSENT if tensors else packed
 
 
-def _facts(module: Any) -> tuple[dict[str, Any], list[tuple[str, int]], list[int]]:
+def _attributes(module: Any) -> tuple[dict[str, Any], list[tuple[str, int]], list[int]]:
     return dict(module.__dict__), _children(module), _hooks(module)
 
 
 def _children(module: Any) -> list[tuple[str, int]]:
-    """A compiled layer counts as the layer itself."""
+    """Return the name and id of each child; a compiled layer counts as the layer itself."""
     return [(name, id(getattr(child, "_orig_mod", child))) for name, child in module._modules.items()]
 
 
@@ -92,28 +96,32 @@ def _ignored(module: str) -> frozenset[str]:
 
 @functools.cache
 def _of_patchers() -> frozenset[str]:
-    """What ComfyUI's own patcher notes on its model: where it is, how much is loaded. Each version has its own list."""
+    """Return the attributes that ComfyUI's own patcher sets on a model; read from its source, as versions differ."""
     source = inspect.getsource(importlib.import_module("comfy.model_patcher"))
     return frozenset(re.findall(r"\.model\.(\w+)\s*=[^=]", source))
 
 
 @contextmanager
-def attributes_set(network: Any, given: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
-    """Set attributes on modules by name, and put back what was there.
+def attributes_set(network: Any, new: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
+    """Set attributes on layers for the time of a ``with`` block.
+
+    Args:
+        network: torch module.
+        new: values by layer and attribute.
 
     Raises:
-        BadRequest: there is no such module, or it is no name of an attribute.
+        BadRequest: there is no such layer, or a name is not a valid attribute name.
     """
     before: list[tuple[dict[str, Any], str, Any]] = []
     try:
-        for name, values in given.items():
+        for name, values in new.items():
             for key, value in values.items():
                 try:
                     attributes = network.get_submodule(name).__dict__
                 except AttributeError as error:
                     raise BadRequest(f"attribute {key!r} of {name!r}: there is no such layer") from error
                 if not key.isidentifier() or key.startswith("__"):
-                    raise BadRequest(f"{key!r} is no attribute of a layer")
+                    raise BadRequest(f"{key!r} is not a valid attribute name")
                 before.append((attributes, key, attributes.get(key, _ABSENT)))
                 attributes[key] = value
         yield

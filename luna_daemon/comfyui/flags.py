@@ -1,7 +1,7 @@
-"""ComfyUI's command-line flags that decide bits: an instance tells the daemon which of them it runs with.
+"""ComfyUI's command-line flags that decide bits, which each instance sends to the daemon.
 
-Every other flag is memory policy, devices, folders or the server, and the daemon's own affair (``comfyui_args``).
-Standard library only: the client renders its flags with the same table that the daemon checks them by.
+Every other flag is about memory policy, devices, folders or the server: the daemon sets those in ``comfyui_args``. The
+client and the daemon use the same table, so this module imports only the standard library.
 """
 
 from __future__ import annotations
@@ -19,42 +19,42 @@ _SWITCHES = (
     "--use-sage-attention", "--use-split-cross-attention",
 )  # fmt: skip
 _FAST = "--fast"
-"""The one with values: names of optimizations; none means all."""
+"""The only flag with values: names of optimizations; without values it means all."""
 _FEATURE = re.compile(r"[a-z0-9_]{1,64}")
 _MOST = 64
 
 
 def rendered(args: object) -> tuple[str, ...]:
-    """The flags that decide bits, from ComfyUI's parsed ``comfy.cli_args.args``, in the one order."""
+    """Return the flags that decide bits, sorted, from ComfyUI's parsed ``comfy.cli_args.args``."""
     on = [flag for flag in _SWITCHES if getattr(args, flag[2:].replace("-", "_"), False)]
     features = sorted(str(getattr(feature, "value", feature)) for feature in getattr(args, "fast", None) or ())
     return (*on, *((_FAST, *features) if features else ()))
 
 
 def checked(flags: Sequence[str]) -> tuple[str, ...]:
-    """The same flags in the one order, each once.
+    """Return a client's flags sorted, each once.
 
     Raises:
-        BadRequest: one of them is not of the table: from outside come no others.
+        BadRequest: there are too many flags, or a flag is not in the table of those that decide bits.
     """
     if len(flags) > _MOST:
         raise BadRequest(f"{len(flags)} ComfyUI flags, the most allowed is {_MOST}")
-    ours, others = _parted(flags)
+    bits, others = _parted(flags)
     if others:
         raise BadRequest(
-            f"ComfyUI flag {others[0]!r} is not taken from clients", "Only flags that decide bits are: the rest is"
-            " the daemon's comfyui_args",
+            f"ComfyUI flag {others[0]!r} is not taken from clients", "Clients set only flags that decide bits; set"
+            " others in the daemon's comfyui_args",
         )  # fmt: skip
-    return ours
+    return bits
 
 
 def bits_of(flags: Iterable[str]) -> tuple[str, ...]:
-    """Those of a command line that decide bits, in the one order."""
+    """Return the flags of a command line that decide bits, sorted."""
     return _parted(flags)[0]
 
 
 def without_bits(flags: Iterable[str]) -> list[str]:
-    """The others, in their order, with their values."""
+    """Return the flags of a command line that do not decide bits, in their order, with their values."""
     return _parted(flags)[1]
 
 

@@ -1,8 +1,7 @@
-"""State dicts of model files without their weights, made from the safetensors header.
+"""State dicts of model files without weights, made from the safetensors header.
 
-ComfyUI detects a family by names, shapes and dtypes alone, so a shell is built from tensors on torch's ``meta``
-device. Only tensors whose values matter outside of the computation are read: scalars, tokenizers kept as tensors,
-latent statistics.
+ComfyUI detects a model's family by names, shapes and dtypes alone, so a shell is built from tensors on torch's ``meta``
+device. Only tensors are read whose values this process needs: scalars, tokenizers stored as tensors, latent statistics.
 """
 
 from __future__ import annotations
@@ -19,18 +18,18 @@ if TYPE_CHECKING:
     import torch
 
 _FEW = 16
-"""A tensor with at most so many elements is read: constructors look into such (SVD's mix factor, TAESD's scale)."""
+"""Most elements of a tensor that is read for its size: constructors use SVD's mix factor and TAESD's scale."""
 _KEPT = ("spiece_model", "tekken_model", "per_channel_statistics", "vae_scale", "vae_shift")
-"""Parts of names whose tensors are read whatever their size: tokenizers, and statistics that nodes compute with."""
+"""Parts of the names of tensors that are read at any size: tokenizers, and statistics that nodes compute with."""
 
 
 def is_kept(name: str, count: int) -> bool:
-    """Whether a tensor of ``count`` elements is read into a shell with its values."""
+    """Whether the values of a tensor of ``count`` elements are read into a shell."""
     return count <= _FEW or any(part in name for part in _KEPT)
 
 
 def read_tensor(path: Path | str, ref: TensorRef) -> torch.Tensor:
-    """Read one tensor of a file into memory of its own, on the CPU.
+    """Read one tensor of a safetensors file into new memory, on the CPU.
 
     Raises:
         ModelLoadError: torch has no such dtype.
@@ -56,7 +55,7 @@ def _dtype(path: Path | str, ref: TensorRef) -> torch.dtype:
 
 
 def weightless(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Make a file's state dict of meta tensors, the kept ones real on the CPU; and read its metadata.
+    """Return a file's state dict and metadata; tensors are on ``meta``, those of ``is_kept`` on the CPU with values.
 
     Raises:
         ModelNotFound: the file is not there.
@@ -77,11 +76,11 @@ def weightless(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, str
 _LATENT_SCALES = {
     "taesd": (0.18215, 0.0), "taesdxl": (0.13025, 0.0), "taesd3": (1.5305, 0.0609), "taef1": (0.3611, 0.1159),
 }  # fmt: skip
-"""What ComfyUI's loader adds to the two files of a TAESD, by their name: scale and shift of the latents."""
+"""Latent scale and shift that ComfyUI's loader adds to the two files of a TAESD, by the start of the file name."""
 
 
 def joined(parts: list[dict[str, torch.Tensor]], paths: list[Path]) -> dict[str, torch.Tensor]:
-    """One state dict of a VAE's files: two are the halves of a TAESD and get the names that ComfyUI gives them."""
+    """Join the state dicts of a VAE's files; two files are a TAESD's halves and get ComfyUI's prefixes."""
     import torch
 
     if len(parts) == 1:

@@ -1,6 +1,6 @@
-"""Weight patches of ComfyUI as plain data: what ``ModelPatcher.add_patches`` takes, there and back.
+"""ComfyUI's weight patches, the argument of ``ModelPatcher.add_patches``, to and from plain data.
 
-A set is the patches of one ``add_patches`` call (one LoRA, say). It is named by a hash of its content, so it is
+A patch set is the patches of one ``add_patches`` call (one LoRA, say). Its name is a hash of its content, so it is
 uploaded once for all instances. The client encodes, the worker decodes; both need ComfyUI only for its adapters.
 
 A set on the wire is a list of ``[key, offset, function, value]``, and a value is one of:
@@ -10,8 +10,8 @@ A set on the wire is a list of ``[key, offset, function, value]``, and a value i
 - ``{"adapter": "lora", "weights": (...)}``: one of ``comfy.weight_adapter.adapters`` by its name;
 - ``{"weights": tensor, "patches": [[strength_patch, value, strength_model, offset, function], ...]}``: another model's
   weight with its own patches, as ``get_key_patches`` hands it out for merges;
-- ``{"model": index, "key": key, "patches": [...]}``: the same of a model that the daemon can load by itself; ``index``
-  counts the models that are sent along.
+- ``{"model": index, "key": key, "patches": [...]}``: the same for a model that the daemon can load by itself; ``index``
+  is the model's position in the list of models that the set names.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     import torch
 
 _FUNCTIONS = ("swap_scale_shift",)
-"""Functions of ``comfy.utils`` that ComfyUI's own key maps put into a patch; no other function can cross."""
+"""Functions of ``comfy.utils`` that ComfyUI's own key maps put into a patch; no other function can be sent."""
 
 Patches = dict[str, list[tuple[Any, ...]]]
-"""A patcher's: per key ``(strength_patch, value, strength_model, offset, function)``."""
+"""``ModelPatcher.patches``: per key ``(strength_patch, value, strength_model, offset, function)``."""
 
 WeightOf = Callable[[int, str], tuple[Any, Any]]
-"""A key of one of the models that were sent along: its weight, and ComfyUI's conversion of it."""
+"""From a model's index and a key to that model's weight and ComfyUI's conversion function for the weight."""
 
 
 class Unsendable(BadRequest):
@@ -47,24 +47,24 @@ class Unsendable(BadRequest):
 
 @dataclass
 class Beside:
-    """What a set needs beside its plain data."""
+    """Tensors and models that a patch set's plain data refers to."""
 
     tensors: list[torch.Tensor] = field(default_factory=list)
     models: list[ModelRef] = field(default_factory=list)
-    """Models whose weights are meant by reference."""
+    """Models whose weights the set names instead of holding them."""
 
     def index(self, model: ModelRef) -> int:
-        """Position of a model in ``models``, where it is added if it is new."""
+        """Return a model's position in ``models``; appends a new model."""
         if model not in self.models:
             self.models.append(model)
         return self.models.index(model)
 
 
 def encode_set(patches: Mapping[Any, Any], beside: Beside) -> list[Any]:
-    """Plain data for the argument of ``add_patches``; tensors and models are appended to ``beside``.
+    """Encode the argument of ``add_patches`` as plain data; tensors and models are appended to ``beside``.
 
     Raises:
-        Unsendable: a function or an object that cannot cross; names it.
+        Unsendable: a patch holds a function or an object that cannot be sent.
     """
     entries = []
     for name, value in patches.items():
@@ -74,21 +74,21 @@ def encode_set(patches: Mapping[Any, Any], beside: Beside) -> list[Any]:
 
 
 def _no_model(index: int, key: str) -> tuple[Any, Any]:
-    raise BadRequest(f"model {index} is named for {key!r}, and none came")
+    raise BadRequest(f"weight {key!r} is of model {index}, which was not sent")
 
 
 def decode_set(value: Any, weight_of: WeightOf = _no_model) -> dict[Any, Any]:
-    """The argument of ``add_patches``, from what ``encode_set`` made and the wire unpacked.
+    """Decode the unpacked result of ``encode_set`` to the argument of ``add_patches``.
 
     Raises:
-        BadRequest: not such a thing.
+        BadRequest: ``value`` is not a valid patch set.
     """
     try:
-        found: dict[Any, Any] = {}
+        decoded: dict[Any, Any] = {}
         for key, offset, function, patch in value:
             parts = (key, offset) if function is None else (key, offset, _function(function))
-            found[key if offset is None and function is None else parts] = _decode(patch, weight_of)
-        return found
+            decoded[key if offset is None and function is None else parts] = _decode(patch, weight_of)
+        return decoded
     except BadRequest:
         raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -96,7 +96,7 @@ def decode_set(value: Any, weight_of: WeightOf = _no_model) -> dict[Any, Any]:
 
 
 def _split(name: Any) -> tuple[str, Any, Any]:
-    """A key of ``add_patches``: text, or ``(text, offset[, function])``."""
+    """Split a key of ``add_patches``: text, or ``(text, offset[, function])``."""
     if isinstance(name, str):
         return name, None, None
     return name[0], name[1], name[2] if len(name) > 2 else None
@@ -128,7 +128,7 @@ def _adapters() -> dict[str, Any]:
 def _encode(value: Any, beside: Beside) -> dict[str, Any]:
     if isinstance(value, list):
         (weight, convert), *patches = value
-        if (backing := getattr(weight, "luna", None)) is not None:  # a shell's: the daemon has it
+        if (backing := getattr(weight, "luna", None)) is not None:  # a shell's weight: the daemon has the model
             named: dict[str, Any] = {"model": beside.index(backing.model), "key": weight.luna_key}
         else:
             named = {"weights": _plain(_converted(weight, convert), beside.tensors)}
@@ -148,7 +148,7 @@ def _entries(patches: Iterable[Any], beside: Beside) -> list[Any]:
 
 
 def _converted(weight: Any, convert: Any) -> Any:
-    """The weight as ComfyUI computes with it: quantized ones are converted in float32; the rest is left alone."""
+    """Return the weight as ComfyUI computes with it: a quantized weight is converted in float32, others are kept."""
     import torch
 
     if convert is None or "get_key_patches" in getattr(convert, "__qualname__", ""):
@@ -180,7 +180,7 @@ def _decode(value: dict[str, Any], weight_of: WeightOf) -> Any:
 
 
 def _as_it_is(weight: Any, **_: Any) -> Any:
-    """``get_key_patches`` gives a conversion with each weight; ours is done before sending."""
+    """Stand in for the conversion function of a weight, which the client has converted before sending."""
     return weight
 
 
@@ -192,11 +192,11 @@ class PatchSet:
     strength_patch: float = 1.0
     strength_model: float = 1.0
     single: bool = False
-    """Whether it was added key by key; the next key then joins it."""
+    """Whether the set was added key by key, so that the next key joins it."""
     _name: str = field(default="", repr=False)
 
     def put(self) -> tuple[PatchPut, list[torch.Tensor]]:
-        """The call that uploads it.
+        """Return the call that uploads the set, and the call's tensors.
 
         Raises:
             Unsendable: see ``encode_set``.
@@ -208,7 +208,10 @@ class PatchSet:
         return PatchPut(self._name, packed, beside.models), beside.tensors
 
     def use(self, strength: float = 1.0) -> PatchUse:
-        """How a request names it; hashed once. ``strength`` is a hook keyframe's.
+        """Return the reference to the set for a request; the set is hashed once.
+
+        Args:
+            strength: a hook keyframe's, which multiplies ``strength_patch``.
 
         Raises:
             Unsendable: see ``encode_set``.
@@ -219,7 +222,7 @@ class PatchSet:
 
 
 def _digest(packed: Any, beside: Beside) -> str:
-    """Of all that decides the patched weights: keys, kinds, scalars, models, each tensor's dtype, shape, bytes."""
+    """Hash all that decides the patched weights: keys, kinds, scalars, models, each tensor's dtype, shape, bytes."""
     digest = hashlib.blake2b(digest_size=20)
     digest.update(json.dumps([packed, beside.models], default=repr).encode())
     for tensor in beside.tensors:
@@ -230,40 +233,40 @@ def _digest(packed: Any, beside: Beside) -> str:
 
 
 def matches(sets: Iterable[PatchSet], patches: Patches) -> bool:
-    """Whether ``sets``, applied in order, are what a patcher holds: a node may have edited its lists by hand."""
+    """Whether ``sets``, applied in order, give the patcher's ``patches``, which a node may have edited directly."""
     expected: Patches = {}
-    for one in sets:
-        for name, value in one.patches.items():
+    for patch_set in sets:
+        for name, value in patch_set.patches.items():
             key, offset, function = _split(name)
-            entry = (one.strength_patch, value, one.strength_model, offset, function)
+            entry = (patch_set.strength_patch, value, patch_set.strength_model, offset, function)
             expected.setdefault(key, []).append(entry)
     if expected.keys() != patches.keys():
         return False
     return all(
-        len(mine) == len(patches[key])
-        and all(a[1] is b[1] and (a[0], *a[2:]) == (b[0], *b[2:]) for a, b in zip(mine, patches[key]))
-        for key, mine in expected.items()
+        len(entries) == len(patches[key])
+        and all(a[1] is b[1] and (a[0], *a[2:]) == (b[0], *b[2:]) for a, b in zip(entries, patches[key]))
+        for key, entries in expected.items()
     )
 
 
 def group(patches: Patches) -> list[PatchSet]:
-    """Sets that give a patcher's lists when applied in order: the n-th patches of all keys, by strength."""
+    """Return sets that give ``patches`` when applied in order: the n-th patches of all keys, grouped by strength."""
     sets: list[PatchSet] = []
     for level in range(max((len(entries) for entries in patches.values()), default=0)):
-        found: dict[tuple[float, float], PatchSet] = {}
+        by_strength: dict[tuple[float, float], PatchSet] = {}
         for key, entries in patches.items():
             if level >= len(entries):
                 continue
             strength, value, model, offset, function = entries[level]
             plain = offset is None and function is None
             name = key if plain else (key, offset) if function is None else (key, offset, function)
-            found.setdefault((strength, model), PatchSet({}, strength, model)).patches[name] = value
-        sets.extend(found.values())
+            by_strength.setdefault((strength, model), PatchSet({}, strength, model)).patches[name] = value
+        sets.extend(by_strength.values())
     return sets
 
 
 def append(sets: list[PatchSet], new: PatchSet) -> None:
-    """Add a set. Merges add key by key: such keys become one set, as long as no key changes its place in its order."""
+    """Add a set to ``sets``. Keys that a merge adds singly become one set, if no key's patches change order."""
     if new.single:
         key = next(iter(new.patches))
         for index in range(len(sets) - 1, -1, -1):
@@ -277,5 +280,5 @@ def append(sets: list[PatchSet], new: PatchSet) -> None:
     sets.append(new)
 
 
-def _strengths(one: PatchSet) -> tuple[float, float]:
-    return one.strength_patch, one.strength_model
+def _strengths(patch_set: PatchSet) -> tuple[float, float]:
+    return patch_set.strength_patch, patch_set.strength_model

@@ -1,7 +1,7 @@
-"""Inside a worker process: dial the daemon, load models on demand, compute one job at a time.
+"""The worker process: connects to the daemon, loads models on demand, computes one job at a time.
 
-Started as a script by its absolute path. The settings come as one JSON line on standard input: the one-time token must
-not show in the process list.
+The daemon starts this file as a script. The settings come as one JSON line on standard input, since the one-time token
+in them must not show in the process list.
 """
 
 if __name__ == "__main__" and not __package__:
@@ -65,7 +65,7 @@ class WorkerConfig:
     token: str
     backend: str
     threads: int = 0
-    """CPU threads; 0 is torch's own choice."""
+    """CPU threads; 0 leaves the number to torch."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of the backend: ComfyUI's folder and flags."""
     variables: dict[str, str] = field(default_factory=dict)
@@ -90,11 +90,11 @@ class Worker:
         self.grants: queue.SimpleQueue[m.Reply | m.Failure] = queue.SimpleQueue()
 
     def run(self) -> None:
-        """Greet, import the backend, then serve jobs until the daemon closes the connection.
+        """Greet the daemon, import the backend, then serve jobs until the daemon closes the connection.
 
         Raises:
-            DaemonConnectionError: the daemon refused this worker or is gone.
-            SystemExit: the backend cannot be started; the daemon has been told why.
+            DaemonConnectionError: the daemon refused this worker or has ended.
+            SystemExit: the backend cannot be started; the reason was sent to the daemon.
         """
         self._greet()
         backend = self._start_backend()
@@ -115,7 +115,7 @@ class Worker:
         )
         received = self.channel.receive(10)
         if received is None or not isinstance(received[0], m.Welcome):
-            raise DaemonConnectionError(f"the daemon refused this worker: {received and received[0]}")
+            raise DaemonConnectionError(f"the daemon refused this worker; its answer was {received and received[0]}")
         self._open_arena(received[0].arena)
 
     def _open_arena(self, info: m.ArenaInfo | None) -> None:
@@ -126,7 +126,7 @@ class Worker:
             view.prove()
             self.arena = view
         except ArenaUnavailable as error:
-            logger.warning("no shared memory in this worker: %s", error)
+            logger.warning("this worker cannot use shared memory, tensors go over the socket: %s", error)
 
     def _start_backend(self) -> Backend:
         os.environ.update(self.config.variables)
@@ -152,10 +152,10 @@ class Worker:
                 assert received is not None
                 self._dispatch(*received)
         except DaemonConnectionError:
-            # The daemon is gone: nobody waits for the result, and nobody else would end this process.
+            # The daemon has ended: nothing waits for the result, and nothing else ends this process.
             os._exit(0)
         except LunaError as error:
-            logger.error("worker stops, the daemon sent a bad message: %s", error)
+            logger.error("the worker exits: the daemon sent a bad message: %s", error)
             os._exit(1)
 
     def _dispatch(self, message: m.Message, payload: memoryview) -> None:
@@ -182,7 +182,7 @@ class Worker:
         except LunaError as error:
             self._fail(job.id, error)
         except MemoryError as error:
-            self._fail(job.id, OutOfMemory(f"no memory for the call: {str(error) or 'allocation failed'}"))
+            self._fail(job.id, OutOfMemory(f"not enough memory for the call: {str(error) or 'allocation failed'}"))
         except Exception as error:
             logger.exception("job %d failed", job.id)
             trace = "".join(traceback.format_tb(error.__traceback__, -_TRACE_FRAMES))
@@ -217,7 +217,7 @@ class Worker:
         if ref.slot == 0:
             return payload[ref.offset : ref.offset + ref.nbytes]
         if self.arena is None:
-            raise BadRequest("a tensor lies in shared memory that this worker cannot see")
+            raise BadRequest("a tensor lies in shared memory that this worker cannot use")
         return self.arena.slice(ref.segment, ref.offset, ref.nbytes)
 
     def _step(self, job: int, done: int, total: int) -> None:
@@ -235,7 +235,7 @@ class Worker:
             nonlocal grant
             slot: m.TensorRef | None
             if grant is not None and grant.nbytes == ref.nbytes:
-                slot, grant = grant, None  # good for one tensor
+                slot, grant = grant, None  # the granted slot holds one tensor
             else:
                 slot = self._reserve(ref.nbytes)
             if slot is None or self.arena is None:
@@ -247,7 +247,7 @@ class Worker:
         self.channel.send(m.Reply(job.id, result.value, refs, result.notes), payload)
 
     def _reserve(self, nbytes: int) -> m.TensorRef | None:
-        """A slot for a result; ``None`` when shared memory is full, and the bytes go by the socket."""
+        """Ask the daemon for a slot for a result; ``None`` if there is none, so that the bytes go over the socket."""
         if self.arena is None:
             return None
         self.channel.send(m.Request(0, encode_call(m.Alloc(nbytes))))
@@ -258,7 +258,10 @@ class Worker:
         self.channel.send(m.Failure(job, error.code, error.message, error.hint, trace=trace))
 
     def _report_status(self, after: m.Message | None = None) -> None:
-        """Send which models are loaded; after a job that unloaded nothing at most once a second, since it is slow."""
+        """Send which models are loaded, and the memory used.
+
+        Measuring memory is slow, so after a job that unloaded nothing a status is sent at most once a second.
+        """
         now = time.monotonic()
         if isinstance(after, m.Job) and not after.unload and now - self._reported < _STATUS_S:
             return
@@ -276,7 +279,7 @@ def main() -> None:
     try:
         Worker(config).run()
     except DaemonConnectionError as error:
-        logger.info("worker ends: %s", error)
+        logger.info("the worker exits: %s", error)
 
 
 if __name__ == "__main__":

@@ -41,11 +41,11 @@ def run(
     """Compute a call.
 
     Args:
-        model: loaded by a backend.
+        model: the loaded model.
         inputs: call tensors, RNG states, patch tensors; as descriptors and bytes.
         step: called before each tile; raises to cancel.
         patches: the patch sets that the call names.
-        borrow: loads another model, whose weights a patch set names.
+        borrow: returns another model, loaded if need be, whose weights a patch set names.
 
     Raises:
         BadRequest: the inputs do not fit the op, or the model is of another kind.
@@ -61,7 +61,7 @@ def run(
         return Result({"tokens": model.tokenize(call.text)})
     if isinstance(call, m.ClipEncode):
         if sum(source is not None for source in (call.text, call.tokens, call.packed)) != 1:
-            raise BadRequest("give one of text, tokens and packed")
+            raise BadRequest("exactly one of text, tokens and packed is needed")
         return _clip(call, model) if call.packed is None else _clip_packed(call, model, inputs, patches, borrow)
     raise BadRequest(f"workers do not serve {type(call).__name__}")
 
@@ -73,7 +73,7 @@ def free_memory() -> None:
 
 
 def release_device_cache() -> None:
-    """Return the GPU memory that torch keeps for its next call to the processes that share the GPU."""
+    """Free the GPU memory that torch caches, for other processes on the GPU."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -89,7 +89,7 @@ def _vae(call: m.VaeEncode | m.VaeDecode, model: Any, inputs: list[Input], step:
 
     needed = 1 + len(call.generators)
     if len(inputs) != needed:
-        raise BadRequest(f"{needed} tensor(s) are needed, {len(inputs)} came")
+        raise BadRequest(f"{needed} tensor(s) are needed, {len(inputs)} were sent")
     (tensor,), states, _ = _split(inputs, len(call.generators))
     if not tensor.is_floating_point():
         raise BadRequest(f"a VAE takes float tensors, not {inputs[0][0].dtype}", "Convert to float32")
@@ -133,7 +133,7 @@ def _clip_packed(
     import torch
 
     if not hasattr(model, "encode_packed"):
-        raise BadRequest("packed tokens need the comfy backend", "Give text or tokens, or set comfyui_path")
+        raise BadRequest("packed tokens need the comfy backend", "Send text or tokens, or set comfyui_path")
     tensors, states, patch_tensors = _split(inputs, len(call.generators), patches)
     sets = {patch.name: patch for patch in patches}
 
@@ -151,11 +151,11 @@ def _clip_packed(
 def _split(
     inputs: list[Input], generators: int, patches: Sequence[m.Patch] = ()
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], dict[str, list[torch.Tensor]]]:
-    """Take a job's inputs apart. Inputs are: call tensors, RNG states, patch tensors.
+    """Split a job's inputs. Inputs are: call tensors, RNG states, patch tensors.
 
     Args:
         generators: number of RNG states.
-        patches: say where the tensors of each patch set lie.
+        patches: patch sets, with the positions of their tensors in ``inputs``.
 
     Returns:
         The call's tensors, the RNG states, and by patch set its tensors.

@@ -1,6 +1,6 @@
-"""Device masks: environment variables that leave a worker only its own GPU, however its libraries count GPUs.
+"""Device masks: environment variables that hide all GPUs but a worker's own from its libraries.
 
-Set before torch is imported; inside the worker the device is then number 0.
+The variables are set before torch is imported; inside the worker the GPU then has number 0.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ _MASKS = {
     "cuda": ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"),
     "xpu": ("ZE_AFFINITY_MASK",),
 }
-"""Per torch device type the variables that vendors read. ROCm's torch calls its devices ``cuda`` too."""
+"""Variables that the vendors' drivers read, by torch device type. ROCm's torch calls its devices ``cuda`` too."""
 
 
 def device_mask(device: str, environ: Mapping[str, str]) -> dict[str, str]:
     """Return variables that leave only ``device`` visible; empty for devices that need no mask.
 
-    A number counts among the devices that the daemon itself may see.
+    A device number counts only the devices that the daemon itself may use.
 
     Args:
         device: ``auto``, ``cpu``, ``mps``, ``cuda:1``, ``xpu:0`` or a GPU's UUID.
@@ -34,12 +34,12 @@ def device_mask(device: str, environ: Mapping[str, str]) -> dict[str, str]:
     if kind not in _MASKS or not number:
         return {}
     mask = {name: _pick(device, int(number), environ.get(name, "")) for name in _MASKS[kind]}
-    # The driver's own count, as nvidia-smi and people use it, instead of "fastest first".
+    # Number GPUs as nvidia-smi does, instead of CUDA's default "fastest first".
     return {"CUDA_DEVICE_ORDER": environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID"), **mask} if kind == "cuda" else mask
 
 
 def inner_device(device: str) -> str:
-    """Return the name of ``device`` inside a worker that sees no other."""
+    """Return the name of ``device`` inside a worker that sees no other device."""
     if device.startswith("GPU-"):
         return "cuda:0"
     kind, _, number = device.partition(":")
@@ -51,5 +51,5 @@ def _pick(device: str, number: int, outer: str) -> str:
     if not visible:
         return str(number)
     if number >= len(visible):
-        raise ConfigError(f"device {device!r} does not exist: the daemon may see only {', '.join(visible)}")
+        raise ConfigError(f"device {device!r} does not exist: the daemon may use only {', '.join(visible)}")
     return visible[number]

@@ -1,7 +1,7 @@
-"""Events and statistics: counters that only grow, the last events, and listeners for the next.
+"""Events and statistics: counters that only grow, the last events, and listeners.
 
-The control process has one ``Events``; the pool and the service report to it, ``info``, the metrics and the page read
-it. All of it may be shown to anybody who reaches the status page: no prompt, no tensor, no folder.
+The control process has one ``Events`` object: the pool and the service report to it; ``info``, the metrics and the
+status page read it. Anybody who reaches the status page may see all of it, so it holds no prompt, tensor or folder.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from ..core import logger
 BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 """Upper bounds of a histogram's buckets, seconds: a cached prompt takes less than the first, a cold model the last."""
 _WINDOW_S, _WINDOW_SIZE = 300.0, 512
-"""Latencies are computed of at most so many answers of the last minutes."""
+"""Latencies are computed from the answers of this many seconds, at most this many per op."""
 _THROUGHPUT_S = 10
 _TICKS, _DIGEST = 10, 200
 _WORK = {"vae.encode", "vae.decode", "clip.tokenize", "clip.encode", "lora.get", "lora.load", "echo"}
-"""Ops that count as throughput: those that instances need for pictures, not a tray that looks once a second."""
+"""Ops that count as throughput: those that instances need for images, not the tray's status requests."""
 _MOST_MODELS = 100
-"""Models with statistics of their own; the rest is counted together, since labels must not grow for ever."""
+"""Most models with separate statistics; others are counted together, to bound the number of metric labels."""
 _MOST_TEXT = 300
 _SHOWN = {
     "model_not_found", "model_mismatch", "model_load", "out_of_memory", "worker_crashed", "poison", "busy", "deadline",
     "shutting_down",
 }  # fmt: skip
-"""Errors whose message is about the daemon. Other messages may quote what a caller sent: only their code is shown."""
+"""Errors whose message is about the daemon. Other messages may quote a caller's input: only their code is shown."""
 
 Listener = Callable[[str, dict[str, Any]], None]
 
@@ -73,7 +73,7 @@ class Events:
         self.restarts: Counter[str] = Counter()
         """Workers that started in place of one that died, by key."""
         self.last_errors: dict[str, tuple[str, float]] = {}
-        """By key the last error of a worker, and when (seconds since 1970)."""
+        """The last error of a worker and its time (seconds since 1970), by key."""
         self._clock = clock
         self._crashed: Counter[str] = Counter()
         self._ended: list[tuple[float, str, str, float, str]] = []
@@ -84,7 +84,7 @@ class Events:
         self._models: set[str] = set()
         self._listeners: list[Listener] = []
 
-    # --- who listens ---
+    # --- listeners ---
 
     def listen(self, listener: Listener) -> None:
         """Call ``listener(type, data)`` for each event from now on: ``request``, ``scaling``, ``error``."""
@@ -98,7 +98,7 @@ class Events:
         for listener in self._listeners:
             listener(kind, data)
 
-    # --- what happens ---
+    # --- reports ---
 
     def request(self, op: str, model: str, seconds: float, result: str = "ok") -> None:
         """Record a request that was answered (``ok``), failed (its code) or was given up (``cancelled``)."""
@@ -110,10 +110,10 @@ class Events:
             self._notify("request", data)
 
     def _digest(self) -> None:
-        """Count the requests that have ended since the last time.
+        """Count the requests that have ended since the last call.
 
-        Many at a time, in a loop that stays in the processor's caches: one by one costs four times as much, which is a
-        tenth of a small call.
+        Requests are counted in batches for the processor's caches: one at a time costs four times as much, a tenth of
+        a small call.
         """
         ended, self._ended = self._ended, []
         for now, op, model, seconds, result in ended:
@@ -161,7 +161,7 @@ class Events:
         self._notify("scaling", data)
 
     def worker_failed(self, key: str, code: str, message: str) -> None:
-        """Record an error of a worker that goes on."""
+        """Record an error of a worker that keeps running."""
         shown = without_folders(message) if code in _SHOWN else f"{code}: see the daemon's log"
         self.last_errors[key] = (shown, time.time())
 
@@ -190,7 +190,7 @@ class Events:
         return self._latencies
 
     def latency(self) -> dict[str, dict[str, float]]:
-        """Return by op the ``count``, median, 95th percentile and mean (ms) of the answers of the last minutes."""
+        """Return the ``count``, median, 95th percentile and mean (ms) of recent answers, by op."""
         self._digest()
         since = self._clock() - _WINDOW_S
         recent = {op: sorted(s for at, s in kept if at >= since) for op, kept in self._windows.items()}
@@ -215,7 +215,7 @@ def _summary(seconds: list[float]) -> dict[str, float]:
 
 
 def model_name(key: str) -> str:
-    """Return the name in a model's key ``vae:NAME:DIGEST``: the first file's, without folder and ending."""
+    """Return NAME from a model's key ``vae:NAME:DIGEST``: the first file's name without folder and suffix."""
     parts = key.split(":")
     return ":".join(parts[1:-1]) if len(parts) > 2 else key
 

@@ -19,7 +19,7 @@ from .supervisor import Backoff
 
 _EXIT_S = 2.0
 _OUTDATED_S = 60.0
-"""How long no worker is started only to find again that its ComfyUI has other versions than the client's."""
+"""How long a client is refused without starting a worker, after a worker had other versions than the client."""
 
 
 class Fleet:
@@ -27,7 +27,7 @@ class Fleet:
 
     Args:
         logs: folder for what workers print.
-        events: told of workers and models that come and go.
+        events: receives events of workers and models.
         clock: monotonic seconds.
         sleep: pauses while processes exit.
         spawn: starts a process.
@@ -47,7 +47,7 @@ class Fleet:
         self._logs, self._events, self._clock, self._sleep, self._spawn = logs, events, clock, sleep, spawn
         self._backoffs: dict[WorkerKey, Backoff] = {}
         self._outdated: dict[m.ComfyId, float] = {}
-        """ComfyUIs that run with files that were updated since: when a new worker was found to have other versions."""
+        """Clients' ComfyUIs whose files were updated while they ran, with the time when a new worker showed that."""
         self._by_token: dict[str, WorkerProcess] = {}
         self._exiting: list[WorkerProcess] = []
         self._numbers = 0
@@ -63,10 +63,10 @@ class Fleet:
         return self._backoffs.setdefault(key, Backoff(clock=self._clock))
 
     def check(self, key: WorkerKey, comfy: m.ComfyId | None) -> None:
-        """Check that work of a key can be served at all.
+        """Check that a running worker may serve work of a key, or that a worker may be started for it.
 
         Raises:
-            WorkerCrashed: no worker of the key runs, and none may be started yet.
+            WorkerCrashed: no worker of the key runs, and the delay before the next start has not passed.
             ComfyRefused: a new worker would have other versions than the client.
         """
         workers = self.of_key(key)
@@ -80,7 +80,7 @@ class Fleet:
 
         Raises:
             OSError: the interpreter cannot be run.
-            ConfigError: the settings do not say where ComfyUI is, or name a device that is not there.
+            ConfigError: the settings do not say where ComfyUI is, or name a device that does not exist.
         """
         self._numbers += 1
         log = self._logs / f"worker-{self._numbers}.log"
@@ -91,7 +91,7 @@ class Fleet:
         self._report("worker_started", worker, workers=len(self.workers))
 
     def adopt(self, token: str, connection: Connection) -> WorkerProcess | None:
-        """Return the worker that has dialled in with this token, which is valid once; ``None`` if there is none."""
+        """Return the worker that connected with this token, which is valid once; ``None`` for an unknown token."""
         worker = self._by_token.pop(token, None)
         if worker is not None:
             worker.connection = connection
@@ -104,7 +104,7 @@ class Fleet:
         self.backoff(worker.key).succeeded()
 
     def refuses(self, worker: WorkerProcess, spec: m.LoadSpec) -> bool:
-        """Record and return whether a new worker shows that no worker has the versions that ``spec`` needs."""
+        """Return whether no worker has the versions that ``spec`` needs, and record this for ``check``."""
         if spec.comfy is None or any(launch.fits(spec, other.versions) for other in self.of_key(worker.key)):
             return False
         self._outdated[spec.comfy] = self._clock()
@@ -124,13 +124,17 @@ class Fleet:
             self._report("model_evicted", worker, model=model_name(key))
 
     def unload(self, worker: WorkerProcess, keys: list[str], why: str) -> None:
-        """Have a worker give the memory of models back."""
+        """Ask a worker to unload models.
+
+        Args:
+            why: the reason, for the event.
+        """
         worker.unload(keys)
         for key in keys:
             self._report("model_unloaded", worker, model=model_name(key), why=why)
 
     def rest(self, worker: WorkerProcess, settings: Settings, pinned: set[str]) -> None:
-        """Take an idle worker to its next stage: extra workers stop; the last one unloads, then stops too."""
+        """Stop a worker that has been idle too long; the last worker of a key first unloads its models."""
         kinds = worker.kinds.values()
         least = max(
             settings.min_vae_workers if ModelKind.VAE in kinds else 0,
@@ -149,10 +153,10 @@ class Fleet:
     # --- ending ---
 
     def remove(self, worker: WorkerProcess, why: str) -> str:
-        """Take a worker out of service, kill its process and report a crash if nobody had stopped it.
+        """Take a worker out of service, kill its process and report a crash unless the pool had stopped the worker.
 
         Returns:
-            Why the worker ended: its last words, else ``why``.
+            Why the worker ended: its own message or last log line, else ``why``.
         """
         self.workers.remove(worker)
         self._by_token.pop(worker.token, None)
@@ -164,12 +168,12 @@ class Fleet:
             self._report("worker_stopped", worker, workers=len(self.workers))
         else:
             attributes = (worker.number, worker.pid, why, last_words or "none")
-            logger.error("worker %d (pid %d) died: %s; last words: %s", *attributes)
+            logger.error("worker %d (pid %d) died: %s; its last message: %s", *attributes)
             self._events.worker_crashed(worker.number, str(worker.key), last_words or why)
         return last_words or why
 
     def reap(self) -> None:
-        """Release the shared memory that exited workers held: until its exit a process may write there."""
+        """Release the shared memory of workers that have exited; before its exit a process may write there."""
         for worker in [worker for worker in self._exiting if worker.exited()]:
             self._exiting.remove(worker)
             worker.leases.release_all()

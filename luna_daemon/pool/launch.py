@@ -1,4 +1,4 @@
-"""Which workers a piece of work fits, and what such a worker is started with."""
+"""Which workers can compute a piece of work, and the configuration to start such a worker with."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .devices import device_mask
 from .process import WorkerKey, WorkerProcess
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-"""CPU cores that this process may use: in a container fewer than the machine has."""
+"""CPU cores that this process may use: in a container, fewer than the machine has."""
 
 
 def backend_of(settings: Settings) -> str:
-    """Return the backend for clients that run no ComfyUI: ComfyUI's where the daemon has one."""
+    """Return the backend for clients outside ComfyUI: ``auto`` is ``comfy`` if the daemon has a ComfyUI folder."""
     if settings.backend != "auto":
         return settings.backend
     return "comfy" if settings.comfyui_path is not None else "diffusers"
@@ -30,7 +30,7 @@ def backend_of(settings: Settings) -> str:
 def worker_key(spec: LoadSpec, settings: Settings) -> WorkerKey:
     """Return the key of the workers that can take work with this model.
 
-    Versions are no part of it: a worker's are known once it runs, and ``fits`` compares them.
+    The key does not hold versions, which are known only once a worker runs; ``fits`` compares those.
     """
     if spec.kind == ModelKind.ECHO:
         return WorkerKey("echo", spec.device)
@@ -40,7 +40,7 @@ def worker_key(spec: LoadSpec, settings: Settings) -> WorkerKey:
 
 
 def fits(spec: LoadSpec, versions: Mapping[str, str]) -> bool:
-    """Return whether a worker of the work's key has the client's versions; one whose versions are unknown may."""
+    """Return whether a worker with ``versions`` has those that the client needs; true if ``versions`` is empty."""
     wanted = spec.comfy
     if wanted is None or not versions:
         return True
@@ -63,7 +63,7 @@ def unlike(comfy: ComfyId, versions: Mapping[str, str]) -> ComfyRefused:
 
 
 def threads_of(key: WorkerKey, device: str, settings: Settings) -> int:
-    """Return how many CPU threads a worker keeps busy."""
+    """Return how many CPU threads a worker uses."""
     if key.backend == "echo" or device.startswith(("cuda", "GPU-", "xpu", "mps")):
         return 1
     return settings.cpu_threads or CORES
@@ -98,11 +98,11 @@ def new_worker(
 def _comfy_options(comfy: ComfyId | None, device: str, settings: Settings) -> dict[str, Any]:
     if comfy is None:
         raise ConfigError("the comfy backend needs ComfyUI's folder", "Set comfyui_path or COMFYUI_PATH")
-    # What decides bits is the client's, memory policy and the rest the daemon's.
+    # Flags that decide bits come from the client, all others from the daemon's settings.
     return {"root": comfy.root, "device": device, "flags": [*without_bits(settings.comfyui_args), *comfy.flags]}
 
 
 def _comfyui_variable(settings: Settings) -> dict[str, str]:
-    """Where the diffusers backend finds ComfyUI's tokenizers."""
+    """Return the variable by which the diffusers backend finds ComfyUI's tokenizers."""
     root = settings.comfyui_path
     return {"COMFYUI_PATH": os.fspath(root)} if root is not None else {}

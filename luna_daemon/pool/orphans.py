@@ -1,7 +1,7 @@
-"""End workers with their daemon, whatever ends the daemon.
+"""End worker processes when their daemon ends, even if the daemon was killed.
 
-On every system a worker exits when its connection closes, which the system does for a process that has ended. On
-Windows a job object ends the worker too, even one that hangs in a driver. Written for Windows and not run there yet.
+A worker exits when its connection closes, and the operating system closes the connections of an ended daemon. On
+Windows a job object ends also a worker that hangs in a driver. The code for Windows has not been run there yet.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _KILL_ON_CLOSE = 0x2000
 _EXTENDED_LIMITS = 9
 
 _job: Any = None
-"""The job's handle, never closed here: the system closes it when this process ends, and ends the job's processes."""
+"""The job's handle, never closed here: when this process ends, Windows closes it and ends the job's processes."""
 
 
 class _Basic(ctypes.Structure):
@@ -42,13 +42,13 @@ class _Extended(ctypes.Structure):
 
 
 def hold(process: subprocess.Popen[bytes]) -> None:
-    """Have Windows end ``process`` with this one; does nothing elsewhere."""
+    """Make Windows end ``process`` when the daemon's process ends; does nothing on other systems."""
     if sys.platform != "win32":
         return
     try:
         _assign(int(process._handle))
     except OSError as error:
-        logger.warning("worker %d would outlive a daemon that is killed: %s", process.pid, error)
+        logger.warning("the worker with pid %d will keep running if the daemon is killed: %s", process.pid, error)
 
 
 def _assign(handle: int) -> None:

@@ -10,14 +10,14 @@ from typing import Literal
 
 @dataclass
 class Candidate:
-    """A worker, as far as routing matters."""
+    """What routing needs to know of a worker."""
 
     takes: bool
-    """Runs what the work needs: backend, device, ComfyUI and versions."""
+    """Whether the worker has the backend, device, ComfyUI and versions that the work needs."""
     free: bool
-    """Has imported its backend and computes nothing now."""
+    """Whether the worker has imported its backend and computes nothing now."""
     models: Collection[str] = ()
-    """Loaded or loading models."""
+    """Keys of loaded or loading models."""
     kinds: Collection[str] = ()
     """Kinds of these models."""
 
@@ -36,13 +36,13 @@ def fair_order(
 ) -> list[int]:
     """Return the indices of ``pending`` in the order to serve them.
 
-    By priority; within a priority clients take turns (a client's second request comes after everybody's first, and
-    requests of the client that run count); in the same turn by the time since the client was served; then by arrival.
+    Sorted by priority; then by turn (a client's second request comes after every client's first; running requests
+    count too); then clients served longest ago first; then by arrival.
 
     Args:
         pending: priority and client of each waiting piece of work.
-        running: requests per client that are being computed.
-        served: when each client was last given a worker.
+        running: number of requests that are being computed, per client.
+        served: time when each client's work was last sent to a worker.
     """
     turns: Counter[tuple[int, int]] = Counter()
     keys = []
@@ -54,13 +54,14 @@ def fair_order(
 
 
 def displaced(waiting: Sequence[int], newcomer: int) -> int | None:
-    """Return the index of the request that leaves a full queue for a newcomer, or ``None`` if the newcomer must wait.
+    """Return the index of the request that a full queue drops for a new one; ``None`` to refuse the new one.
 
-    The last request of the client with most in the queue, if that is more than the newcomer would have: a client with
-    a thousand requests fills the queue, and another's single one is not refused for it.
+    The last request is dropped of the client with most requests in the queue, if those are more than the new request's
+    client would have. So a client with a thousand requests cannot shut out a client with a single request.
 
     Args:
         waiting: the client of each request in the queue.
+        newcomer: the client of the new request.
     """
     counts = Counter(waiting)
     if not counts:
@@ -82,45 +83,47 @@ def route(
 ) -> int | Literal["spawn", "wait"]:
     """Return where a piece of work goes: a worker's index, ``"spawn"`` or ``"wait"``.
 
-    A worker that has the model is best. If none has it, any free one loads it, so one worker serves VAE and CLIP. If
-    all that have it are busy, another copy is made only after a queue has lasted, and if there is room.
+    A free worker that has the model comes first. If no worker has the model, any free worker loads it, so one worker
+    serves VAE and CLIP. If all workers with the model are busy, another copy is loaded only once the queue has lasted.
 
     Args:
         waited_s: how long the oldest request for the model has waited.
         queued: waiting requests for the model.
-        has_room: asked only when a worker would be started, since finding out is slow.
+        has_room: whether another worker fits; slow, so called only before a start.
     """
-    ours = [index for index, worker in enumerate(workers) if worker.takes]
-    holders = [index for index in ours if model in workers[index].models]
-    free = [index for index in ours if workers[index].free]
+    able = [index for index, worker in enumerate(workers) if worker.takes]
+    holders = [index for index in able if model in workers[index].models]
+    free = [index for index in able if workers[index].free]
     for index in free:
         if index in holders:
             return index
-    if not ours:
+    if not able:
         return "spawn"
     if not holders and free:
         return min(free, key=lambda index: len(workers[index].models))
-    of_kind = sum(kind in workers[index].kinds for index in ours)
+    of_kind = sum(kind in workers[index].kinds for index in able)
     overdue = waited_s >= limits.delay_s and queued >= limits.queue_threshold
     if not overdue or (holders and of_kind >= limits.most):
         return "wait"
     if free:
         return min(free, key=lambda index: len(workers[index].models))
-    starting = any(not worker.free and not worker.models for worker in (workers[index] for index in ours))
-    return "spawn" if not starting and len(ours) < limits.most and has_room() else "wait"
+    starting = any(not worker.free and not worker.models for worker in (workers[index] for index in able))
+    return "spawn" if not starting and len(able) < limits.most and has_room() else "wait"
 
 
 def has_room(
     device: str, cores: int, threads_used: Iterable[int], threads: int, free_bytes: int | None, need_bytes: int
 ) -> bool:
-    """Return whether another worker fits beside those that run.
+    """Return whether another worker fits beside the running workers.
 
-    On the CPU only idle cores count: more threads than cores make all workers slower. On a GPU only memory counts.
+    On the CPU only idle cores count, since more threads than cores slow down all workers. On a GPU only memory counts.
 
     Args:
-        threads_used: threads of each worker on the CPU.
-        threads: threads of the other worker.
-        free_bytes: free memory of the GPU less the safety margin; ``None`` if unknown.
+        cores: CPU cores of the machine.
+        threads_used: threads of each running worker on the CPU.
+        threads: threads of the new worker.
+        free_bytes: free memory of the GPU minus the safety margin; ``None`` if unknown.
+        need_bytes: memory that the new worker needs.
     """
     if device == "cpu":
         return sum(threads_used) + threads <= cores
@@ -130,12 +133,12 @@ def has_room(
 def choose_evictions(
     models: Mapping[str, tuple[float, int]], keep: set[str], need_bytes: int, budget_bytes: int
 ) -> list[str] | None:
-    """Return the models to unload so that ``need_bytes`` more fit, oldest use first; ``None`` if they never do.
+    """Return the models to unload so that ``need_bytes`` more fit, oldest use first; ``None`` if that is impossible.
 
     Args:
-        models: per loaded model the time of its last use and its bytes.
-        keep: pinned, or in use.
-        budget_bytes: most bytes of weights; 0 is no limit.
+        models: time of the last use and bytes of each loaded model.
+        keep: models that are pinned or in use.
+        budget_bytes: most bytes of weights; 0 means no limit.
     """
     if budget_bytes <= 0:
         return []
@@ -153,11 +156,13 @@ def choose_evictions(
 def idle_action(
     idle_s: float, others: int, keep_at_least: int, timeout_s: float, keep_s: float, pinned: bool = False
 ) -> Literal["keep", "unload", "stop"]:
-    """Return what becomes of an idle worker: ``"keep"``, ``"unload"`` (give the models' memory back) or ``"stop"``.
+    """Return what to do with an idle worker: ``"keep"``, ``"unload"`` its models or ``"stop"``.
 
     Args:
-        others: other workers of the same key.
-        keep_at_least: workers that stay, with their models (``MIN_*_WORKERS``).
+        others: number of other workers of the same key.
+        keep_at_least: number of workers that keep running with their models (``MIN_*_WORKERS``).
+        timeout_s: idle time after which models are unloaded.
+        keep_s: idle time after which the last worker of a key stops.
         pinned: the worker holds a pinned model, so it never stops.
     """
     if idle_s < timeout_s or others < keep_at_least:

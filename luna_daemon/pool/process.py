@@ -19,15 +19,15 @@ from .work import Outcome, Piece, Work
 
 _TAIL_BYTES = 4096
 _SILENT_S = 60.0
-"""A worker whose reader thread has not answered for so long is stuck; one that is stopped for seconds is not."""
+"""Seconds without a message after which a worker counts as stuck; long enough for a process that is suspended."""
 
 
 class WorkerKey(NamedTuple):
-    """What a worker is started for: it takes only work of an equal key."""
+    """The kind of work that a worker is started for; the worker takes only work of an equal key."""
 
     backend: str
     device: str
-    """As the settings name it: ``auto`` here stays ``auto`` when the worker has chosen."""
+    """The device as in the settings: ``auto`` stays ``auto`` after the worker has chosen a device."""
     comfy: str = ""
     """``ComfyId.key`` of the ComfyUI that a comfy worker runs."""
 
@@ -40,10 +40,10 @@ class WorkerProcess:
     """A worker from its start to its end.
 
     Args:
-        number: counts the daemon's workers.
+        number: number of the worker in this daemon, from 1.
         device: where the worker computes; ``auto`` until it has chosen.
-        threads: CPU threads that it keeps busy.
-        config: ``child.WorkerConfig`` without address and token.
+        threads: CPU threads that the worker uses.
+        config: ``child.WorkerConfig`` as a dictionary, without address and token.
         log: file for the output of the process.
         clock: monotonic seconds.
     """
@@ -90,7 +90,7 @@ class WorkerProcess:
     # --- life ---
 
     def start(self, interpreter: str, host: str, port: int, spawn: Spawn = spawn) -> None:
-        """Start the process, which dials ``host:port`` and shows its token.
+        """Start the process, which connects to ``host:port`` and sends its token.
 
         Raises:
             OSError: the interpreter cannot be run.
@@ -116,7 +116,7 @@ class WorkerProcess:
         return self.state is WorkerState.IDLE and self.work is None
 
     def failure(self, now: float, start_s: float) -> str:
-        """Return why the worker must be given up; empty while it is well.
+        """Return why the worker must be taken out of service; empty if it need not be.
 
         Args:
             now: monotonic seconds.
@@ -126,7 +126,7 @@ class WorkerProcess:
             silent_s = now - self.heard
             return f"it has been silent for {silent_s:.0f} s" if silent_s > _SILENT_S else ""
         if self.exited():
-            return "it ended at its start"
+            return "it exited during its start"
         return "it did not start in time" if now - self.born > start_s else ""
 
     def exited(self) -> bool:
@@ -134,12 +134,12 @@ class WorkerProcess:
         return self._process is None or self._process.poll() is not None
 
     def kill(self) -> None:
-        """End the process now; ``exited`` says when it has ended, which takes a while if it hangs in a driver."""
+        """Kill the process; ``exited`` may stay false for a while if the process hangs in a driver."""
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
 
     def stop(self) -> None:
-        """Let the process end: it exits when its connection closes."""
+        """Close the connection, upon which the process exits; kill a process that has not connected yet."""
         self.state = WorkerState.STOPPING
         if self.connection is not None:
             self.connection.close()
@@ -183,7 +183,7 @@ class WorkerProcess:
         for patch in work.patches:
             patches.append(m.Patch(patch.name, patch.packed, len(pieces), len(patch.pieces), patch.models))
             pieces += patch.pieces
-        # Whatever its size: the bytes are in shared memory already, and patches have thousands of small tensors.
+        # above=-1: small inputs stay in shared memory too, where they already are; patches hold thousands of them.
         refs, inline = lay_out(((piece.ref, piece.slot) for piece in pieces), self._in_slot, above=-1)
         room = work.reserve() if self.sees_arena else None
         grant = self.leases.lend(room) if room is not None else None
@@ -191,7 +191,7 @@ class WorkerProcess:
         self.connection.send(message, [slot.retain() for slot in inline])
 
     def _in_slot(self, ref: m.TensorRef, slot: Slot) -> m.TensorRef | None:
-        """Describe an input in shared memory, if this worker sees that."""
+        """Describe an input in shared memory, if this worker can use shared memory."""
         return ref.placed(slot.offset, slot.number, slot.segment) if slot.number and self.sees_arena else None
 
     def done(self) -> Work | None:
@@ -224,7 +224,7 @@ class WorkerProcess:
             self.connection.send(m.Cancel(self.job))
 
     def unload(self, keys: list[str]) -> None:
-        """Ask the worker to give the memory of models back."""
+        """Ask the worker to unload models."""
         if self.connection is not None and keys:
             for key in keys:
                 self._forget(key)

@@ -1,6 +1,6 @@
-"""Give waiting work to workers: which one takes it, whether another is to start, and which models go first.
+"""Give waiting work to workers: choose or start a worker for each piece of work, and models to evict.
 
-Collects what ``policy`` decides by from the queue, the workers, the settings and the GPU.
+Collects the inputs of ``policy``'s decisions from the queue, the workers, the settings and the GPU.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ FreeVram = Callable[[str], "int | None"]
 
 
 class Scheduler:
-    """Hands the queue's work out to the fleet's workers.
+    """Gives the queue's work to the fleet's workers.
 
     Args:
         pinned: keys of models that are never evicted; shared with the pool.
-        events: told how long work has waited.
+        events: receives the time that work has waited.
         clock: monotonic seconds.
+        free_vram: see ``FreeVram``.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Scheduler:
         free_vram: FreeVram,
     ) -> None:
         self.sizes: dict[str, int] = {}
-        """Bytes of models that have been loaded before, by key: float16 files may become float32 weights."""
+        """Bytes of models that have been loaded before, by key; may differ from the bytes of the files."""
         self._queue, self._fleet, self._pinned, self._events = queue, fleet, pinned, events
         self._clock, self._free_vram = clock, free_vram
         self._jobs = 0
@@ -61,7 +62,7 @@ class Scheduler:
             if work.deadline is not None and now > work.deadline:
                 late = f"the request waited {now - work.born:.1f} s, past its deadline"
                 self._queue.fail([work], DeadlineExceeded(late))
-            # Nothing becomes free in this loop: where one piece of work must wait, so must all of its line.
+            # No worker becomes free in this loop: if a piece of work must wait, so must all of its line.
             elif place not in stuck and not self._place(work, lines[place], settings):
                 stuck.add(place)
 
@@ -73,7 +74,7 @@ class Scheduler:
             self._queue.fail(self._of_key(key, settings), backoff.error())
 
     def refuse_outdated(self, worker: WorkerProcess, settings: Settings) -> None:
-        """Fail the work whose ComfyUI has other versions than a new worker: so would the next one."""
+        """Fail the work whose ComfyUI has other versions than a new worker: another worker would not fit either."""
         for work in self._of_key(worker.key, settings):
             if work.spec.comfy is not None and self._fleet.refuses(worker, work.spec):
                 self._queue.fail([work], launch.unlike(work.spec.comfy, worker.versions))
@@ -107,7 +108,7 @@ class Scheduler:
         self._events.waits.add(self._queue.served(work))
         self._fleet.evicted(worker, evicted)
         worker.give(work, self._jobs, evicted)
-        work.deadline = None  # it was about the start: a retry does not break it
+        work.deadline = None  # the deadline is for the first start: a retry may be later
 
 
 def find_worker(
@@ -121,7 +122,7 @@ def find_worker(
 
     Args:
         line: all waiting work of the same model.
-        free_vram: asked only before another start.
+        free_vram: called only before another worker is started.
     """
     key, spec = launch.worker_key(work.spec, settings), work.spec
     candidates = [_candidate(worker, key, spec) for worker in workers]
@@ -146,7 +147,7 @@ def _has_room(
     settings: Settings,
     free_vram: FreeVram,
 ) -> bool:
-    # "auto" is known once a worker of this key has looked at the machine.
+    # A running worker of this key has replaced "auto" by the device that it chose.
     device = next((worker.device for worker in workers if worker.key == key), work.spec.device)
     used = [worker.threads for worker in workers if worker.device == "cpu"]
     free = free_vram(device)
@@ -183,12 +184,12 @@ def choose_evictions(
 
 
 def _size(work: Work, spec: LoadSpec, sizes: Mapping[str, int]) -> int:
-    """Bytes that loading a model takes: as the last time, else about those of its files."""
+    """Return the bytes that loading a model takes: as the last time, else about those of its files."""
     if spec.key in sizes:
         return sizes[spec.key]
     if spec.key == work.spec.key:
         return work.load_bytes
     try:
         return load_bytes(spec)
-    except OSError:  # deleted since it was named: the worker will report it
+    except OSError:  # a file has been deleted: the worker will report that
         return 0

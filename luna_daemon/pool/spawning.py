@@ -12,12 +12,15 @@ from typing import Any, Protocol
 from .orphans import hold
 
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
-"""Threads that spin while they wait slow everybody on busy cores, themselves most; those that sleep at once are slower
-on idle ones. So they spin for half a millisecond at most. No bit depends on it. Record 4 has the measurements."""
+"""Variables that let OpenMP threads spin for at most half a millisecond while they wait.
+
+Spinning slows down all processes on busy cores; sleeping at once is slower on idle cores. No bit depends on this.
+Decision record 4 has the measurements.
+"""
 
 
 class Process(Protocol):
-    """A started process; ``subprocess.Popen`` is one."""
+    """A started process, such as ``subprocess.Popen``."""
 
     pid: int
 
@@ -26,7 +29,7 @@ class Process(Protocol):
         ...
 
     def kill(self) -> None:
-        """End the process without asking it."""
+        """Kill the process at once."""
         ...
 
 
@@ -46,7 +49,7 @@ def spawn(interpreter: str, config: dict[str, Any], log: Path) -> Process:
         OSError: the interpreter cannot be run, or ended before the settings were written.
     """
     script = Path(__file__).resolve().with_name("child.py")
-    chosen = WAITING.keys() & os.environ.keys()  # somebody has decided how threads wait
+    chosen = WAITING.keys() & os.environ.keys()  # the user has chosen how threads wait
     environment = {**({} if chosen else WAITING), **os.environ, "PYTHONUNBUFFERED": "1"}
     with log.open("ab") as output:
         process = subprocess.Popen(
@@ -55,7 +58,7 @@ def spawn(interpreter: str, config: dict[str, Any], log: Path) -> Process:
             stdout=output,
             stderr=output,
             env=environment,
-            # A session of its own, so that Ctrl-C in the daemon's terminal drains instead of killing what computes.
+            # In its own session, Ctrl-C in the daemon's terminal does not kill a worker that computes.
             start_new_session=True,
             creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
         )

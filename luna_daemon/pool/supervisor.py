@@ -1,4 +1,4 @@
-"""Back-off: how soon a worker whose start failed may be started again, and what callers are answered meanwhile."""
+"""Back-off: the delay after a failed start of a worker, and the error for callers during that delay."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..core import WorkerCrashed
 
 
 class Backoff:
-    """Doubling delays between starts that fail, from ``first_s`` up to ``most_s``; one success resets it."""
+    """Doubling delay between failed starts, from ``first_s`` up to ``most_s`` seconds; a success resets it."""
 
     def __init__(self, first_s: float = 0.5, most_s: float = 30.0, clock: Callable[[], float] = time.monotonic) -> None:
         self.first_s = first_s
@@ -20,14 +20,14 @@ class Backoff:
         self._until = 0.0
 
     def failed(self, why: str) -> None:
-        """Record a failed start, and why; doubles the delay."""
+        """Record a failed start and its reason, and double the delay."""
         delay = min(self.most_s, self.first_s * 2 ** min(self.failures, 30))
         self.failures += 1
         self.why = why
         self._until = self._clock() + delay
 
     def succeeded(self) -> None:
-        """Record that a worker became ready; the next failure waits the first delay again."""
+        """Record that a worker became ready, and reset the delay."""
         self.failures = 0
         self.why = ""
         self._until = 0.0

@@ -19,7 +19,7 @@ class Line(NamedTuple):
 
     length: int
     waited_s: float
-    """Waiting time of the oldest."""
+    """Waiting time of the oldest work, seconds."""
 
 
 class WorkQueue:
@@ -34,7 +34,7 @@ class WorkQueue:
         self._works: list[Work] = []
         self._waits: deque[float] = deque(maxlen=_RECENT)
         self._served: dict[int, float] = {}
-        """When each client was last given a worker."""
+        """Time when each client's work was last sent to a worker, by client."""
 
     def __len__(self) -> int:
         return len(self._works)
@@ -44,14 +44,14 @@ class WorkQueue:
 
     @property
     def average_wait_s(self) -> float:
-        """Mean waiting time of the last requests that were given to a worker."""
+        """Mean waiting time of the last 256 requests that were sent to a worker, seconds."""
         return sum(self._waits) / len(self._waits) if self._waits else 0.0
 
     def add(self, work: Work, limit: int) -> None:
         """Append work. In a full queue the client with most requests loses its last one to a client with fewer.
 
         Raises:
-            Busy: the queue is full, and the client of ``work`` has most in it.
+            Busy: the queue is full, and the client of ``work`` has most requests in it.
         """
         if len(self) >= limit:
             retry_s = max(0.1, self.average_wait_s)
@@ -63,11 +63,11 @@ class WorkQueue:
         self._works.append(work)
 
     def put_back(self, work: Work) -> None:
-        """Insert work that is tried again, before all that came later."""
+        """Insert work that is tried again, before all other work."""
         self._works.insert(0, work)
 
     def remove(self, work: Work) -> None:
-        """Remove work without answering it."""
+        """Remove work without answering its callers."""
         self._works.remove(work)
 
     def fail(self, works: Iterable[Work], error: LunaError) -> None:
@@ -85,20 +85,20 @@ class WorkQueue:
         return self._waits[-1]
 
     def forget(self, client: int) -> None:
-        """Drop what is known of a client that has disconnected."""
+        """Drop the record of a client that has disconnected."""
         self._served.pop(client, None)
 
     def in_order(self, running: Mapping[int, int]) -> list[Work]:
         """Return the work in the order to serve it.
 
         Args:
-            running: requests per client that are being computed.
+            running: number of requests that are being computed, per client.
         """
         pending = [(work.priority, work.client) for work in self]
         return [self._works[index] for index in policy.fair_order(pending, running, self._served)]
 
     def lines(self) -> dict[Hashable, Line]:
-        """Count the work of each model, and how long the oldest has waited."""
+        """Return the line of each model, by ``launch.same_place``."""
         now = self._clock()
         lines: dict[Hashable, Line] = {}
         for work in self:

@@ -16,7 +16,7 @@ from ..wire.messages import LoadSpec, TensorRef
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor and the memory it lies in."""
+    """A tensor's description and the memory that holds the tensor."""
 
     ref: TensorRef
     slot: Slot
@@ -30,7 +30,7 @@ def release(pieces: Iterable[Piece]) -> None:
 
 @dataclass(frozen=True)
 class PatchSet:
-    """A patch set and the memory its tensors lie in."""
+    """A patch set and the memory that holds its tensors."""
 
     name: str
     packed: Any
@@ -66,7 +66,7 @@ class Waiter(Protocol):
         """Answer with a result.
 
         Args:
-            shared: others use the outcome too, so its slots are copied; else the waiter takes them over.
+            shared: whether the outcome has other users, so that its slots must be copied; else the waiter owns them.
         """
         ...
 
@@ -77,7 +77,7 @@ class Waiter(Protocol):
 
 @dataclass(eq=False)
 class Work:
-    """One computation; has several waiters if clients asked for the same."""
+    """One computation, with several waiters if clients made equal requests."""
 
     op: str
     call: msgspec.Raw
@@ -109,11 +109,11 @@ class Work:
 
     @property
     def client(self) -> int:
-        """Number of the session that asked first; 0 if all have left."""
+        """Number of the first waiter's session; 0 without waiters."""
         return self.waiters[0].client if self.waiters else 0
 
     def widen(self, priority: int, deadline: float | None) -> None:
-        """Take over the more urgent priority and the later deadline, for another waiter that joins."""
+        """Adopt the more urgent priority and the later deadline when another waiter joins."""
         self.priority = min(self.priority, priority)
         self.deadline = None if self.deadline is None or deadline is None else max(self.deadline, deadline)
 

@@ -1,8 +1,8 @@
-"""What computes for a shell: the daemon's model, or the local one that steps in or takes over.
+"""Computation for a shell: by the daemon's model, or by a local model.
 
-One ``Backing`` belongs to one weightless network (the *skeleton*), which all clones of a shell share. Three things
-may happen to a call: the daemon answers; the daemon is away and the local model steps in for this call; or some code
-needed true weights, the skeleton took them over, and from then on it is an ordinary ComfyUI model.
+One ``Backing`` belongs to one weightless network (the *skeleton*), which all clones of a shell share. A call is
+computed in one of three ways: by the daemon; by the local model, for this call only, while the daemon is away; or by
+the skeleton itself, once some code needed the weights and they were loaded into the skeleton (*materialised*).
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Request:
     call: m.VaeEncode | m.VaeDecode | m.ClipEncode
     tensors: list[torch.Tensor]
     read: Callable[[Answer], Any]
-    """Makes of the daemon's answer what ComfyUI's own method returns."""
+    """Converts the daemon's answer to what ComfyUI's own method returns."""
     may_draw: bool = True
-    """Whether the call is taken to draw random numbers as long as no answer has told."""
+    """Whether to assume that the call draws random numbers, until a first answer reports whether it did."""
     patch_sets: Sequence[PatchSet] = ()
     """The weight patches that the call names."""
 
@@ -58,8 +58,8 @@ class Backing:
 
     Args:
         ref: the model in the daemon.
-        client: connection; the default one if ``None``.
-        source: a local model, or a callable that loads one: same class of object as the shell.
+        client: connection to the daemon; the default connection if ``None``.
+        source: the local ``VAE`` or ``CLIP``, or a callable that loads it.
         network_of: returns the network inside a local model.
         kind: how log lines name the shell: ``DaemonVAE`` or ``DaemonCLIP``.
     """
@@ -71,23 +71,23 @@ class Backing:
         self.kind = kind
         self.skeleton: Skeleton | None = None
         self.watch: Watch | None = None
-        """Notices what nodes set on the skeleton."""
+        """Detects attributes that nodes set on the skeleton."""
         self.local = False
-        """Whether the skeleton holds true weights: nothing goes to the daemon any more."""
+        """Whether the skeleton holds the weights: no call goes to the daemon any more."""
         self.fallback = Fallback(kind, source, client)
-        """The local model, and when it steps in."""
+        """Holds the local model, and decides when to use it instead of the daemon."""
         self._network_of = network_of
         self._lock = threading.RLock()
         self._device: str | None = None
-        """Where the daemon computes this model: ``cpu``, ``cuda:0`` ...; ``None`` until it was asked."""
+        """Where the daemon computes this model: ``cpu``, ``cuda:0`` ...; ``None`` until known."""
         self._counted = False
         self._warned: set[str] = set()
         self._draws: dict[tuple[type, bool], bool] = {}
-        """Per type of call, raw or not, whether the last one drew random numbers."""
+        """Whether the last call drew random numbers, by type of call and whether that call was raw."""
         self._current: Callable[[], Any] = lambda: None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Backing:
-        # A node that deep-copies a part of the network copies no connection and no lock.
+        # A node may deep-copy a part of the network; the connection and the lock cannot be copied.
         return self
 
     @property
@@ -97,7 +97,7 @@ class Backing:
 
     @property
     def current(self) -> Any:
-        """The patcher that was loaded last: ComfyUI's network has one state, and it is this patcher's."""
+        """The patcher that was loaded last: its patches and hooks are the state of the network."""
         return self._current()
 
     @current.setter
@@ -105,7 +105,7 @@ class Backing:
         self._current = weakref.ref(patcher)
 
     def hollow(self, network: Any, replaced: dict[str, Callable[..., Any]]) -> None:
-        """Stand behind a network on ``meta`` tensors: its compute is replaced, and it knows this object as ``luna``.
+        """Replace the compute of a network on ``meta`` tensors, and set this object as the network's ``luna``.
 
         Args:
             network: torch module.
@@ -119,20 +119,21 @@ class Backing:
     def compute(
         self, prepare: Callable[[], Request], local: Callable[[Any], Any], room_bytes: Callable[[], float] | None = None
     ) -> Any:
-        """Answer one call of the shell: free memory, ask the daemon, place its result; else the local model computes.
+        """Compute one call of the shell: in the daemon, else with the local model.
 
         Args:
-            prepare: makes the request; raises ``Unsendable`` for what only this process can compute with.
+            prepare: makes the request; raises ``Unsendable`` if the call holds something that cannot be sent.
             local: computes the same with the local model.
-            room_bytes: bytes that the call takes on its device; ``None`` frees nothing.
+            room_bytes: returns the bytes to free on a shared GPU before the call; ``None`` frees nothing.
 
         Returns:
-            What ComfyUI's own method would return; from the daemon on ComfyUI's device for intermediate results.
+            What ComfyUI's own method would return. The daemon's tensors are moved to ComfyUI's device for intermediate
+            results.
 
         Raises:
-            InterruptProcessingException: ComfyUI was interrupted while it waited.
-            OOM_EXCEPTION: ComfyUI's, when the daemon's device had no room.
-            LunaError: the daemon's error, where the local model may not step in.
+            InterruptProcessingException: ComfyUI was interrupted while waiting for the daemon.
+            OOM_EXCEPTION: ComfyUI's own exception, when the daemon's device ran out of memory.
+            LunaError: the daemon's error, where the local model may not be used instead.
         """
         memory = comfy("model_management")
 
@@ -156,7 +157,7 @@ class Backing:
             raise memory.OOM_EXCEPTION(str(error)) from error
 
     def _send_with_patches(self, request: Request) -> Answer:
-        """Send with the names of the patch sets; those that the daemon does not keep yet are uploaded first."""
+        """Send a request; if the daemon lacks one of its patch sets, upload the sets and send again."""
         try:
             return self._send_with_rng_state(request)
         except PatchMissing:
@@ -171,15 +172,16 @@ class Backing:
             try:
                 self.send(*patch_set.put())
             except LimitExceeded as error:
-                raise Unsendable(f"patches of this size are not taken: {error.message}") from error
+                raise Unsendable(f"the daemon does not accept patches of this size: {error.message}") from error
             except ModelError as error:
                 raise Unsendable(f"the daemon does not have the other CLIP of a merge: {error}") from error
 
     def _send_with_rng_state(self, request: Request) -> Answer:
-        """Send so that the daemon draws the random numbers that this process would have drawn; the next draw goes on.
+        """Send so that the daemon draws the random numbers that this process would have drawn.
 
-        The states of this process' generators go along as long as calls of this type draw. They keep identical
-        requests apart; but a call that draws without them has to be computed twice, the first time.
+        The states of this process' random generators are sent only while calls of this type draw, since they make
+        equal requests differ. A call that drew although no states were sent is sent again, with the states. The new
+        states are set here afterwards.
         """
         call, tensors = request.call, request.tensors
         variant = type(call), getattr(call, "raw", False)
@@ -198,16 +200,17 @@ class Backing:
         return answer
 
     def send(self, call: m.Call, tensors: Sequence[torch.Tensor] = ()) -> Answer:
-        """``Fallback.send`` with ComfyUI's progress bar, until ComfyUI is interrupted."""
+        """Call ``Fallback.send`` with ComfyUI's progress bar; cancel when ComfyUI is interrupted."""
         interrupted = comfy("model_management").processing_interrupted
         return self.fallback.send(call, tensors, ProgressBar(), interrupted)
 
-    # --- memory on a GPU that both use ---
+    # --- memory on a GPU that this process and the daemon share ---
 
     def _make_room(self, nbytes: Callable[[], float]) -> None:
-        """Free what a call needs where the daemon computes on a GPU of this process.
+        """Free the memory that a call needs, if the daemon computes on a GPU of this process.
 
-        A shell has size 0, so ComfyUI does not. On the calling thread: a ControlNet encodes in the middle of sampling.
+        ComfyUI does not free it, since a shell has size 0. Runs on the calling thread: a ControlNet may encode in the
+        middle of sampling.
         """
         memory = comfy("model_management")
         device = memory.get_torch_device()
@@ -223,31 +226,31 @@ class Backing:
             memory.soft_empty_cache()
 
     def _shares(self, device: Any) -> bool:
-        """Whether the daemon computes on this process' GPU; as far as is known without asking."""
+        """Whether the daemon is known to compute on a GPU of this process' type; asks nothing."""
         return bool(device.type != "cpu" and (self._device or "").partition(":")[0] == device.type)
 
     def _before_local(self, error: LunaError) -> None:
-        if not isinstance(error, DaemonConnectionError):  # away: asking again would only take time
+        if not isinstance(error, DaemonConnectionError):  # away: another request to the daemon would only take time
             self._unload_in_daemon()
 
     def _unload_in_daemon(self) -> None:
-        """Have the daemon unload the model from a GPU of this process, before the local one is loaded beside it."""
+        """Ask the daemon to unload the model from a shared GPU, before the local model is loaded there too."""
         if not self._shares(comfy("model_management").get_torch_device()):
             return
         loaded = self.fallback.loaded
         if loaded is not None and loaded.patcher.loaded_size() > 0:
-            return  # it is there already; other clients may want the daemon's
+            return  # the local model is on the GPU already; other clients may use the daemon's
         with contextlib.suppress(LunaError):
             self.client.unload(self.model)
 
-    # --- true weights ---
+    # --- weights in this process ---
 
     def materialise(self, why: str, load: bool = True) -> None:
-        """Put true weights into the skeleton, once: it computes by itself from now on.
+        """Load the weights into the skeleton, once: from now on the skeleton computes by itself.
 
         Args:
             why: what needs the weights, for the warning.
-            load: have ComfyUI load the current patcher, as code that runs a layer expects it to have happened.
+            load: whether ComfyUI then loads the current patcher, as code that runs a layer expects.
 
         Raises:
             ModelNotFound: there is no local model.
@@ -270,14 +273,14 @@ class Backing:
             comfy("model_management").load_models_gpu([patcher])
 
     def weight(self, key: str) -> torch.Tensor:
-        """One weight as the file has it, for code that reads single values; the shell stays a shell.
+        """Return one weight without patches, from the local model; the skeleton stays without weights.
 
         Args:
-            key: its name in the network's state dict.
+            key: the weight's name in the network's state dict.
         """
         with self._lock:
             if not self.local:
-                self.warn_once(f"the values of weights are read ({calling_line()}): the model is loaded here too")
+                self.warn_once(f"a node reads the values of weights ({calling_line()}): the model is loaded here too")
                 self._count_materialised()
                 entries = self.fallback.local_model().patcher.get_key_patches(filter_prefix=key)
                 return cast("torch.Tensor", entries[key][0][0].data)
@@ -285,7 +288,7 @@ class Backing:
         return cast("torch.Tensor", comfy("utils").get_attr(network, key).data)
 
     def _count_materialised(self) -> None:
-        """Report to the daemon, once, that true weights are here."""
+        """Report to the daemon, once, that this process has loaded the model's weights."""
         if not self._counted:
             self._counted = True
             self.client.count_materialised()
@@ -293,7 +296,7 @@ class Backing:
     # --- log ---
 
     def warn_once(self, text: str) -> None:
-        """Log a warning, unless this model has logged the same before."""
+        """Log a warning, unless this object has logged the same text before."""
         if text not in self._warned:
             self._warned.add(text)
             self._warn(text)
@@ -303,5 +306,5 @@ class Backing:
 
 
 def _drawn(answer: Answer) -> list[str]:
-    """The random generators that the daemon drew from."""
+    """Names of the random generators that the daemon drew from."""
     return list((answer.result or {}).get("drew") or ())

@@ -1,12 +1,12 @@
-"""Shells: ComfyUI's own VAE and CLIP objects without weights, whose compute is the daemon's.
+"""Build shells: ComfyUI's own VAE and CLIP objects without weights, whose calls the daemon computes.
 
-They are built from the headers of the files alone, by ComfyUI's own detection, in well under a second::
+ComfyUI's own model detection builds a shell from the headers of its safetensors files, in well under a second::
 
     vae = make_vae(["/models/vae/sdxl_vae.safetensors"])
     clip = make_clip(["/models/clip/clip_l.safetensors", "/models/clip/clip_g.safetensors"], "sdxl")
     clip, vae = make_from_checkpoint("/models/checkpoints/dream.safetensors")
 
-ComfyUI must be importable, which it is inside of ComfyUI; torch and ComfyUI are imported when a shell is made.
+Works only inside ComfyUI; torch and ComfyUI are imported when a shell is made.
 """
 
 from __future__ import annotations
@@ -30,21 +30,22 @@ Files = Sequence[Path | str]
 
 
 def make_vae(files: Files, client: DaemonClient | None = None, source: Any = None) -> Any:
-    """A ``DaemonVAE`` of a VAE's file, or of the two files of a TAESD.
+    """Make a ``DaemonVAE`` from a VAE's file, or from the two files of a TAESD.
 
     Args:
-        client: connection to use; the default one if ``None``.
-        source: the local model that may step in, or a callable that loads one; by default ComfyUI loads the files.
+        client: connection to the daemon; the default connection if ``None``.
+        source: the local model for when the daemon is away, or a callable that loads it; by default ComfyUI loads the
+            files.
 
     Raises:
         ModelNotFound: a file is missing.
-        ModelLoadError: broken, or no VAE that this ComfyUI knows.
+        ModelLoadError: a file is broken, or is not a VAE that this ComfyUI knows.
     """
     paths = [Path(file) for file in files]
     weights, metadata = joined([_weightless(path)[0] for path in paths], paths), None
     vae = _build(lambda state: comfy("sd").VAE(sd=state, metadata=metadata), weights, "first_stage_model")
     if vae.first_stage_model is None:
-        raise ModelLoadError(f"{_named(paths)}: no VAE that this ComfyUI knows")
+        raise ModelLoadError(f"{_named(paths)}: not a VAE that this ComfyUI knows")
     _fill(vae.first_stage_model, weights)
     ref = ModelRef(ModelKind.VAE.value, files=tuple(file_id(path) for path in paths))
     return shell_vae(vae, _vae_backing(ref, client, source or (lambda: _load_vae(paths))))
@@ -57,16 +58,16 @@ def make_clip(
     source: Any = None,
     embedding_directory: Any = None,
 ) -> Any:
-    """A ``DaemonCLIP`` of one to four text encoder files, in the loader's order.
+    """Make a ``DaemonCLIP`` from one to four text encoder files, in the order of ComfyUI's loader nodes.
 
     Args:
-        type: as ComfyUI's loader nodes call it: ``sdxl``, ``flux``, ``stable_diffusion`` ... Unknown is the last.
+        type: the type in ComfyUI's loader nodes: ``sdxl``, ``flux`` ...; an unknown type means ``stable_diffusion``.
         client, source: see ``make_vae``.
         embedding_directory: where the tokenizer looks for ``embedding:name``.
 
     Raises:
         ModelNotFound: a file is missing.
-        ModelLoadError: broken, or no text encoder that this ComfyUI knows.
+        ModelLoadError: a file is broken, or is not a text encoder that this ComfyUI knows.
     """
     paths = [Path(file) for file in files]
 
@@ -88,14 +89,14 @@ def make_from_checkpoint(
     embedding_directory: Any = None,
     source: Callable[[], tuple[Any, Any]] | None = None,
 ) -> tuple[Any, Any]:
-    """``(clip, vae)`` of a checkpoint that carries both; what it does not carry is ``None``.
+    """Make ``(clip, vae)`` from a checkpoint; ``None`` for a part that the checkpoint does not hold.
 
     Args:
-        source: loads both locally, as a pair in this order; by default ComfyUI does.
+        source: loads ``(clip, vae)`` into this process, for when the daemon is away; by default ComfyUI's loader.
 
     Raises:
         ModelNotFound: the file is missing.
-        ModelLoadError: broken, or no checkpoint that this ComfyUI knows.
+        ModelLoadError: the file is broken, or is not a checkpoint that this ComfyUI knows.
     """
     path = Path(path)
     weights, metadata = _weightless(path)
@@ -108,7 +109,7 @@ def make_from_checkpoint(
 
     found = _build(build, weights, "")
     if found is None:
-        raise ModelLoadError(f"{path}: no checkpoint that this ComfyUI knows")
+        raise ModelLoadError(f"{path}: not a checkpoint that this ComfyUI knows")
     _, clip, vae, *_ = found
     load = source or (lambda: load_local_checkpoint(path, embedding_directory))
     files = (file_id(path),)
@@ -131,13 +132,13 @@ def _on_meta() -> dict[str, Any]:
 
 
 def _clip_type(name: str) -> Any:
-    """As ComfyUI's loader nodes choose it."""
+    """Return the ``CLIPType`` that ComfyUI's loader nodes choose for a name."""
     types = comfy("sd").CLIPType
     return getattr(types, name.upper(), types.STABLE_DIFFUSION)
 
 
 def _weightless(path: Path) -> tuple[dict[str, Any], dict[str, str] | None]:
-    """A file's state dict without weights; other formats than safetensors are read, and let go again."""
+    """Read a file's state dict without weights, and its metadata; formats other than safetensors are read whole."""
     if path.suffix.lower() in (".safetensors", ".sft"):
         return weightless(path)
     file_id(path)
@@ -145,7 +146,7 @@ def _weightless(path: Path) -> tuple[dict[str, Any], dict[str, str] | None]:
         state, metadata = comfy("utils").load_torch_file(str(path), safe_load=True, return_metadata=True)
         emptied = {name: value if is_kept(name, value.numel()) else value.to("meta") for name, value in state.items()}
     except Exception as error:
-        # torch raises whatever the bytes make it stumble over.
+        # A broken file can make torch raise any exception.
         raise ModelLoadError(f"{path}: {type(error).__name__}: {error}") from error
     return emptied, metadata
 
@@ -153,19 +154,25 @@ def _weightless(path: Path) -> tuple[dict[str, Any], dict[str, str] | None]:
 def _build(make: Callable[[dict[str, Any]], Any], weights: dict[str, Any], network: str) -> Any:
     """Have ComfyUI build an object on meta tensors.
 
-    Some networks compute with values in their constructors, which meta tensors do not have. They are built on the CPU
-    from tensors without memory of their own, and emptied.
+    Some constructors compute with values, which meta tensors do not have. Such a network is built on the CPU from
+    tensors that take no memory, then moved to ``meta``.
+
+    Args:
+        network: name of the object's attribute that holds the network; empty if it must be built on ``meta``.
+
+    Raises:
+        ModelLoadError: the object cannot be built on ``meta``.
     """
     import torch
 
     try:
         with torch.device("meta"), warnings.catch_warnings():
-            # The few real tensors are copied into meta ones, which torch finds worth a warning each.
+            # torch warns of each real tensor that is copied into a meta tensor.
             warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
             return make(dict(weights))
     except (RuntimeError, NotImplementedError) as error:
         if not network:
-            raise ModelLoadError(f"it cannot be built without weights: {error}") from error
+            raise ModelLoadError(f"ComfyUI cannot build the model without weights: {error}") from error
     with torch.device("cpu"):
         made = make({name: _hollow(value) for name, value in weights.items()})
     if getattr(made, network) is not None:
@@ -174,7 +181,7 @@ def _build(make: Callable[[dict[str, Any]], Any], weights: dict[str, Any], netwo
 
 
 def _hollow(value: Any) -> Any:
-    """A tensor of the same shape on the CPU whose elements all share one place."""
+    """Return a CPU tensor of the same shape whose elements all share one memory location."""
     import torch
 
     if isinstance(value, dict):

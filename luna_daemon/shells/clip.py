@@ -1,8 +1,8 @@
-"""``DaemonCLIP`` inside ComfyUI: ComfyUI's own ``CLIP`` around text encoders without weights, computed by the daemon.
+"""``DaemonCLIP`` inside ComfyUI: ComfyUI's own ``CLIP`` without weights, whose calls the daemon computes.
 
-ComfyUI's ``CLIP`` code runs as it is, hook schedules included; only ``encode_token_weights`` of the whole and of each
-encoder is replaced. What they send is the state of the network as ComfyUI has set it: the options, and the patches and
-hooks of the patcher that was loaded last.
+ComfyUI's ``CLIP`` code runs unchanged, hook schedules included; only ``encode_token_weights`` is replaced, of
+``cond_stage_model`` (the *whole*) and of each encoder inside (a *part*). A request carries the tokens and the state of
+the network: the options, and the patches and hooks of the patcher that was loaded last.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     import torch
 
 _STATE = ("layer", "layer_idx", "return_projected_pooled")
-"""What ``set_clip_options`` of ComfyUI's encoders sets."""
+"""Attributes that ``set_clip_options`` of ComfyUI's encoders sets."""
 
 
 class CLIPShell:
-    """What differs from ``comfy.sd.CLIP``, which comes after it in the class' bases."""
+    """Methods that override those of ``comfy.sd.CLIP``, the other base class of ``DaemonCLIP``."""
 
     _stock: Any
     cond_stage_model: Any
@@ -42,41 +42,41 @@ class CLIPShell:
         return self
 
     def clone(self, *args: Any, **options: Any) -> Any:
-        """ComfyUI makes a plain ``CLIP`` of it; it stays a shell, or the first LoRA would end it."""
+        """Return a clone that is a ``DaemonCLIP`` too; ComfyUI's own method returns a plain ``CLIP``."""
         other = self._stock.clone(self, *args, **options)
         other.__class__ = type(self)
         return other
 
     def get_sd(self) -> Any:
-        """With patches applied, as ComfyUI's after ``load_model``."""
+        """Return the state dict with patches applied; loads the weights into this process."""
         self.patcher.luna.current = self.patcher
         self.materialize("the state dict is asked for")
         comfy("model_management").load_models_gpu([self.patcher], force_patch_weights=True)
         return self._stock.get_sd(self)
 
     def get_ram_usage(self) -> int:
-        """For ComfyUI's cache under memory pressure: nothing is gained by dropping a shell."""
+        """Return the bytes of the weights in this process; 0 for a shell, so ComfyUI's cache does not drop it."""
         return int(self.patcher.model_size())
 
     def materialize(self, why: str = "materialize() is called") -> Any:
-        """Load the true weights here, once; everything on these encoders is computed locally afterwards."""
+        """Load the weights into this process, once; this process computes all later calls. Return the object."""
         self.patcher.luna.materialise(why)
         return self
 
 
 class Encoders:
-    """The compute of a skeleton's text encoders.
+    """Replacement methods for a skeleton's text encoders, and the options set on them.
 
     Args:
         model: ``cond_stage_model`` on meta tensors.
-        backing: what stands behind it.
+        backing: computes the calls.
     """
 
     def __init__(self, model: Any, backing: Backing) -> None:
         self._model = weakref.ref(model)
         self._backing = backing
         self.options: dict[str, Any] = {}
-        """What the whole was given since its last reset."""
+        """Options that ``set_clip_options`` of the whole got since the last reset."""
         self.parts = [name for name, part in model.named_children() if hasattr(part, "encode_token_weights")]
         self._part_options: dict[str, dict[str, Any]] = {name: {} for name in self.parts}
 
@@ -89,24 +89,24 @@ class Encoders:
         return self._model()
 
     def methods(self) -> dict[str, Callable[..., Any]]:
-        """What is set on the skeleton, by dotted name."""
+        """Return the methods to replace on the skeleton, by dotted name."""
         alive = self._model
-        found: dict[str, Callable[..., Any]] = {
+        methods: dict[str, Callable[..., Any]] = {
             "encode_token_weights": self.encode,
             "set_clip_options": self.set_options,
             "reset_clip_options": self.reset_options,
             "to": lambda *args, **options: alive(),
         }
         for name in self.parts:
-            found[f"{name}.encode_token_weights"] = functools.partial(self.encode_part, name)
-            found[f"{name}.set_clip_options"] = functools.partial(self._set_part_options, name)
-            found[f"{name}.reset_clip_options"] = functools.partial(self._reset_part_options, name)
-        return found
+            methods[f"{name}.encode_token_weights"] = functools.partial(self.encode_part, name)
+            methods[f"{name}.set_clip_options"] = functools.partial(self._set_part_options, name)
+            methods[f"{name}.reset_clip_options"] = functools.partial(self._reset_part_options, name)
+        return methods
 
     # --- options ---
 
     def set_options(self, options: dict[str, Any]) -> Any:
-        """Note options for the next call, and set them on the network as ComfyUI does."""
+        """Record options for the next call, and set them on the network as ComfyUI does."""
         self.options.update(options)
         return type(self.model).set_clip_options(self.model, options)
 
@@ -129,10 +129,10 @@ class Encoders:
         return {name: [getattr(getattr(self.model, name), key, None) for key in _STATE] for name in self.parts}
 
     def _set_apart(self) -> bool:
-        """Whether a node has set one encoder's options by itself, so that the whole's do not tell its state."""
-        before, given, parts = self._state(), dict(self.options), {k: dict(v) for k, v in self._part_options.items()}
+        """Whether a node has set options of one part, so that the whole's options do not give that part's state."""
+        before, options, parts = self._state(), dict(self.options), {k: dict(v) for k, v in self._part_options.items()}
         self.reset_options()
-        self.set_options(given)
+        self.set_options(options)
         expected = self._state()
         for name, values in before.items():
             for key, value in zip(_STATE, values):
@@ -142,7 +142,7 @@ class Encoders:
         return before != expected
 
     def part_options(self, name: str) -> dict[str, Any]:
-        """Options that bring a fresh encoder into this one's state, whichever way it was set."""
+        """Return options that bring a fresh encoder into the present state of the encoder ``name``."""
         part = getattr(self.model, name)
         default = getattr(part, "options_default", None)
         if default is None or not all(hasattr(part, key) for key in _STATE):
@@ -157,15 +157,15 @@ class Encoders:
     # --- encoding ---
 
     def encode(self, tokens: Any) -> Any:
-        """``cond_stage_model.encode_token_weights``: ``(cond, pooled[, extra])``."""
+        """Replace ``cond_stage_model.encode_token_weights``; return ``(cond, pooled[, extra])``."""
         patcher = self._backing.current
         self._warn_of_overrides(patcher)
         if (patcher is not None and python_inside(patcher)) or self._set_apart():
-            # A node's code stands between whole and parts: ComfyUI's own code runs here, the parts in the daemon.
+            # A node changed how the whole uses its parts: run ComfyUI's code here, and only the parts in the daemon.
             return type(self.model).encode_token_weights(self.model, tokens)
         options = dict(self.options)
         unprojected = options.pop("projected_pooled", None) is False
-        # Newer ComfyUI has lists of layers; and no layer at all is not the same as none given.
+        # A list of layers (newer ComfyUI) and an explicit ``None`` are sent in ``options``.
         layer = options.pop("layer") if isinstance(options.get("layer"), int) else None
         call = m.ClipEncode(self._backing.model, layer=layer, unprojected=unprojected, options=_plain_options(options))
 
@@ -176,7 +176,7 @@ class Encoders:
         return self._compute(call, tokens, patcher, outcome, dict(self.options))
 
     def encode_part(self, name: str, tokens: Any) -> Any:
-        """``cond_stage_model.<name>.encode_token_weights``: ``(cond, pooled[, extra])`` of one encoder."""
+        """Replace ``cond_stage_model.<name>.encode_token_weights``; return ``(cond, pooled[, extra])``."""
         options = self.part_options(name)
         call = m.ClipEncode(self._backing.model, part=name, options=options)
         return self._compute(call, tokens, self._backing.current, lambda outputs: tuple(outputs["out"]), options)
@@ -187,8 +187,8 @@ class Encoders:
         """Encode in the daemon, with the patches of ``patcher``; else with the local model in the same state.
 
         Args:
-            outcome: makes of the worker's named outputs what the encoder's own method returns.
-            options: what the encoder's ``set_clip_options`` was given.
+            outcome: converts the worker's named outputs to what the encoder's own method returns.
+            options: the arguments of the encoder's ``set_clip_options``, for the local model.
         """
 
         def prepare() -> Request:
@@ -210,11 +210,11 @@ class Encoders:
     def _warn_of_overrides(self, patcher: Any) -> None:
         options = getattr(patcher, "model_options", None) or {}
         if "optimized_attention_override" in options.get("transformer_options", {}):
-            self._backing.warn_once("a node's own attention function cannot be sent, and is left out")
+            self._backing.warn_once("a node's own attention function cannot be sent: the text is encoded without it")
 
 
 def _encode_locally(clip: Any, part: str, tokens: Any, patcher: Any, options: dict[str, Any]) -> Any:
-    """The same from a local ``CLIP``: a clone of its patcher gets the shell's patches, hooks and options."""
+    """Encode with a local ``CLIP``, in the shell's state: a clone of its patcher gets the patches and hooks."""
     memory, model = comfy("model_management"), clip.cond_stage_model
     mirror = clip.patcher.clone()
     if patcher is not None:
@@ -234,7 +234,7 @@ def _encode_locally(clip: Any, part: str, tokens: Any, patcher: Any, options: di
 
 
 def _packed(tokens: Any, tensors: list[torch.Tensor]) -> Any:
-    """Tokens as plain data; their embeddings are appended to ``tensors``.
+    """Pack tokens as plain data; embeddings among the tokens are appended to ``tensors``.
 
     Raises:
         Unsendable: the tokens hold an object of a custom node.
@@ -246,7 +246,7 @@ def _packed(tokens: Any, tensors: list[torch.Tensor]) -> Any:
 
 
 def _own_tokens(tokens: Any) -> Any:
-    """Tokens as they travel: numbers become Python's own; word ids, which the encoders ignore, stay here."""
+    """Convert numbers in tokens to Python's own types, and drop word ids, which the encoders ignore."""
     if isinstance(tokens, dict):
         return {key: _own_tokens(value) for key, value in tokens.items()}
     if isinstance(tokens, list):
@@ -262,14 +262,14 @@ def _own_tokens(tokens: Any) -> Any:
 
 
 def _plain_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Without devices and the like, which are the worker's own business."""
+    """Return the options of plain types; the worker sets devices and the like itself."""
     plain = (bool, int, float, str, list, type(None))
     return {key: value for key, value in options.items() if isinstance(value, plain)}
 
 
 @functools.cache
 def clip_class() -> Any:
-    """``comfy.sd.CLIP`` of the running ComfyUI, as a shell has it."""
+    """Return the class ``DaemonCLIP``, derived from the running ComfyUI's ``CLIP``."""
     stock = comfy("sd").CLIP
     return type("DaemonCLIP", (CLIPShell, stock), {"_stock": stock, "__doc__": __doc__})
 

@@ -12,22 +12,22 @@ from ..comfyui.flags import rendered
 from ..wire.messages import ComfyId, Progress
 
 _NOT_CALLERS = ("luna_daemon.", "comfy.", "torch.")
-"""Modules between a node and a shell: a warning names the node."""
+"""Modules that ``calling_line`` skips, so that a warning names the node."""
 
 
 def comfy(name: str) -> Any:
-    """A module of the ComfyUI in this process, imported at the call: ``comfy("sd")`` is ``comfy.sd``."""
+    """Import and return a module of ComfyUI: ``comfy("sd")`` is ``comfy.sd``."""
     return importlib.import_module(f"comfy.{name}")
 
 
 def running_comfyui() -> ComfyId:
-    """The ComfyUI in this process, so that the daemon can compute with the same code and flags."""
+    """Describe the ComfyUI in this process, so that the daemon can compute with the same code and flags."""
     import torch
 
     cli = comfy("cli_args")
     try:
         version = str(importlib.import_module("comfyui_version").__version__)
-    except (ImportError, AttributeError):  # older than its first release with a version
+    except (ImportError, AttributeError):  # releases before ``comfyui_version`` existed
         version = ""
     root = Path(cli.__file__).resolve().parents[1]
     return ComfyId(str(root), sys.executable, version, str(torch.__version__), rendered(cli.args))
@@ -48,7 +48,7 @@ class ProgressBar:
 
 
 def calling_line() -> str:
-    """``module:line`` of the innermost caller outside of ComfyUI, torch and this package."""
+    """Return ``module:line`` of the innermost caller outside ComfyUI, torch and this package."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         module = str(frame.f_globals.get("__name__", ""))
@@ -59,7 +59,7 @@ def calling_line() -> str:
 
 
 def forget_loaded(patcher: Any) -> None:
-    """Take a model off ComfyUI's list of loaded models: each entry keeps the device and size of its first load."""
+    """Remove a model from ComfyUI's list of loaded models, whose entry keeps the device and size of the first load."""
     loaded = comfy("model_management").current_loaded_models
     for entry in list(loaded):
         if entry.model is not None and patcher.is_clone(entry.model):
@@ -69,7 +69,7 @@ def forget_loaded(patcher: Any) -> None:
 
 
 def placed(value: Any) -> Any:
-    """The same nested result with its tensors on the device where ComfyUI keeps intermediate results."""
+    """Return a nested result with its tensors on ComfyUI's device for intermediate results."""
     if isinstance(value, dict):
         return {key: placed(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

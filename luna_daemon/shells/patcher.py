@@ -1,8 +1,8 @@
-"""The patcher of a shell: ComfyUI's own, whose loads do nothing and whose size is 0.
+"""The patcher of a shell: ComfyUI's ``ModelPatcher`` with size 0, whose loads do nothing.
 
-ComfyUI may load, unload, clone and patch it like any other; it would crash on ``meta`` tensors, and evict the diffusion
-model to make room for weights that are not there. Once the network has true weights (``Backing.local``), every method
-is ComfyUI's again.
+ComfyUI may load, unload, clone and patch a shell like any other model. Its own ``ModelPatcher`` would crash on ``meta``
+tensors, and evict the diffusion model to make room for weights that are not there. Once the network has weights
+(``Backing.local``), every method is ComfyUI's again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _HARMLESS_OBJECTS = frozenset({"manual_cast_dtype"})
 
 
 class PatcherShell:
-    """What differs from ``ModelPatcher``, which comes after it in the class' bases."""
+    """Methods that override those of ``ModelPatcher``, the other base class of ``DaemonPatcher``."""
 
     _stock: Any
     model: Any
@@ -33,13 +33,13 @@ class PatcherShell:
 
     @property
     def luna(self) -> Backing:
-        """What computes for the shell."""
+        """The backing that computes the shell's calls."""
         backing: Backing = self.model.luna
         return backing
 
     @property
     def load_device(self) -> Any:
-        """The CPU as long as there is nothing to load: on a GPU ComfyUI would make room first."""
+        """The CPU as long as there are no weights to load: for a GPU, ComfyUI would free memory first."""
         import torch
 
         return self.__dict__["load_device"] if self.luna.local else torch.device("cpu")
@@ -49,7 +49,7 @@ class PatcherShell:
         self.__dict__["load_device"] = device
 
     def clone(self, *args: Any, **options: Any) -> Any:
-        """A clone with the same patches, which remembers the device that the weights belong on."""
+        """Return a clone with the same patches and the same device for the weights."""
         other = self._stock.clone(self, *args, **options)
         other.__dict__["load_device"] = self.__dict__["load_device"]
         other.luna_sets = list(self.sets)
@@ -58,23 +58,23 @@ class PatcherShell:
     # --- size and loading ---
 
     def model_size(self) -> int:
-        """Bytes of the weights; 0 as long as there are none, so that nothing is evicted for them."""
+        """Return the bytes of the weights; 0 without weights, so that ComfyUI evicts nothing for a shell."""
         return int(self._stock.model_size(self)) if self.luna.local else 0
 
     def loaded_size(self) -> int:
-        """Bytes of the weights on the device; 0 as long as there are none."""
+        """Return the bytes of the weights on the device; 0 without weights."""
         return int(self._stock.loaded_size(self)) if self.luna.local else 0
 
     def lowvram_patch_counter(self) -> int:
-        """Weights that are patched when they are used; 0 as long as there are none."""
+        """Return the number of weights that are patched at each use; 0 without weights."""
         return int(self._stock.lowvram_patch_counter(self)) if self.luna.local else 0
 
     def get_ram_usage(self) -> int:
-        """Bytes in RAM, for ComfyUI's cache under memory pressure."""
+        """Return the bytes in RAM, for ComfyUI's cache under memory pressure."""
         return self.model_size()
 
     def load(self, *args: Any, **options: Any) -> Any:
-        """Load the weights; without weights, note whose patches and hooks hold now."""
+        """Load the weights; without weights, only become the backing's current patcher."""
         if self.luna.local:
             return self._stock.load(self, *args, **options)
         self.luna.current = self
@@ -82,10 +82,10 @@ class PatcherShell:
         return None
 
     def patch_model(self, *args: Any, **options: Any) -> Any:
-        """Patch the network; without weights, only put in the objects of nodes."""
+        """Patch the network; without weights, only set the objects that nodes put into it."""
         if self.luna.local:
             return self._stock.patch_model(self, *args, **options)
-        # Objects that nodes put into the network are put there: it may be their code that calls the encoders.
+        # Such an object may be the code that calls the encoders.
         options.pop("load_weights", None)
         self._stock.patch_model(self, *args[:2], load_weights=False)
         self.load()
@@ -98,11 +98,11 @@ class PatcherShell:
         return self._stock.unpatch_model(self, None, unpatch_weights=False)
 
     def partially_load(self, device_to: Any, extra_memory: Any = 0, force_patch_weights: bool = False) -> Any:
-        """Load as much as fits; without weights, nothing."""
+        """Load as much as fits, and return the bytes loaded; 0 without weights."""
         if not self.luna.local and force_patch_weights:
-            # Somebody is about to read patched weights: CLIPSave, LoRA extraction.
+            # A node is about to read patched weights: CLIPSave, LoRA extraction.
             self.luna.current = self
-            self.luna.materialise("patched weights are asked for", load=False)
+            self.luna.materialise("a node reads patched weights", load=False)
         if self.luna.local:
             self._correct_device()
             return self._stock.partially_load(
@@ -113,19 +113,19 @@ class PatcherShell:
         return 0
 
     def _correct_device(self) -> None:
-        """ComfyUI noted the CPU for a shell; with weights it is the device that they belong on."""
+        """Set the device in ComfyUI's list of loaded models, which recorded the CPU for the shell."""
         for entry in comfy("model_management").current_loaded_models:
             if entry.model is self:
                 entry.device = self.load_device
 
     def partially_unload(self, *args: Any, **options: Any) -> Any:
-        """Free memory of the device; returns the bytes freed."""
+        """Free memory of the device; return the bytes freed."""
         return self._stock.partially_unload(self, *args, **options) if self.luna.local else 0
 
-    # --- hooks: remembered, and sent with each call ---
+    # --- hooks: recorded, and sent with each call ---
 
     def patch_hooks(self, hooks: Any) -> None:
-        """Apply hooks to the weights; without weights, remember them for the next call."""
+        """Apply hooks to the weights; without weights, record the hooks for the next call."""
         if self.luna.local:
             self._stock.patch_hooks(self, hooks)
         else:
@@ -142,36 +142,36 @@ class PatcherShell:
 
     @property
     def sets(self) -> list[PatchSet]:
-        """The patches as they were added, one set per call; grouped anew if a node edited ``patches`` itself."""
+        """The patches, one set per ``add_patches`` call; grouped again if a node edited ``patches`` directly."""
         sets: list[PatchSet] = self.__dict__.setdefault("luna_sets", [])
         if not matches(sets, self.patches):
             sets[:] = group(self.patches)
         return sets
 
     def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> list[Any]:
-        """Add weight patches; returns the keys that the network has."""
+        """Add weight patches; return the keys that the network has."""
         accepted: list[Any] = self._stock.add_patches(self, patches, strength_patch, strength_model)
         known = set(accepted)
-        taken = {key: value for key, value in patches.items() if key in known}
-        if taken:
+        added = {key: value for key, value in patches.items() if key in known}
+        if added:
             sets = self.__dict__.setdefault("luna_sets", [])
-            append(sets, PatchSet(taken, strength_patch, strength_model, single=len(taken) == 1))
+            append(sets, PatchSet(added, strength_patch, strength_model, single=len(added) == 1))
         return accepted
 
     def uses(self) -> tuple[list[PatchUse], list[PatchUse], list[PatchSet]]:
-        """What a request names: patches, hook patches with the strengths of this moment, and all their sets."""
+        """Return what a request names: patches, hook patches at their present strengths, and the sets of both."""
         sets = list(self.sets)
-        patches = [one.use() for one in sets]
+        patches = [patch_set.use() for patch_set in sets]
         hooks: list[PatchUse] = []
         for hook in getattr(self.current_hooks, "hooks", ()):
             strength = 1.0 if math.isclose(hook.strength, 1.0) else float(hook.strength)
-            for one in self._hook_sets(hook.hook_ref):
-                hooks.append(one.use(strength))
-                sets.append(one)
+            for patch_set in self._hook_sets(hook.hook_ref):
+                hooks.append(patch_set.use(strength))
+                sets.append(patch_set)
         return patches, hooks, sets
 
     def _hook_sets(self, hook_ref: Any) -> list[PatchSet]:
-        """A hook's patches as sets, kept: a schedule asks for them at each keyframe."""
+        """Return a hook's patches as sets; cached, since a schedule needs them at each keyframe."""
         patches = self.hook_patches.get(hook_ref, {})
         kept: dict[Any, list[PatchSet]] = self.__dict__.setdefault("luna_hook_sets", {})
         if hook_ref not in kept or not matches(kept[hook_ref], patches):
@@ -179,66 +179,66 @@ class PatcherShell:
         return kept[hook_ref]
 
     def get_key_patches(self, *args: Any, **options: Any) -> dict[str, list[Any]]:
-        """Weights and their patches by key; weights that are not here are fetched when they are read."""
-        found: dict[str, list[Any]] = self._stock.get_key_patches(self, *args, **options)
+        """Return weights and their patches by key; without weights, a weight is loaded when its values are read."""
+        by_key: dict[str, list[Any]] = self._stock.get_key_patches(self, *args, **options)
         if self.luna.local:
-            return found
+            return by_key
         return {
             key: [(_weight_ref(entries[0][0], self.luna, key), entries[0][1]), *entries[1:]]
-            for key, entries in found.items()
+            for key, entries in by_key.items()
         }
 
     def model_state_dict(self, *args: Any, **options: Any) -> Any:
-        """The network's state dict; weights that are not here are fetched when they are read."""
-        found = self._stock.model_state_dict(self, *args, **options)
+        """Return the network's state dict; without weights, a weight is loaded when its values are read."""
+        state = self._stock.model_state_dict(self, *args, **options)
         if self.luna.local:
-            return found
-        return {key: _weight_ref(value, self.luna, key) for key, value in found.items()}
+            return state
+        return {key: _weight_ref(value, self.luna, key) for key, value in state.items()}
 
 
 def python_inside(patcher: Any) -> list[str]:
-    """Names of objects that nodes put into the network by this patcher: code that cannot be sent."""
+    """Return the names of objects that nodes put into the network: code that cannot be sent."""
     return [name for name in patcher.object_patches if name not in _HARMLESS_OBJECTS]
 
 
 @functools.cache
 def patcher_class() -> Any:
-    """``ModelPatcher`` of the running ComfyUI, as a shell has it."""
+    """Return the class ``DaemonPatcher``, derived from the running ComfyUI's ``ModelPatcher``."""
     stock = comfy("model_patcher").ModelPatcher
     return type("DaemonPatcher", (PatcherShell, stock), {"_stock": stock})
 
 
 @functools.cache
 def _ref_class() -> Any:
-    """A ``meta`` tensor that knows whose weight it stands for, and fetches it as soon as somebody computes with it."""
+    """Return the class of ``meta`` tensors that stand for a weight and load it for the first computation."""
     import torch
 
-    # Of a meta tensor these are known without the weight.
+    # A meta tensor answers these without the weight.
     kind: Any = torch.Tensor
-    facts = {getattr(kind, name).__get__ for name in ("shape", "dtype", "device", "is_meta", "ndim", "layout")}
-    facts |= {kind.size, kind.dim, kind.numel, kind.nelement, kind.element_size, kind.is_floating_point}
+    attributes = {getattr(kind, name).__get__ for name in ("shape", "dtype", "device", "is_meta", "ndim", "layout")}
+    attributes |= {kind.size, kind.dim, kind.numel, kind.nelement, kind.element_size, kind.is_floating_point}
 
     class WeightRef(torch.Tensor):
-        """Stands for ``luna_key`` of the model behind ``luna``."""
+        """Stands for the weight ``luna_key`` of the model behind ``luna``."""
 
         luna: Backing
         luna_key: str
 
         @classmethod
         def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func in facts:
+            if func in attributes:
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **(kwargs or {}))
-            real = [_true(value) for value in args]
-            return func(*real, **{name: _true(value) for name, value in (kwargs or {}).items()})
+            values = [_real(value) for value in args]
+            return func(*values, **{name: _real(value) for name, value in (kwargs or {}).items()})
 
     return WeightRef
 
 
-def _true(value: Any) -> Any:
-    """The weight that a reference stands for; anything else is itself."""
+def _real(value: Any) -> Any:
+    """Return the weight that a reference stands for; any other value as it is."""
     if isinstance(value, (list, tuple)):
-        return type(value)(_true(item) for item in value)
+        return type(value)(_real(item) for item in value)
     if not isinstance(value, _ref_class()):
         return value
     backing: Backing = value.luna

@@ -1,4 +1,4 @@
-"""A network of ComfyUI without weights: its compute goes elsewhere until the weights of an equal network move in."""
+"""A ComfyUI network without weights, whose methods are replaced until weights are loaded into it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ..core import ModelError
 
 
 class Skeleton:
-    """A weightless ComfyUI network whose compute is replaced, and the way back.
+    """Replace the methods of a weightless network; ``adopt`` restores them and puts weights in.
 
     Args:
         network: torch module on ``meta`` tensors.
-        replaced: methods by dotted name (``decode``, ``clip_l.encode_token_weights``), set on the instances.
-        needs_weights: called with the reason before a layer runs by itself; puts weights into the network
-            (``adopt``). Held weakly: a network with weights should be freed as soon as nobody uses it.
+        replaced: new methods by dotted name (``decode``, ``clip_l.encode_token_weights``), set on the instances.
+        needs_weights: called with the reason before a layer runs by itself; must call ``adopt``. Held weakly, so that
+            an unused network with weights is freed at once.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class Skeleton:
             owner, _, attribute = name.rpartition(".")
             setattr(network.get_submodule(owner), attribute, method)
         self._needs_weights = weakref.WeakMethod(needs_weights)
-        # A node that runs a layer by itself gets true weights: they are put into these very modules just before.
+        # A node may run a layer by itself, so each layer loads the weights just before it runs.
         self._hooks = [module.register_forward_pre_hook(self._before_layer) for module in network.modules()]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Skeleton:
@@ -45,12 +45,15 @@ class Skeleton:
             needs_weights(f"{type(module).__name__} runs")
         if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
             raise ModelError(
-                f"a copy of {type(module).__name__} was made before its weights were loaded",
+                f"{type(module).__name__} was copied before its weights were loaded",
                 "Call materialize() on the DaemonVAE or DaemonCLIP first, or load it with ComfyUI's own loader",
             )
 
     def adopt(self, real: Any) -> None:
-        """Take over the tensors of an equal network with weights, and its compute; the modules stay the same objects.
+        """Restore the replaced methods and use the tensors of ``real``; the modules stay the same objects.
+
+        Args:
+            real: a network of the same structure, with weights.
 
         Raises:
             ModelError: ``real`` lacks a layer of this network.
@@ -65,7 +68,8 @@ class Skeleton:
         for name, module in network.named_modules():
             if name not in sources:
                 raise ModelError(
-                    f"the local model has no layer {name!r}: it is of another family", "Give the same model"
+                    f"the local model has no layer {name!r}: it is of another family",
+                    "Load the same model locally as in the daemon",
                 )
             source = sources[name]
             module._parameters.update(source._parameters)

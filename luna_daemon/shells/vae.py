@@ -1,4 +1,4 @@
-"""``DaemonVAE`` inside ComfyUI: ComfyUI's own ``VAE`` around a network without weights, computed by the daemon."""
+"""``DaemonVAE`` inside ComfyUI: ComfyUI's own ``VAE`` without weights, whose calls the daemon computes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
 
 class VAEShell:
-    """What differs from ``comfy.sd.VAE``, which comes after it in the class' bases.
+    """Methods that override those of ``comfy.sd.VAE``, the other base class of ``DaemonVAE``.
 
-    Scalars, ratios, memory estimates and ``process_*`` are ComfyUI's own. ``copy.copy`` gives an independent object on
-    the same network, as ComfyUI's; a deep copy is the shell itself: nodes deep-copy model options that hold a VAE.
+    Scalars, ratios, memory estimates and ``process_*`` are ComfyUI's own. ``copy.copy`` returns an independent object
+    on the same network, as with ComfyUI's ``VAE``. ``copy.deepcopy`` returns the shell itself, since nodes deep-copy
+    model options that hold a VAE.
     """
 
     _stock: Any
@@ -38,14 +39,14 @@ class VAEShell:
         return self
 
     def encode(self, pixel_samples: torch.Tensor, *args: Any, **options: Any) -> Any:
-        """Pixels ``[B,H,W,C]`` float32 in 0..1 to latents ``[B,C,h,w]``, as ``comfy.sd.VAE.encode``."""
+        """Encode pixels ``[B,H,W,C]`` float32 in 0..1 to latents ``[B,C,h,w]``, as ``comfy.sd.VAE.encode``."""
         state = self._state()
         if state is None or args or options:
             return self._stock.encode(self, pixel_samples, *args, **options)
         return self._encode(state, None, pixel_samples, lambda vae: vae.encode(pixel_samples))
 
     def encode_tiled(self, pixel_samples: torch.Tensor, *args: Any, **options: Any) -> Any:
-        """``encode`` in tiles, with the arguments of ``comfy.sd.VAE.encode_tiled``; sizes in pixels."""
+        """Encode in tiles, with the arguments of ``comfy.sd.VAE.encode_tiled``; sizes in pixels."""
         state = self._state()
         if state is None:
             return self._stock.encode_tiled(self, pixel_samples, *args, **options)
@@ -53,15 +54,15 @@ class VAEShell:
         return self._encode(state, m.Tiling(*args, **options), pixel_samples, local)
 
     def decode(self, samples_in: torch.Tensor, vae_options: dict[str, Any] | None = None, **options: Any) -> Any:
-        """Latents ``[B,C,h,w]`` to pixels ``[B,H,W,C]`` float32 in 0..1, as ``comfy.sd.VAE.decode``."""
+        """Decode latents ``[B,C,h,w]`` to pixels ``[B,H,W,C]`` float32 in 0..1, as ``comfy.sd.VAE.decode``."""
         state = self._state()
-        given: dict[str, Any] = {} if vae_options is None else {"vae_options": vae_options}
+        extra: dict[str, Any] = {} if vae_options is None else {"vae_options": vae_options}
         if state is None or options:
-            return self._stock.decode(self, samples_in, **given, **options)
-        return self._decode(state, None, vae_options, samples_in, lambda vae: vae.decode(samples_in, **given))
+            return self._stock.decode(self, samples_in, **extra, **options)
+        return self._decode(state, None, vae_options, samples_in, lambda vae: vae.decode(samples_in, **extra))
 
     def decode_tiled(self, samples: torch.Tensor, *args: Any, **options: Any) -> Any:
-        """``decode`` in tiles, with the arguments of ``comfy.sd.VAE.decode_tiled``; sizes in latent units."""
+        """Decode in tiles, with the arguments of ``comfy.sd.VAE.decode_tiled``; sizes in latent units."""
         state = self._state()
         if state is None:
             return self._stock.decode_tiled(self, samples, *args, **options)
@@ -69,18 +70,18 @@ class VAEShell:
         return self._decode(state, m.Tiling(*args, **options), None, samples, local)
 
     def get_sd(self) -> Any:
-        """The state dict, for which the true weights are loaded here."""
+        """Return the state dict; loads the weights into this process."""
         self.materialize("the state dict is asked for")
         return self._stock.get_sd(self)
 
     def get_ram_usage(self) -> int:
-        """For ComfyUI's cache under memory pressure: nothing is gained by dropping a shell."""
+        """Return the bytes of the weights in this process; 0 for a shell, so ComfyUI's cache does not drop it."""
         return int(self.patcher.model_size())
 
     model_size = get_ram_usage
 
     def materialize(self, why: str = "materialize() is called") -> Any:
-        """Load the true weights here, once; everything on this network is computed locally afterwards."""
+        """Load the weights into this process, once; this process computes all later calls. Return the object."""
         backing = getattr(self.first_stage_model, "luna", None)
         if backing is not None:
             backing.materialise(why)
@@ -114,7 +115,7 @@ class VAEShell:
 
 
 class _State(NamedTuple):
-    """What computes for a network, and the plain attributes that nodes have set on its layers."""
+    """The backing of a network, and the plain attributes that nodes have set on its layers."""
 
     backing: Backing
     attributes: dict[str, dict[str, Any]]
@@ -126,7 +127,7 @@ class _State(NamedTuple):
         local: Callable[[Any], torch.Tensor],
         room_bytes: Callable[[], float] | None = None,
     ) -> torch.Tensor:
-        """``Backing.compute`` with one tensor in and one out; the local model gets the same attributes for the call."""
+        """Call ``Backing.compute`` with one tensor; a local model has the same attributes set for the call."""
 
         def with_attributes(vae: Any) -> torch.Tensor:
             with attributes_set(vae.first_stage_model, unpack(self.attributes, [])):
@@ -139,9 +140,9 @@ class _State(NamedTuple):
 
 
 def _state_of(network: Any, patcher: Any) -> _State | None:
-    """``None`` if ComfyUI is to compute by itself: a node changed the network in a way that cannot be sent.
+    """Return the state to send; ``None`` if the network now has weights and ComfyUI is to compute by itself.
 
-    The network has its weights then.
+    Loads the weights if a node changed the network in a way that cannot be sent.
     """
     backing: Backing | None = getattr(network, "luna", None)
     if backing is None or backing.local or backing.watch is None:
@@ -156,10 +157,10 @@ def _state_of(network: Any, patcher: Any) -> _State | None:
 
 
 def _plain(options: dict[str, Any] | None) -> dict[str, Any]:
-    """``vae_options`` as they travel.
+    """Pack ``vae_options`` for sending.
 
     Raises:
-        Unsendable: something other than plain values.
+        Unsendable: an option is not a plain value.
     """
     try:
         tensors: list[Any] = []
@@ -172,13 +173,13 @@ def _plain(options: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _channels_first(pixels: torch.Tensor) -> tuple[int, ...]:
-    """The shape that ComfyUI's memory estimates are about; frames without a batch are one video."""
+    """Return the shape that ComfyUI's memory estimates expect: channels second, and one frame if not a video."""
     shape = (pixels.shape[0], pixels.shape[-1], *pixels.shape[1:-1])
     return shape if len(shape) != 4 else (*shape, 1)
 
 
 def _raw(name: str, network: Any) -> Callable[..., Any]:
-    """``first_stage_model.encode`` or ``decode``: the network alone, as nodes call it that slice by themselves."""
+    """Make ``first_stage_model.encode`` or ``decode``, which nodes call that cut tiles by themselves."""
     kind = m.VaeEncode if name == "encode" else m.VaeDecode
     alive = weakref.ref(network)
 
@@ -197,7 +198,7 @@ def _raw(name: str, network: Any) -> Callable[..., Any]:
             comfy("model_management").load_models_gpu([vae.patcher])
             return getattr(vae.first_stage_model, name)(tensor.to(vae.vae_dtype).to(vae.device), *args, **options)
 
-        # As the network itself would answer: in its own dtype, beside its input.
+        # The network itself would return its own dtype, on the device of its input.
         return state.compute(call, tensor, local).to(device=tensor.device, dtype=next(network.parameters()).dtype)
 
     return compute
@@ -205,7 +206,7 @@ def _raw(name: str, network: Any) -> Callable[..., Any]:
 
 @functools.cache
 def vae_class() -> Any:
-    """``comfy.sd.VAE`` of the running ComfyUI, as a shell has it."""
+    """Return the class ``DaemonVAE``, derived from the running ComfyUI's ``VAE``."""
     stock = comfy("sd").VAE
     return type("DaemonVAE", (VAEShell, stock), {"_stock": stock, "__doc__": __doc__})
 

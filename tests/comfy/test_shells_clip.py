@@ -359,7 +359,7 @@ def test_a_local_merge_reads_the_shells_weights(stock, clip, local_clip, daemon,
                 first.add_patches({key: entries}, 0.25, 0.7)
         results.append(first.encode("a cat"))
     assert same(stock, *results) and daemon.materialised == 1 and not daemon.calls
-    assert caplog.text.count("the values of weights are read") == 1
+    assert caplog.text.count("a node reads the values of weights") == 1
 
 
 def test_a_merge_with_a_model_that_the_daemon_refuses(stock, clip, local_clip, clip_l, daemon, monkeypatch, caplog):

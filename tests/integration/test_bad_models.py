@@ -168,7 +168,7 @@ def test_pixels_that_do_not_fit(daemon, shape):
 @pytest.mark.parametrize("count", [0, 2])
 def test_how_many_tensors(daemon, count):
     """A decode takes one tensor."""
-    with pytest.raises(BadRequest, match=f"{count} came"):
+    with pytest.raises(BadRequest, match=f"{count} were sent"):
         call = m.VaeDecode(m.ModelRef("vae", name="demo"))
         daemon.client().call(call, [torch.zeros(1, 16, 4, 4)] * count)
 

@@ -142,7 +142,7 @@ def test_a_tensor_that_cannot_be_seen():
     """Shared memory of another container: the caller is told, nothing is read."""
     worker = new_worker()
     worker._serve(Echo(), job(tensors=[m.TensorRef("uint8", (4,), 4, 0, 3, "seg")]), memoryview(b""))
-    assert worker.channel.message.code == "bad_request" and "cannot see" in worker.channel.message.message
+    assert worker.channel.message.code == "bad_request" and "cannot use" in worker.channel.message.message
 
 
 @pytest.mark.parametrize(("backend", "code"), [("no such backend", "config"), ("comfy", "internal")])

@@ -132,7 +132,7 @@ def test_a_state_that_was_not_sent_is_not_returned():
     ("tensors", "generators", "words"),
     [
         ([], [], "1 tensor"),
-        ([torch.ones(1), torch.ones(1)], [], "1 tensor.* 2 came"),
+        ([torch.ones(1), torch.ones(1)], [], "1 tensor.* 2 were sent"),
         ([torch.ones(1)], ["cpu"], "2 tensor"),
         ([torch.ones(1, dtype=torch.int32)], [], "int32"),
     ],
@@ -167,7 +167,7 @@ def test_text_and_tokens():
 
 @pytest.mark.parametrize("more", [{}, {"text": "a", "packed": 1}, {"text": "a", "tokens": {}}])
 def test_a_prompt_comes_in_one_form(more):
-    with pytest.raises(BadRequest, match="give one of"):
+    with pytest.raises(BadRequest, match="exactly one of"):
         compute.run(m.ClipEncode(MODEL, **more), ComfyClip(), [], no_step)
 
 
