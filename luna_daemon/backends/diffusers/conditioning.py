@@ -148,6 +148,6 @@ class TextEncoders:
             use = self._family.uses[name]
             wanted, projected = use.layer if layer is None else layer, use.projected and not unprojected
             with memory_errors(f"encoding {len(tokens[name])} chunks with {name} on {encoder.device}"):
-                encoded[name] = encoder.encode(tokens[name], wanted, use.normed, use.projected and not unprojected)
+                encoded[name] = encoder.encode(tokens[name], wanted, use.normed, projected)
         cond, pooled = self._family.join(encoded)
         return {"cond": cond.contiguous(), "pooled_output": pooled.contiguous()}
