@@ -1,50 +1,38 @@
-"""What runs the models inside a worker: one small interface, one module per implementation."""
+"""Backends, which run the models inside a worker: one interface (``base``), one module or package for each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..core import ConfigError
 from .base import Backend
 
-__all__ = ["BACKENDS", "make_backend"]
-
-
-def _echo(options: Mapping[str, Any]) -> Backend:
-    from .echo import EchoBackend
-
-    return EchoBackend()
-
-
-def _diffusers(options: Mapping[str, Any]) -> Backend:
-    from .diffusers.backend import DiffusersBackend
-
-    return DiffusersBackend()
-
-
-def _comfy(options: Mapping[str, Any]) -> Backend:
-    from .comfy.backend import ComfyBackend
-
-    return ComfyBackend(Path(options["root"]), options["device"], options["flags"])
-
-
-BACKENDS: dict[str, Callable[[Mapping[str, Any]], Backend]] = {
-    "echo": _echo, "diffusers": _diffusers, "comfy": _comfy,
-}  # fmt: skip
-"""Names to makers, which import what their backend needs."""
+__all__ = ["make_backend"]
 
 
 def make_backend(name: str, options: Mapping[str, Any] | None = None) -> Backend:
-    """Make a backend.
+    """Make a backend, importing only what this backend needs.
 
     Args:
-        options: what the backend of this name needs: ``root``, ``device`` and ``flags`` for ``comfy``.
+        name: ``echo``, ``diffusers`` or ``comfy``.
+        options: arguments of the backend: ``root``, ``device`` and ``flags`` for ``comfy``.
 
     Raises:
-        ConfigError: no backend has this name, or ``options`` do not lead to ComfyUI.
+        ConfigError: there is no backend of this name, or ``root`` is not ComfyUI's folder.
     """
-    if name not in BACKENDS:
-        raise ConfigError(f"backend {name!r} does not exist", f"Use one of {', '.join(BACKENDS)}")
-    return BACKENDS[name](options or {})
+    if name == "echo":
+        from .echo import EchoBackend
+
+        return EchoBackend()
+    if name == "diffusers":
+        from .diffusers.backend import DiffusersBackend
+
+        return DiffusersBackend()
+    if name == "comfy":
+        from .comfy.backend import ComfyBackend
+
+        options = options or {}
+        return ComfyBackend(Path(options["root"]), options["device"], options["flags"])
+    raise ConfigError(f"backend {name!r} does not exist", "Use one of echo, diffusers, comfy")

@@ -1,4 +1,4 @@
-"""What a backend is: the code inside a worker that turns files into models and runs them.
+"""Interface of the backends: the code inside a worker that loads models from files and runs them.
 
 A backend is imported only in a worker process; torch is imported only there.
 """
@@ -18,13 +18,13 @@ Step = Callable[[int, int], None]
 
 
 class Model(Protocol):
-    """What every loaded model has."""
+    """A loaded model of any kind."""
 
     nbytes: int
     """Bytes of weights held in memory."""
 
     def properties(self) -> dict[str, Any]:
-        """The model's attributes as plain data."""
+        """Describe the model as plain data."""
         ...
 
 
@@ -32,7 +32,7 @@ class VaeModel(Model, Protocol):
     """A loaded VAE. Results are float32 on the CPU, contiguous."""
 
     def properties(self) -> dict[str, Any]:
-        """Attributes: ``latent_channels``, ``downscale_ratio``, ``upscale_ratio``, ``dtype``, ``device``, ``class``."""
+        """Give ``latent_channels``, ``downscale_ratio``, ``upscale_ratio``, ``dtype``, ``device`` and ``class``."""
         ...
 
     def encode(self, pixels: torch.Tensor, tiling: Tiling | None, step: Step) -> tuple[torch.Tensor, list[str]]:
@@ -42,8 +42,8 @@ class VaeModel(Model, Protocol):
             Latents ``[B,C,h,w]``; notes for the caller.
 
         Raises:
-            BadRequest: pixels or tiles that the model does not take.
-            OutOfMemory: no room on the device, even for tiles.
+            BadRequest: the model does not accept these pixels or tiles.
+            OutOfMemory: the device has no room, even for tiles.
         """
         ...
 
@@ -54,8 +54,8 @@ class VaeModel(Model, Protocol):
             Pixels ``[B,H,W,C]`` in 0..1; notes for the caller.
 
         Raises:
-            BadRequest: latents or tiles that the model does not take.
-            OutOfMemory: no room on the device, even for tiles.
+            BadRequest: the model does not accept these latents or tiles.
+            OutOfMemory: the device has no room, even for tiles.
         """
         ...
 
@@ -64,7 +64,7 @@ class TextModel(Model, Protocol):
     """One or more text encoders that make one conditioning. Results are float32 on the CPU, contiguous."""
 
     def properties(self) -> dict[str, Any]:
-        """Attributes: ``encoders``, ``cond_dim``, ``pooled_dim``, ``dtype``, ``device``, ``class``."""
+        """Give ``encoders``, ``cond_dim``, ``pooled_dim``, ``dtype``, ``device`` and ``class``."""
         ...
 
     def tokenize(self, text: str) -> Tokens:
@@ -75,15 +75,15 @@ class TextModel(Model, Protocol):
         """Encode tokens.
 
         Args:
-            layer: the hidden layer to take, negative from the end; ``None`` is the family's own.
+            layer: the hidden layer whose output is used, negative from the end; ``None`` is the family's default.
             unprojected: leave out the pooled vector's projection.
 
         Returns:
             ``{"cond": [1,T,D], "pooled_output": [1,P]}``.
 
         Raises:
-            BadRequest: tokens or a layer that the model does not have.
-            OutOfMemory: no room on the device.
+            BadRequest: the model does not have these tokens or this layer.
+            OutOfMemory: the device has no room.
         """
         ...
 
@@ -94,19 +94,19 @@ class Backend(Protocol):
     name: str
 
     def versions(self) -> dict[str, str]:
-        """Versions of everything that decides bits: torch, the library, ComfyUI."""
+        """Give the version of each library that the results depend on, bit for bit: torch, ComfyUI or diffusers."""
         ...
 
     def devices(self) -> list[str]:
-        """Devices that the backend can use, best first: ``cuda:0`` ... ``cpu``."""
+        """List the devices that the backend can use, best first: ``cuda:0`` ... ``cpu``."""
         ...
 
     def load(self, spec: LoadSpec) -> Model:
         """Load a model.
 
         Raises:
-            ConfigError: no such device, precision or family.
+            ConfigError: the device, precision or family does not exist.
             ModelLoadError: the files are not a model of this kind, truncated, or of an unknown layout.
-            OutOfMemory: no room on the device.
+            OutOfMemory: the device has no room.
         """
         ...

@@ -1,4 +1,4 @@
-"""The diagnostic backend, without models and torch: what a request costs apart from computing."""
+"""A backend for diagnosis, without models and torch: shows what a request costs apart from computing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SLICE_S = 0.02
 
 
 class EchoModel:
-    """Answers with as many bytes as are asked for."""
+    """Answers with the requested number of bytes."""
 
     nbytes = 0
 
@@ -20,7 +20,7 @@ class EchoModel:
         self._answer = memoryview(b"")
 
     def properties(self) -> dict[str, Any]:
-        """The class, and nothing else."""
+        """Give the model's class."""
         return {"class": "echo"}
 
     def echo(self, nbytes: int, seconds: float, step: Step) -> memoryview:
@@ -36,16 +36,16 @@ class EchoModel:
 
 
 class EchoBackend:
-    """Loads the echo model, whatever is asked for."""
+    """Loads the echo model, whatever the ``LoadSpec`` asks for."""
 
     name = "echo"
 
     def versions(self) -> dict[str, str]:
-        """Nothing decides bits here."""
+        """Give no version: the answers depend on no library."""
         return {}
 
     def devices(self) -> list[str]:
-        """The CPU."""
+        """List the CPU alone."""
         return ["cpu"]
 
     def load(self, spec: LoadSpec) -> EchoModel:

@@ -1,10 +1,11 @@
-"""The same models without a daemon: what a proxy falls back to outside ComfyUI, and what benchmarks compare with.
+"""The diffusers backend's models in this process: the fallback of a proxy outside ComfyUI, and a benchmark's reference.
 
-Imports torch and the diffusers backend into this process when a model is made.
+Making a model imports torch and the diffusers backend.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ from ..wire.messages import LoadSpec, Tiling
 if TYPE_CHECKING:
     import torch
 
+    from .base import VaeModel
+
 
 def _load(kind: ModelKind, files: Sequence[Path | str], type: str, device: str, precision: str) -> Any:
     from . import make_backend
@@ -24,14 +27,14 @@ def _load(kind: ModelKind, files: Sequence[Path | str], type: str, device: str, 
 
 
 def _ignore(done: int, total: int) -> None:
-    """Local calls show no progress."""
+    """Show no progress."""
 
 
 class LocalVAE:
     """A VAE in this process, with ``DaemonVAE``'s methods.
 
     Args:
-        files: the VAE's file, or the two of a split TAESD.
+        files: the VAE's file, or the two files of a TAESD that is split into encoder and decoder.
         device, precision: as in the settings.
 
     Raises:
@@ -39,31 +42,23 @@ class LocalVAE:
     """
 
     def __init__(self, *files: Path | str, device: str = "auto", precision: str = "auto") -> None:
-        self.model = _load(ModelKind.VAE, files, "", device, precision)
+        self.model: VaeModel = _load(ModelKind.VAE, files, "", device, precision)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Encode ``[B,H,W,C]`` in 0..1 to latents ``[B,C,h,w]``; raises as ``VaeModel.encode``."""
-        return self._run(self.model.encode, pixels, None)
+        return self.model.encode(pixels, None, _ignore)[0]
 
     def decode(self, samples: torch.Tensor) -> torch.Tensor:
         """Decode latents ``[B,C,h,w]`` to pixels ``[B,H,W,C]`` in 0..1; raises as ``VaeModel.decode``."""
-        return self._run(self.model.decode, samples, None)
+        return self.model.decode(samples, None, _ignore)[0]
 
     def encode_tiled(self, pixels: torch.Tensor, **tiling: int) -> torch.Tensor:
         """Encode in tiles of ``tile_x``, ``tile_y`` and ``overlap`` pixels."""
-        return self._run(self.model.encode, pixels, Tiling(**tiling))
+        return self.model.encode(pixels, Tiling(**tiling), _ignore)[0]
 
     def decode_tiled(self, samples: torch.Tensor, **tiling: int) -> torch.Tensor:
         """Decode in tiles of ``tile_x``, ``tile_y`` and ``overlap`` latent units."""
-        return self._run(self.model.decode, samples, Tiling(**tiling))
-
-    @staticmethod
-    def _run(work: Any, tensor: torch.Tensor, tiling: Tiling | None) -> torch.Tensor:
-        import torch
-
-        with torch.inference_mode():
-            result: torch.Tensor = work(tensor, tiling, _ignore)[0]
-        return result
+        return self.model.decode(samples, Tiling(**tiling), _ignore)[0]
 
 
 class LocalCLIP:
@@ -83,13 +78,11 @@ class LocalCLIP:
         self.layer_idx: int | None = None
 
     def clone(self) -> LocalCLIP:
-        """Another object with the same weights and a layer of its own."""
-        other = LocalCLIP.__new__(LocalCLIP)
-        other.__dict__.update(self.__dict__)
-        return other
+        """Make a copy that shares the weights and has its own ``layer_idx``."""
+        return copy.copy(self)
 
     def clip_layer(self, layer_idx: int) -> None:
-        """Take a hidden layer's output from now on: -1 is the last, -2 the penultimate."""
+        """Use a hidden layer's output from now on: -1 is the last layer, -2 the penultimate."""
         self.layer_idx = layer_idx
 
     def tokenize(self, text: str) -> dict[str, Any]:

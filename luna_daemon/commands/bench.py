@@ -25,7 +25,7 @@ _TITLES = {
 
 
 def own_daemon(stack: ExitStack, config: Path | None) -> DaemonClient:
-    """Start a daemon on free ports that ends with the stack, and make a client of that daemon.
+    """Start a daemon on free ports, and make a client of this daemon, which ends with the stack.
 
     Raises:
         ConfigError: a setting is wrong.
@@ -45,7 +45,7 @@ def own_daemon(stack: ExitStack, config: Path | None) -> DaemonClient:
 
 
 def measure(client: DaemonClient, rounds: int) -> dict[str, Any]:
-    """Time each kind of call; they take turns, so that whatever slows the machine slows all of them.
+    """Time each kind of call; the kinds alternate, so that a busy machine slows all of them alike.
 
     Returns:
         Medians in milliseconds, their ratios to the memory copy (``None`` without shared memory), and the transport.

@@ -38,7 +38,7 @@ from .options import (
     client_for,
     dial,
 )
-from .terminal import print_json, show_checks, show_status
+from .terminal import print_json, print_result, show_checks, show_status
 
 if TYPE_CHECKING:
     from ..client import DaemonClient
@@ -63,7 +63,7 @@ _RENEW = typer.Option("--renew", help="Make a new token; clients that have the o
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command; ends with 0, 1 (no daemon, or an error), 2 (wrong usage or setting) or 3 (port in use)."""
+    """Run the command and exit with 0, 1 (no daemon, or an error), 2 (wrong usage or setting) or 3 (port in use)."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
         app(arguments, prog_name="luna-daemon")
@@ -118,7 +118,7 @@ def status(
     host: Host = None, port: Port = None, ws_port: WsPort = None, config: Config = None,
     runtime_dir: Runtime = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Show what the running daemon does and which models it holds."""
+    """Show the running daemon's work, workers, models and clients."""
     with dial(host, port, config, runtime_dir) as client:
         info = client.get_daemon_info()
         if as_json:
@@ -151,50 +151,41 @@ for command in (models.models, models.warm, models.unload):
 @app.command()
 def token(
     renew: Annotated[bool, _RENEW] = False,
-    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
-    as_json: AsJson = False,
+    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Print the token that clients show the daemon."""
+    """Print the token that clients need to connect."""
     from ..system.runtime import find_token
     from ..wire.messages import TokenRenew
 
     with dial(host, port, config, runtime_dir) as client:
         if renew:
             client.call(TokenRenew())
-        text = find_token(client.port, client.runtime_dir, {})
+        pid = client.get_daemon_info()["pid"]
+        text = find_token(client.port, client.runtime_dir, {}) if _is_here(client, pid) else ""
     if not text:
         raise AuthenticationError(
             f"the token of {client.host}:{client.port} is not on this machine", "Run this on the daemon's machine"
         )
-    if as_json:
-        print_json({"token": text, "renewed": renew})
-    else:
-        typer.echo(text)
+    print_result(as_json, {"token": text, "renewed": renew}, text)
 
 
 @app.command()
 def reload(
-    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
-    as_json: AsJson = False,
+    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Apply changed settings without a restart."""
     from ..wire.messages import Reload
 
     with dial(host, port, config, runtime_dir) as client:
         changes = client.call(Reload()).result
-    if as_json:
-        print_json(changes)
-        return
-    typer.echo(f"applied: {', '.join(changes['taken']) or 'nothing has changed'}")
-    if changes["restart"]:
-        typer.echo(f"needs a restart: {', '.join(changes['restart'])}")
+    restart = f"\nneeds a restart: {', '.join(changes['restart'])}" if changes["restart"] else ""
+    print_result(as_json, changes, f"applied: {', '.join(changes['taken']) or 'nothing has changed'}{restart}")
 
 
 @app.command()
 def stop(
     timeout: Annotated[float, _TIMEOUT] = 60.0,
-    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
-    as_json: AsJson = False,
+    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Let running requests finish, then end the daemon."""
     began = time.monotonic()
@@ -211,11 +202,8 @@ def stop(
     elif ended:
         typer.echo(f"Luna Daemon (pid {info['pid']}) has stopped after {waited:.1f} s")
     if not ended:
-        typer.echo(
-            f"luna-daemon: process {info['pid']} still finishes requests after {waited:.0f} s. "
-            "Wait, or kill the process",
-            err=True,
-        )
+        still = f"process {info['pid']} still finishes requests after {waited:.0f} s. Wait, or kill the process"
+        typer.echo(f"luna-daemon: {still}", err=True)
         raise typer.Exit(1)
 
 
@@ -250,8 +238,7 @@ def doctor(
 @app.command()
 def bench(
     rounds: Annotated[int, _ROUNDS] = 30,
-    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
-    as_json: AsJson = False,
+    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Compare calls on this machine with a memory copy.
 
@@ -269,8 +256,8 @@ def bench(
         numbers = measure(stack.enter_context(client), rounds)
     if as_json:
         print_json({"own_daemon": own, **numbers})
-        return
-    show_numbers(numbers)
+    else:
+        show_numbers(numbers)
 
 
 @app.command()
@@ -295,17 +282,24 @@ def tray(
     run_tray(daemon)
 
 
-def _end_of(client: DaemonClient, pid: int) -> Callable[[], bool]:
-    """Make a function that says whether the daemon has ended: its process here, its port on another machine."""
-    from ..system.runtime import has_ended, read_facts, runtime_folder
+def _is_here(client: DaemonClient, pid: int) -> bool:
+    """Return whether the runtime folder on this machine is that of the client's daemon."""
+    from ..system.runtime import read_facts
 
-    if read_facts(client.port, client.runtime_dir).get("pid") == pid:
+    return read_facts(client.port, client.runtime_dir).get("pid") == pid
+
+
+def _end_of(client: DaemonClient, pid: int) -> Callable[[], bool]:
+    """Make a function that checks if the daemon has ended: here by its process, on another machine by its port."""
+    from ..system.runtime import has_ended, runtime_folder
+
+    if _is_here(client, pid):
         return lambda: has_ended(pid, runtime_folder(client.port, client.runtime_dir))
     return lambda: not answers(client.host, client.port)
 
 
 def _status_page(client: DaemonClient, info: dict[str, Any], asked: int | None) -> str:
-    """Give the address of the status page; a port of the command line goes first, since ports may be forwarded."""
+    """Give the address of the status page, at the port ``asked`` if any: the daemon's own port may be forwarded."""
     from ..system.runtime import page_address
 
     ws_port, tls = info["ws_port"], info["tls"]

@@ -11,11 +11,11 @@ import typer
 from ..core import LunaError
 from ..system.units import count, size, span
 from .options import AsJson, Config, Host, Port, Runtime, dial
-from .terminal import Bar, print_json, tables
+from .terminal import Bar, print_json, print_result, tables
 
 _NAMES = typer.Argument(metavar="NAME", help="LoRAs as ComfyUI lists them, files, or folders of files.")
 _NAME = typer.Argument(help="A LoRA's name, or its file.")
-_ALL = typer.Option("--all", help="All LoRAs that are not pinned.")
+_ALL = typer.Option("--all", help="Evict all LoRAs that are not pinned.")
 
 lora_app = typer.Typer(
     help="List, warm, pin and evict the LoRAs kept in RAM.",
@@ -26,8 +26,7 @@ lora_app = typer.Typer(
 
 @lora_app.command("ls")
 def list_(
-    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
-    as_json: AsJson = False,
+    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """List the cached LoRAs, the most recently used first."""
     with dial(host, port, config, runtime_dir) as client:
@@ -52,8 +51,7 @@ def _row(name: str, lora: dict[str, Any]) -> tuple[str, ...]:
 @lora_app.command("warm")
 def warm(
     names: Annotated[list[str], _NAMES],
-    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
-    as_json: AsJson = False,
+    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Load LoRAs into the cache before the first use."""
     wanted = [file for name in names for file in _files(name)]
@@ -70,20 +68,17 @@ def warm(
                 refused.append(str(error))
     nbytes = sum(lora["bytes"] for lora in warmed)
     without_room = [lora["name"] for lora in warmed if not lora["kept"]]
-    if as_json:
-        print_json({"warmed": warmed, "refused": refused})
-    else:
-        typer.echo(f"warmed {count(len(warmed) - len(without_room), 'LoRA')} ({size(nbytes)})")
-    for name in without_room:
-        typer.echo(f"luna-daemon: the cache has no room for {name}", err=True)
-    for line in refused:
-        typer.echo(f"luna-daemon: {line}", err=True)
-    if refused or without_room:
+    line = f"warmed {count(len(warmed) - len(without_room), 'LoRA')} ({size(nbytes)})"
+    print_result(as_json, {"warmed": warmed, "refused": refused}, line)
+    problems = [f"the cache has no room for {name}" for name in without_room] + refused
+    for problem in problems:
+        typer.echo(f"luna-daemon: {problem}", err=True)
+    if problems:
         raise typer.Exit(1)
 
 
 def _files(name: str) -> list[str]:
-    """Resolve a name of the command line: a folder to the LoRA files in it, a file to its path; others stay."""
+    """Resolve an argument: a folder to the LoRA files in it, a file to its path; other names stay."""
     from ..lora.folders import ENDINGS
 
     path = Path(name)
@@ -96,15 +91,14 @@ def _files(name: str) -> list[str]:
 
 
 def _cached_name(name: str) -> str:
-    """Give the path under which the daemon knows a file of this machine; other names stay."""
+    """Resolve an argument that is a file to the path that the cache has; other names stay."""
     return str(Path(name).resolve()) if Path(name).is_file() else name
 
 
 @lora_app.command("pin")
 def pin(
     name: Annotated[str, _NAME],
-    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
-    as_json: AsJson = False,
+    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Load a LoRA and keep it until it is unpinned or evicted."""
     if Path(name).is_dir():
@@ -116,8 +110,7 @@ def pin(
 @lora_app.command("unpin")
 def unpin(
     name: Annotated[str, _NAME],
-    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
-    as_json: AsJson = False,
+    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Allow a pinned LoRA to be evicted when room is needed."""
     with dial(host, port, config, runtime_dir) as client:
@@ -125,25 +118,19 @@ def unpin(
 
 
 def _print_pin(name: str, pinned: bool, as_json: bool) -> None:
-    if as_json:
-        print_json({"name": name, "pinned": pinned})
-    else:
-        typer.echo(f"{name} is {'' if pinned else 'no longer '}pinned")
+    line = f"{name} is {'' if pinned else 'no longer '}pinned"
+    print_result(as_json, {"name": name, "pinned": pinned}, line)
 
 
 @lora_app.command("evict")
 def evict(
     name: Annotated[str | None, typer.Argument(help="A LoRA's name, or its file.", show_default=False)] = None,
     everything: Annotated[bool, _ALL] = False,
-    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
-    as_json: AsJson = False,
+    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Remove a LoRA from the cache, or all that are not pinned."""
     if everything == (name is not None):
-        raise typer.BadParameter("name one LoRA, or give --all", param_hint="NAME")
+        raise typer.BadParameter("name one LoRA, or use --all", param_hint="NAME")
     with dial(host, port, config, runtime_dir) as client:
         evicted = client.evict_lora(name and _cached_name(name))
-    if as_json:
-        print_json({"evicted": evicted})
-    else:
-        typer.echo(f"evicted {count(len(evicted), 'LoRA')}")
+    print_result(as_json, {"evicted": evicted}, f"evicted {count(len(evicted), 'LoRA')}")

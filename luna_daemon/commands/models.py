@@ -1,4 +1,4 @@
-"""``luna-daemon models``, ``warm`` and ``unload``: which models have a name, and which are loaded."""
+"""``luna-daemon models``, ``warm`` and ``unload``: lists, loads and frees models."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ import typer
 
 from ..system.units import count
 from .options import AsJson, Config, Host, Port, Runtime, dial
-from .terminal import LOADED, Bar, loaded_rows, print_json, tables
+from .terminal import LOADED, Bar, loaded_rows, print_json, print_result, tables
 
 if TYPE_CHECKING:
     from ..client import DaemonClient
 
-_KIND = typer.Option(metavar="KIND", help="What to load of the model: vae, clip or all.")
+_KIND = typer.Option(metavar="KIND", help="Part of the model to load: vae, clip or all.")
 _PIN = typer.Option("--pin", help="Keep the model loaded until it is unloaded.")
 
 
 def models(
-    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
-    as_json: AsJson = False,
+    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """List the models that have a name, and the loaded ones."""
+    """List the named models and the loaded models."""
     with dial(host, port, config, runtime_dir) as client:
         listing = client.models()
     if as_json:
@@ -40,8 +39,7 @@ def warm(
     name: Annotated[str, typer.Argument(help="A name that 'luna-daemon models' lists.")],
     kind: Annotated[str, _KIND] = "all",
     pin: Annotated[bool, _PIN] = False,
-    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
-    as_json: AsJson = False,
+    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Load a model before the first request needs it."""
     from ..wire.messages import ModelRef
@@ -56,7 +54,7 @@ def warm(
         print_json({"model": name, "pinned": pin, "loaded": loaded})
         return
     for part, properties in loaded.items():
-        # The daemon does not say under which name a pinned model was pinned: then nothing is promised.
+        # A pinned model may be this one: the daemon lists pinned models by key, not by name.
         pinned_before = any(key.startswith(f"{part}:") for key in info["models"]["pinned"])
         until = "" if pinned_before else f" until it has been idle for {info['idle_timeout_s']:g} s; --pin keeps it"
         typer.echo(f"{name} ({part}) is loaded{' and pinned' if pin else until}")
@@ -65,8 +63,7 @@ def warm(
 
 def unload(
     name: Annotated[str | None, typer.Argument(help="A model's name.", show_default="all models")] = None,
-    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None,
-    as_json: AsJson = False,
+    host: Host = None, port: Port = None, config: Config = None, runtime_dir: Runtime = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Free the memory of one model, or of all models."""
     from ..wire.messages import ModelRef, ModelUnload
@@ -74,14 +71,11 @@ def unload(
     with dial(host, port, config, runtime_dir) as client:
         refs = [ModelRef(kind, name) for kind in _kinds(client, name, "all")] if name else [None]
         unloaded = sum(client.call(ModelUnload(ref)).result["unloaded"] for ref in refs)
-    if as_json:
-        print_json({"unloaded": unloaded})
-    else:
-        typer.echo(f"unloaded {count(unloaded, 'model')}")
+    print_result(as_json, {"unloaded": unloaded}, f"unloaded {count(unloaded, 'model')}")
 
 
 def _kinds(client: DaemonClient, name: str, kind: str) -> list[str]:
-    """List which kinds of a named model are meant. An unknown name passes: the daemon refuses it with a reason."""
+    """List the kinds that ``kind`` stands for. An unknown name passes, so that the daemon refuses it with a reason."""
     if kind not in ("vae", "clip", "all"):
         raise typer.BadParameter(f"{kind!r} is not one of vae, clip, all", param_hint="--kind")
     named = client.models()["named"]

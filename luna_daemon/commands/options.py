@@ -1,4 +1,4 @@
-"""Options that several commands share, and dialling the daemon that the options mean."""
+"""Options that several commands share, and connecting to the daemon that these options name."""
 
 from __future__ import annotations
 
@@ -26,12 +26,10 @@ ComfyUI = Annotated[Path | None, typer.Option(metavar="FOLDER", help="ComfyUI's 
 ComfyUIPython = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Interpreter that runs ComfyUI [COMFYUI_PYTHON].")
 ]
-ModelDirs = Annotated[
-    list[Path] | None, typer.Option(metavar="FOLDER", help="Folder with models; may be given several times.")
-]
+ModelDirs = Annotated[list[Path] | None, typer.Option(metavar="FOLDER", help="Folder with models; may be repeated.")]
 Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda:1 or a GPU's UUID [auto].")]
 Backend = Annotated[
-    str | None, typer.Option(metavar="NAME", help="What runs the models: auto, comfy or diffusers [auto].")
+    str | None, typer.Option(metavar="NAME", help="Software that runs models: auto, comfy or diffusers [auto].")
 ]
 Precision = Annotated[str | None, typer.Option(metavar="NAME", help="auto, fp32, fp16 or bf16 [auto].")]
 Service = Annotated[str | None, typer.Option(metavar="NAME", help="Work to accept: full, vae or clip [full].")]
@@ -39,7 +37,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document an
 
 
 def client_for(host: str | None, port: int | None, config: Path | None, runtime_dir: Path | None) -> DaemonClient:
-    """Make a client of the daemon that options and settings mean, without connecting to the daemon yet.
+    """Make a client of the daemon that options and settings name, without connecting to the daemon yet.
 
     Raises:
         ConfigError: a setting is wrong.
@@ -49,17 +47,17 @@ def client_for(host: str | None, port: int | None, config: Path | None, runtime_
     from ..system.runtime import runtime_folder
 
     settings = load_settings({"host": host, "port": port, "runtime_dir": runtime_dir}, config_file=config)
-    # With the folder given, the client need not load the settings again, which it would do without --config.
+    # Without a folder the client would load the settings again, and ignore --config.
     folder = runtime_folder(settings.port, settings.runtime_dir).parent
     return DaemonClient(settings.host, settings.port, runtime_dir=folder, name="luna-daemon")
 
 
 def dial(host: str | None, port: int | None, config: Path | None, runtime_dir: Path | None) -> DaemonClient:
-    """Connect to the daemon that options and settings mean.
+    """Connect to the daemon that options and settings name.
 
     Raises:
         ConfigError: a setting is wrong.
-        DaemonConnectionError: no daemon answers; the message says if there is one that starts or stops.
+        DaemonConnectionError: no daemon answers; the message says if a daemon is starting or stopping.
     """
     from ..system.runtime import has_ended, read_facts, runtime_folder
 

@@ -13,6 +13,7 @@ from ..system.units import count, size, span
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from ..wire.messages import Progress
 
@@ -24,6 +25,11 @@ def print_json(document: Any) -> None:
     typer.echo(json.dumps(document, indent=2))
 
 
+def print_result(as_json: bool, document: Any, line: str) -> None:
+    """Print the result of a command: a JSON document for scripts, a line for people."""
+    print_json(document) if as_json else typer.echo(line)
+
+
 def _console(stderr: bool = False) -> Console:
     from rich.console import Console
 
@@ -31,22 +37,28 @@ def _console(stderr: bool = False) -> Console:
 
 
 def tables(*tables: tuple[str, str, Sequence[tuple[str, ...]]]) -> None:
-    """Print tables of (title, column names, rows); ``>`` before a name aligns the column to the right."""
-    from rich import box
-    from rich.table import Table
-
+    """Print tables of (title, columns as for ``make_table``, rows)."""
     console = _console()
     for title, columns, rows in tables:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, show_header=bool(title))
-        for column in columns.split():
-            side: Any = "right" if column[0] == ">" else "left"
-            table.add_column(column.lstrip(">").replace("_", " "), justify=side, overflow="fold")
+        table = make_table(columns, show_header=bool(title))
         for row in rows:
             table.add_row(*row)
         if title:
             console.print(f"\n{title}" if rows else f"\n{title}: none")
         if rows:
             console.print(table)
+
+
+def make_table(columns: str, **style: Any) -> Table:
+    """Make an empty table; ``>`` before a column's name aligns the column to the right, ``_`` is a space."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, **style)
+    for column in columns.split():
+        side: Any = "right" if column[0] == ">" else "left"
+        table.add_column(column.lstrip(">").replace("_", " "), justify=side, overflow="fold")
+    return table
 
 
 def loaded_rows(listing: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -56,7 +68,7 @@ def loaded_rows(listing: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def show_status(info: dict[str, Any], address: str, page: str) -> None:
-    """Print an ``info`` of the daemon at ``address``, with the address of its status page."""
+    """Print an ``info`` of the daemon at ``address``; ``page`` is the address of the daemon's status page."""
     typer.echo(
         f"Luna Daemon {info['version']} is {info['status']} on {address} "
         f"(pid {info['pid']}, {size(info['rss'])}) for {span(info['uptime_s'])}"
@@ -83,7 +95,7 @@ def show_status(info: dict[str, Any], address: str, page: str) -> None:
 
 
 def _comfyui_rows(workers: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """Make a row for each worker that runs a ComfyUI: its folder, and the flags that change results."""
+    """Make a row for each worker that runs ComfyUI, with ComfyUI's folder and the flags that change results."""
     return [
         (str(w["number"]), w["versions"].get("comfyui", ""), w["versions"].get("torch", ""), w["comfyui"]["root"],
          " ".join(w["comfyui"]["flags"])) for w in workers if w["comfyui"]
@@ -114,7 +126,7 @@ def _status_rows(info: dict[str, Any], page: str) -> list[tuple[str, str]]:
 
 
 def show_checks(checks: Sequence[tuple[str, str, str, str]]) -> None:
-    """Print a row for each check (name, level, what was found, advice), and how many problems and warnings."""
+    """Print a row for each check (name, level, finding, advice), and the number of problems and warnings."""
     from rich.table import Table
     from rich.text import Text
 
@@ -131,7 +143,7 @@ def show_checks(checks: Sequence[tuple[str, str, str, str]]) -> None:
 
 
 class Bar:
-    """A progress bar on stderr that disappears at the end; nothing where stderr is not a terminal."""
+    """A progress bar on stderr that disappears at the end; not shown where stderr is not a terminal."""
 
     def __init__(self, title: str) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -142,13 +154,13 @@ class Bar:
         self._title, self._task = title, self._progress.add_task(title, total=None)
 
     def show(self, step: int, total: int, stage: str = "") -> None:
-        """Show how many of ``total`` steps are done; a total of 0 is unknown."""
+        """Show how many of ``total`` steps are done; 0 means that the total is unknown."""
         text = f"{self._title}: {stage}" if stage else self._title
         self._progress.update(self._task, description=text, completed=step, total=total or None)
 
     def progress(self, message: Progress) -> None:
-        """Show a progress message of the daemon."""
-        if message.stage != "running":  # sent while nothing has changed: the stage before still holds
+        """Show a progress message of the daemon; ``running`` means that the previous stage goes on."""
+        if message.stage != "running":
             self.show(message.step, message.total, message.stage)
 
     def __enter__(self) -> Bar:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -21,14 +20,15 @@ from rich.text import Text
 from ..core import LunaError
 from ..pool.events import model_name
 from ..system.units import size, span
+from .terminal import make_table
 
 if TYPE_CHECKING:
     from ..client import DaemonClient
 
 _WIDE = 110
-"""From this width of the terminal on tables are side by side."""
+"""Width of the terminal, in columns, from which tables are side by side."""
 _KEY_S = 0.1
-"""Longest wait for a key; a new answer is drawn as late."""
+"""Longest wait for a key, and for drawing a new answer."""
 _MOST_ROWS = 8
 _STYLES = {
     "running": "bold green", "draining": "bold yellow", "idle": "green", "busy": "bold cyan", "loading": "yellow",
@@ -43,10 +43,10 @@ def print_once(info: dict[str, Any], address: str) -> None:
 
 
 def watch(client: DaemonClient, interval: float) -> None:
-    """Draw until ``q`` or Ctrl-C; while the daemon does not answer, say so and keep asking.
+    """Draw until ``q`` or Ctrl-C; while the daemon does not answer, show the reason and ask again.
 
     Args:
-        interval: seconds between two questions.
+        interval: seconds between two requests.
     """
     observer = _Observer(client, interval)
     console = Console(markup=False, highlight=False)
@@ -67,7 +67,7 @@ class _Observer:
 
     def __init__(self, client: DaemonClient, interval: float) -> None:
         self.seen = 0
-        """Number of questions that were answered or failed."""
+        """Number of requests that were answered or failed."""
         self._client = client
         self._interval = interval
         self._address = f"{client.host}:{client.port}"
@@ -92,11 +92,11 @@ class _Observer:
 
 
 def render_away(address: str, why: str, last: float | None) -> RenderableType:
-    """Render that no daemon answers.
+    """Render the view of a daemon that does not answer.
 
     Args:
-        why: the error of the last question.
-        last: when a daemon answered last, in seconds since the epoch.
+        why: the error of the last request.
+        last: time of the last answer, in seconds since the epoch.
     """
     seen = "" if last is None else f"Last seen at {time.strftime('%H:%M:%S', time.localtime(last))}. "
     return Group(
@@ -137,22 +137,14 @@ def _load(info: dict[str, Any]) -> Text:
     return text
 
 
-def _table(title: str, *columns: str) -> Table:
-    """Make an empty table; ``>`` before a name aligns the column to the right."""
-    table = Table(
-        title=f"\n{title}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False,
-        show_edge=False, header_style="dim",
-    )  # fmt: skip
-    for column in columns:
-        side: Any = "right" if column.startswith(">") else "left"
-        table.add_column(column.lstrip(">"), justify=side, overflow="fold")
-    return table
+def _table(title: str, columns: str) -> Table:
+    return make_table(columns, title=f"\n{title}", title_justify="left", title_style="bold", header_style="dim")
 
 
 def _workers(info: dict[str, Any]) -> RenderableType:
     if not info["workers"]:
         return Text("\nNo workers: one starts at the first request.", style="dim")
-    table = _table("Workers", ">#", "state", "device", "models", ">weights", ">memory", ">requests")
+    table = _table("Workers", "># state device models >weights >memory >requests")
     for worker in info["workers"]:
         rest = f" {span(worker['idle_s'])}" if worker["state"] == "idle" else ""
         state = Text(worker["state"] + rest, style=_STYLES.get(worker["state"], ""))
@@ -160,14 +152,13 @@ def _workers(info: dict[str, Any]) -> RenderableType:
         number, served = str(worker["number"]), str(worker["requests"])
         table.add_row(number, state, worker["device"], models, weights, size(worker["rss"]), served)
     errors = {worker["key"]: worker["last_error"] for worker in info["workers"] if worker["last_error"]}
-    words = [Text(f"{key}: {error}", style="red") for key, error in errors.items()]
-    return Group(table, *words)
+    return Group(table, *(Text(f"{key}: {error}", style="red") for key, error in errors.items()))
 
 
 def _latency(info: dict[str, Any]) -> RenderableType | None:
     if not info["latency"]:
         return None
-    table = _table("Latency", "op", ">requests", ">median ms", ">p95 ms", ">mean ms")
+    table = _table("Latency", "op >requests >median_ms >p95_ms >mean_ms")
     for op, latency in sorted(info["latency"].items()):
         total = str(info["requests"].get(op, latency["count"]))
         table.add_row(op, total, *(f"{latency[name]:.1f}" for name in ("p50_ms", "p95_ms", "mean_ms")))
@@ -175,7 +166,7 @@ def _latency(info: dict[str, Any]) -> RenderableType | None:
 
 
 def _caches(info: dict[str, Any]) -> RenderableType:
-    table = _table("Caches and shared memory", "", ">entries", ">used", ">limit", ">hits", ">misses")
+    table = _table("Caches and shared memory", "_ >entries >used >limit >hits >misses")
     for name, cache in info["caches"].items():
         table.add_row(
             name, str(cache["entries"]), size(cache["bytes"]), size(cache["max_bytes"]),
@@ -191,7 +182,7 @@ def _loras(info: dict[str, Any]) -> RenderableType | None:
     loras = info["caches"]["lora"]["loras"]
     if not loras:
         return None
-    table = _table(f"LoRAs: {min(len(loras), _MOST_ROWS)} of {len(loras)}", "name", ">memory", ">hits")
+    table = _table(f"LoRAs: {min(len(loras), _MOST_ROWS)} of {len(loras)}", "name >memory >hits")
     last = sorted(loras.items(), key=lambda item: -(item[1].get("last_used") or 0))
     for name, lora in last[:_MOST_ROWS]:
         table.add_row(name, size(lora["bytes"]), str(lora["hits"]))
@@ -202,7 +193,7 @@ def _clients(info: dict[str, Any]) -> RenderableType | None:
     clients = [client for client in info["clients"] if client["pid"] != os.getpid()]
     if not clients:
         return Text("\nNo clients except this one.", style="dim")
-    table = _table(f"Clients: {len(clients)}", "name", ">pid", "transport", ">memory", ">in flight")
+    table = _table(f"Clients: {len(clients)}", "name >pid transport >memory >in_flight")
     for client in clients[:_MOST_ROWS]:
         transport = "shared memory" if client["shared_memory"] else "tcp"
         table.add_row(
@@ -214,7 +205,7 @@ def _clients(info: dict[str, Any]) -> RenderableType | None:
 def _gpus(info: dict[str, Any]) -> RenderableType | None:
     if not info["gpus"]:
         return None
-    table = _table("GPUs", ">#", "name", "", ">used", ">total")
+    table = _table("GPUs", "># name _ >used >total")
     for gpu in info["gpus"]:
         bar = ProgressBar(total=gpu["total"], completed=gpu["used"], width=20)
         table.add_row(str(gpu["index"]), gpu["name"], bar, size(gpu["used"]), size(gpu["total"]))
@@ -224,7 +215,7 @@ def _gpus(info: dict[str, Any]) -> RenderableType | None:
 def _events(info: dict[str, Any]) -> RenderableType | None:
     if not info["scaling"]:
         return None
-    table = _table("Recent events", "at", "event", ">worker", "")
+    table = _table("Recent events", "at event >worker _")
     for event in reversed(info["scaling"][-_MOST_ROWS:]):
         at = time.strftime("%H:%M:%S", time.localtime(event["at"]))
         more = " ".join(str(event[name]) for name in ("model", "why") if name in event)
@@ -234,7 +225,7 @@ def _events(info: dict[str, Any]) -> RenderableType | None:
 
 @contextmanager
 def _interrupt() -> Iterator[threading.Event]:
-    """Have Ctrl-C set an event instead of raising: an exception may get lost while something is drawn or freed."""
+    """Have Ctrl-C set an event: a ``KeyboardInterrupt`` may get lost while an object is drawn or freed."""
     interrupted = threading.Event()
     before = signal.signal(signal.SIGINT, lambda number, frame: interrupted.set())
     try:
@@ -245,7 +236,7 @@ def _interrupt() -> Iterator[threading.Event]:
 
 @contextmanager
 def _keys() -> Iterator[Callable[[float], str]]:
-    """Give a function that waits so many seconds for a key and returns the key, or an empty string."""
+    """Give a function that waits some seconds for a key, and returns the key or an empty string."""
     if not sys.stdin.isatty():
         yield _no_key
     elif sys.platform == "win32":

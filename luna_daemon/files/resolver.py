@@ -1,4 +1,4 @@
-"""From a client's ``ModelRef`` to files on disk. A path from the wire leads nowhere outside of the model folders."""
+"""Finds the files of a client's ``ModelRef`` on disk. No path from the wire leads out of the model folders."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _FOLDERS = {
 
 
 class NeedsIO(Exception):
-    """Something about a request is not known yet, and too slow to find out on the event loop.
+    """A request depends on information whose retrieval would block the event loop.
 
     Args:
-        what: for the log.
-        look: finds it out and keeps it, on any thread; what it raises is the request's answer.
+        what: description of the information, for the log.
+        look: retrieves and caches the information, on any thread; an error that ``look`` raises answers the request.
     """
 
     def __init__(self, what: str, look: Callable[[], object]) -> None:
@@ -39,11 +39,10 @@ class DigestUnknown(NeedsIO):
 
 
 class ModelResolver:
-    """Turns a ``ModelRef`` into a ``LoadSpec``, with every path checked.
+    """Resolves a ``ModelRef`` to a ``LoadSpec``, and checks every path.
 
     Args:
-        settings: named models, folders, devices, precisions.
-        base: the configuration file's folder, where its relative paths begin.
+        base: the configuration file's folder, to which its paths are relative.
     """
 
     def __init__(self, settings: Settings, base: Path | None = None) -> None:
@@ -58,11 +57,11 @@ class ModelResolver:
         """Find the files of a model, and how to load them.
 
         Args:
-            comfy: the ComfyUI to load the model with, already checked; its model folder counts as one of the daemon's.
+            comfy: the ComfyUI that will load the model, already checked; its models folder is one of the model folders.
 
         Raises:
-            BadRequest: unknown kind, or both or neither of name and files.
-            ModelNotFound: no such name or file; lists what was tried.
+            BadRequest: the kind is unknown, or both or neither of name and files are set.
+            ModelNotFound: the name or file does not exist; lists the paths tried.
             ModelMismatchError: the client's file is not the daemon's.
             DigestUnknown: the file's digest must be computed with ``hash`` first.
         """
@@ -71,7 +70,7 @@ class ModelResolver:
         if ref.kind not in (ModelKind.VAE, ModelKind.CLIP):
             raise BadRequest(f"model kind {ref.kind!r} is unknown", "Use 'vae' or 'clip'")
         if bool(ref.name) == bool(ref.files):
-            raise BadRequest("a model is given either by name or by files", f"Names: {', '.join(self.named)}")
+            raise BadRequest("a request names a model either by name or by files", f"Names: {', '.join(self.named)}")
         if ref.name:
             family, paths = self._by_name(ref.name, ModelKind(ref.kind))
         else:
@@ -79,8 +78,8 @@ class ModelResolver:
         return self._spec(ref, ref.type or family, paths, comfy)
 
     def _by_name(self, name: str, kind: ModelKind) -> tuple[str, list[Path]]:
-        """Family and files of a model of the configuration."""
-        known = {own.lower(): model for own, model in self.named.items()} | self.named
+        """Look up family and files of a model of the configuration."""
+        known = {key.lower(): model for key, model in self.named.items()} | self.named
         model = known.get(name) or known.get(name.lower())
         if model is None:
             raise ModelNotFound(f"no model is named {name!r}", f"Names: {', '.join(self.named)}")
@@ -90,7 +89,7 @@ class ModelResolver:
         return model.type, paths
 
     def _by_files(self, files: Iterable[FileId], kind: ModelKind, comfy: ComfyId | None) -> tuple[str, list[Path]]:
-        """The default family and the client's files, checked."""
+        """Give the default family, and the client's files after checking them."""
         if self.settings.config_only:
             raise ModelNotFound("models by file are switched off (config_only)", f"Names: {', '.join(self.named)}")
         roots = [*self.roots, *map(_real, self._configured_folders())]
@@ -99,21 +98,20 @@ class ModelResolver:
         return self.settings.model_type, [self._from_client(file, kind, roots) for file in files]
 
     def _spec(self, ref: ModelRef, family: str, paths: list[Path], comfy: ComfyId | None) -> LoadSpec:
-        own = "vae" if ref.kind == ModelKind.VAE else "clip"
-        device, precision = (getattr(self.settings, f"{own}_{setting}") for setting in ("device", "precision"))
+        device, precision = (getattr(self.settings, f"{ref.kind}_{setting}") for setting in ("device", "precision"))
         digest = hashlib.blake2b(digest_size=8)
         for file in (file for path in paths for file in weight_files(path)):
             identity = file_id(file)
             digest.update(f"{identity.path}|{identity.size}|{identity.mtime_ns}|{identity.inode};".encode())
         digest.update(f"{family}|{device}|{precision}|{ref.checkpoint}|{comfy.key if comfy else ''}".encode())
-        # By content, not by the name that was asked for: one file is loaded once, whatever a client calls it.
+        # The key does not contain the name of the request: a file is loaded once, under whatever names clients use.
         key = f"{ref.kind}:{paths[0].stem}:{digest.hexdigest()}"
         return LoadSpec(key, ref.kind, family, tuple(map(str, paths)), device, precision, ref.checkpoint, comfy)
 
     # --- paths ---
 
     def _from_config(self, name: str, kind: ModelKind) -> Path:
-        """A path that the user wrote: absolute, below ComfyUI, in a model folder, or beside the configuration."""
+        """Find a file of the configuration: absolute, below ComfyUI, in a model folder, or beside the configuration."""
         path = Path(name).expanduser()
         beside = [folder / path for folder in (self.base, Path.cwd()) if folder is not None]
         return _first(name, [path] if path.is_absolute() else [*self._below_roots(path, kind), *beside]).resolve()
@@ -126,7 +124,7 @@ class ModelResolver:
         return tried
 
     def _from_client(self, file: FileId, kind: ModelKind, roots: list[Path]) -> Path:
-        """A path from the wire: its end, links followed, must lie below ``roots`` and be the client's own file."""
+        """Find a client's file, below ``roots`` after following links, and check that it is the same file."""
         path = Path(file.path)
         if "\0" in file.path or not file.path:
             raise BadRequest(f"model path {file.path!r} is not a path")
@@ -134,7 +132,7 @@ class ModelResolver:
         if not any(real.is_relative_to(root) for root in roots):
             raise ModelNotFound(
                 f"model file {file.path!r} is outside the model folders",
-                "Add its folder to model_dirs (LUNA_MODEL_DIRS) or give comfyui_path",
+                "Add its folder to model_dirs (LUNA_MODEL_DIRS) or set comfyui_path",
             )
         if not (real.is_file() or real.is_dir()):
             raise ModelNotFound(f"model file {file.path!r} is neither a file nor a folder")
@@ -142,21 +140,21 @@ class ModelResolver:
         return real
 
     def _check_identity(self, file: FileId, real: Path) -> None:
-        """Refuse another file than the client's: compared by digest if the client sent one, else as on one disk."""
-        mine = file_id(real)
-        if file.digest and mine not in self._digests:
+        """Refuse a file that is not the client's: compare digests if the client sent one, else ``ON_ONE_DISK``."""
+        daemons = file_id(real)
+        if file.digest and daemons not in self._digests:
             raise DigestUnknown(str(real), lambda: self.hash(real))
-        mine = msgspec.structs.replace(mine, digest=self._digests.get(mine, ""))
-        check_same(f"model file {file.path!r}", file, mine, ("digest",) if file.digest else ON_ONE_DISK)
+        daemons = msgspec.structs.replace(daemons, digest=self._digests.get(daemons, ""))
+        check_same(f"model file {file.path!r}", file, daemons, ("digest",) if file.digest else ON_ONE_DISK)
 
     def hash(self, path: Path) -> None:
         """Compute a file's SHA-256 and keep it until the file changes; takes seconds for gigabytes."""
-        mine = file_id(path)
+        identity = file_id(path)
         with path.open("rb") as file:
             digest = hashlib.sha256()
             while piece := file.read(1 << 20):
                 digest.update(piece)
-        self._digests[mine] = f"sha256:{digest.hexdigest()}"
+        self._digests[identity] = f"sha256:{digest.hexdigest()}"
 
     def _configured_folders(self) -> Iterable[Path]:
         """Folders of the absolute files in the configuration: the user trusts these folders by naming the files."""
@@ -165,13 +163,12 @@ class ModelResolver:
 
 
 def _real(folder: Path) -> Path:
-    """The folder with links followed; a loop of links, an error to ``Path.resolve``, is left as it is."""
+    """Follow links; a loop of links, for which ``Path.resolve`` raises, stays as it is."""
     return Path(os.path.realpath(folder))
 
 
 def _first(name: str, tried: list[Path]) -> Path:
-    path = first_existing(tried)
-    if path is not None:
+    if (path := first_existing(tried)) is not None:
         return path
-    places = ", ".join(dict.fromkeys(str(path) for path in tried)) or "no folder: give comfyui_path or model_dirs"
+    places = ", ".join(dict.fromkeys(str(path) for path in tried)) or "no folder: set comfyui_path or model_dirs"
     raise ModelNotFound(f"model file {name!r} does not exist; tried {places}")

@@ -1,7 +1,7 @@
-"""Safetensors files: the header, checked in full; the file's bytes; the table that a LoRA's tensors travel as.
+"""Safetensors files: reads and checks headers, reads bytes, and makes the table of tensors in a LoRA's reply.
 
-The daemon checks a file before it offers the file, clients build shells from headers alone, backends look into a header
-before any weight is loaded: all with the one reader here. Needs no torch.
+The only header reader, for the daemon, which checks a file before offering it to clients; for clients, which build
+shells from headers alone; and for backends, before they load weights. Needs no torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NamedRef = tuple[str, TensorRef]
 """A tensor's key and its place: ``offset`` counts from the start of the file, or of the memory that holds it."""
 
 MAX_HEADER_BYTES = 100_000_000
-"""What safetensors itself allows."""
+"""The limit of safetensors itself."""
 _MAX_TENSORS = 100_000
 _MAX_DIMENSIONS = 16
 _MAX_ELEMENTS = 1 << 40
@@ -33,22 +33,22 @@ _DTYPES = {
     "U64": ("uint64", 64), "U32": ("uint32", 32), "U16": ("uint16", 16), "BOOL": ("bool", 8), "C64": ("complex64", 64),
     "F4": ("F4", 4), "F6_E2M3": ("F6_E2M3", 6), "F6_E3M2": ("F6_E3M2", 6),
 }  # fmt: skip
-"""The format's names to torch's (where torch has an element of that size), and bits per element."""
+"""Per dtype of the format torch's name for it, if torch has elements of that size, and its bits per element."""
 _NETWORK = ("nfs", "cifs", "smb", "afs", "9p", "ceph", "gluster", "lustre", "virtiofs", "webdav", "drvfs", "fuse")
-"""Beginnings of the names of file systems whose bytes may come from another machine; FUSE does not say."""
+"""Prefixes of file systems whose bytes may come from another machine: with FUSE, that cannot be found out."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """A safetensors file without its weights."""
+    """The header of a safetensors file."""
 
     tensors: dict[str, TensorRef]
-    """By key, in the order of the bytes; offsets count from the start of the file."""
+    """Per key, in the order of the bytes in the file; offsets count from the start of the file."""
     metadata: dict[str, str]
 
 
 def open_header(path: Path | str) -> Header:
-    """Read and check a model file's header; no weight is touched.
+    """Read and check a model file's header, without its weights.
 
     Raises:
         ModelNotFound: the file cannot be opened.
@@ -66,8 +66,8 @@ def read_header(file: BinaryIO, size: int, title: str) -> Header:
     """Read and check the header of an open file, which is left at the first tensor's first byte.
 
     Args:
-        size: of the file, in bytes.
-        title: what errors call the file.
+        size: bytes of the file.
+        title: name of the file in errors.
 
     Raises:
         ModelLoadError: the file is not a valid safetensors file; says why.
@@ -80,7 +80,7 @@ def read_header(file: BinaryIO, size: int, title: str) -> Header:
 
 
 def parse_header(header: bytes, size: int, title: str) -> Header:
-    """Check a header's bytes, without the eight of its length: bounds, overlaps, gaps and sizes are not believed.
+    """Parse a header that follows the eight bytes of its length; checks bounds, overlaps, gaps and sizes.
 
     Raises:
         ModelLoadError: the header contradicts itself or the size; says how.
@@ -94,9 +94,9 @@ def parse_header(header: bytes, size: int, title: str) -> Header:
     metadata = document.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _invalid(title, "its __metadata__ is not a map of texts")
+        raise _invalid(title, "its __metadata__ does not map names to texts")
     if len(document) > _MAX_TENSORS:
-        raise _invalid(title, f"it has {len(document)} tensors; at most {_MAX_TENSORS} are read")
+        raise _invalid(title, f"it has {len(document)} tensors, more than {_MAX_TENSORS}")
     start = 8 + len(header)
     refs = [(key, _parse_entry(key, entry, start, title)) for key, entry in document.items()]
     refs.sort(key=lambda pair: (pair[1].offset, pair[1].nbytes))
@@ -107,7 +107,7 @@ def parse_header(header: bytes, size: int, title: str) -> Header:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        raise ValueError("a key is there twice")
+        raise ValueError("a key occurs twice")
     return table
 
 
@@ -127,7 +127,7 @@ def _parse_entry(key: str, entry: Any, start: int, title: str) -> TensorRef:
 
 
 def _check_places(refs: list[NamedRef], start: int, size: int, title: str) -> None:
-    """Sorted tensors follow each other without gap or overlap, up to the file's end."""
+    """Check that sorted tensors follow each other without gap or overlap, up to the file's end."""
     for key, ref in refs:
         if ref.offset != start:
             raise _invalid(title, f"tensor {key!r} begins at byte {ref.offset}, the one before ends at {start}")
@@ -143,7 +143,7 @@ def _counts(value: Any) -> bool:
 
 
 def _guess(head: bytes, length: int, size: int) -> str:
-    """What a file is instead, from its first eight bytes, which would be the header's length."""
+    """Guess the format of another file by its first eight bytes, which would be the header's length."""
     if not size:
         return "it is empty"
     if head.startswith((b"PK", b"\x80")):
@@ -160,10 +160,11 @@ def _invalid(title: str, why: str) -> ModelLoadError:
 
 
 def columns(places: Iterable[tuple[str, str, TensorRef]]) -> list[list[Any]]:
-    """The table of a reply, from (key, segment, place) in C order: runs of tensors of one dtype without gaps.
+    """Make the table of a LoRA's reply from (key, segment, place) in the order of the bytes.
 
-    Each run is ``[segment, dtype, offset, keys, shapes, which]``: the run's distinct shapes, and for each key which of
-    them is its own. A LoRA has thousands of tensors, and some dozens of shapes.
+    A row of the table is a run of tensors of one dtype without gaps: ``[segment, dtype, offset, keys, shapes, which]``,
+    where ``shapes`` are the run's distinct shapes, and ``which`` has for each key the index of its shape. A LoRA has
+    thousands of tensors, and some dozens of shapes.
     """
     runs: list[list[Any]] = []
     shapes: dict[tuple[int, ...], int] = {}
@@ -182,7 +183,7 @@ def columns(places: Iterable[tuple[str, str, TensorRef]]) -> list[list[Any]]:
 
 
 def read_through(file: BinaryIO, into: memoryview | None, size: int, start: int = 0) -> None:
-    """Read ``size`` bytes from ``start``: into memory, or only into the system's page cache.
+    """Read ``size`` bytes from ``start`` into memory; without ``into``, only into the system's page cache.
 
     Raises:
         BadRequest: the file ended earlier.
@@ -200,20 +201,12 @@ def read_through(file: BinaryIO, into: memoryview | None, size: int, start: int 
 
 
 def is_on_network(path: Path) -> bool:
-    """Whether a file's bytes come from another machine, or may: FUSE does not say."""
+    """Return whether a file's bytes may come from another machine."""
     import psutil
 
     if os.name == "nt" and str(path).startswith("\\\\"):
         return True
-    holds: tuple[int, str, str] = (0, "", "")
-    for mount in psutil.disk_partitions(all=True):
-        if _is_below(path, mount.mountpoint) and len(mount.mountpoint) >= holds[0]:
-            holds = (len(mount.mountpoint), mount.fstype.lower(), mount.opts)
-    return holds[1].startswith(_NETWORK) or "remote" in holds[2].split(",")
-
-
-def _is_below(path: Path, mount: str) -> bool:
-    try:
-        return path.is_relative_to(mount)
-    except (ValueError, OSError):
-        return False
+    mounts = [mount for mount in psutil.disk_partitions(all=True) if path.is_relative_to(mount.mountpoint)]
+    # The longest mount point holds the file; of several mounts there, the last hides the others.
+    mount = max(reversed(mounts), key=lambda mount: len(mount.mountpoint), default=None)
+    return mount is not None and (mount.fstype.lower().startswith(_NETWORK) or "remote" in mount.opts.split(","))

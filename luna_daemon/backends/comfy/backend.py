@@ -1,7 +1,6 @@
-"""Files to models as ComfyUI's loader nodes load them.
+"""Loads models as ComfyUI's loader nodes do, for every family that this ComfyUI detects.
 
-The worker runs under ComfyUI's interpreter. Every family that this ComfyUI detects is served; there is no list of
-families here.
+The worker runs under ComfyUI's interpreter.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...comfyui.meta import joined
-from ...core import ModelKind, ModelLoadError, OutOfMemory
+from ...core import LunaError, ModelKind, ModelLoadError, OutOfMemory
 from ...wire.messages import LoadSpec
 from .library import ComfyLibrary
 from .text import ComfyText
@@ -18,7 +17,7 @@ from .vae import ComfyVae
 
 
 class ComfyBackend(ComfyLibrary):
-    """ComfyUI in this process, as a backend."""
+    """The backend that runs ComfyUI in this process."""
 
     name = "comfy"
 
@@ -26,15 +25,16 @@ class ComfyBackend(ComfyLibrary):
         """Load a VAE or text encoders.
 
         Raises:
-            ModelLoadError: not a model that this ComfyUI knows, or truncated.
-            OutOfMemory: no room on the device.
+            ModelLoadError: the files are truncated, or not a model that this ComfyUI knows.
+            OutOfMemory: the device has no room.
         """
         try:
             return self._load_vae(spec) if spec.kind == ModelKind.VAE else self._load_text(spec)
         except self.memory.OOM_EXCEPTION as error:
             raise OutOfMemory(f"no room for {spec.key}") from error
-        except Exception as error:
-            # ComfyUI raises whatever its detection stumbles over; the caller needs to know the file.
+        except LunaError as error:
+            raise ModelLoadError(f"{', '.join(spec.files)}: {error.message}", error.hint) from error
+        except Exception as error:  # ComfyUI's detection raises errors of all kinds, without the file's name
             raise ModelLoadError(f"{', '.join(spec.files)}: {type(error).__name__}: {error}") from error
 
     def _load_vae(self, spec: LoadSpec) -> ComfyVae:
@@ -45,7 +45,7 @@ class ComfyBackend(ComfyLibrary):
             weights = joined([self.utils.load_torch_file(str(file)) for file in files], files)
             vae = self.sd.VAE(sd=weights, device=_device(spec.device), dtype=_dtype(spec.precision))
         if vae is None or vae.first_stage_model is None:
-            raise ModelLoadError("no VAE was found in it")
+            raise ModelLoadError("ComfyUI finds no VAE in the file")
         return ComfyVae(self, vae)
 
     def _load_text(self, spec: LoadSpec) -> ComfyText:
@@ -55,11 +55,11 @@ class ComfyBackend(ComfyLibrary):
             family = getattr(self.sd.CLIPType, spec.type.upper(), self.sd.CLIPType.STABLE_DIFFUSION)
             clip = self.sd.load_clip(list(spec.files), clip_type=family, model_options=_text_options(spec))
         if clip is None:
-            raise ModelLoadError("no text encoder was found in it")
+            raise ModelLoadError("ComfyUI finds no text encoder in the file")
         return ComfyText(self, clip)
 
     def _load_checkpoint(self, spec: LoadSpec) -> Any:
-        """ComfyUI's tuple of model, text encoders and VAE, with the wanted one only."""
+        """Load a checkpoint to ComfyUI's tuple (model, text encoders, VAE), without the parts not asked for."""
         return self.sd.load_checkpoint_guess_config(
             spec.files[0],
             output_vae=spec.kind == ModelKind.VAE,
@@ -79,7 +79,7 @@ def _text_options(spec: LoadSpec) -> dict[str, Any]:
 
 
 def _device(name: str) -> Any:
-    """``None`` lets ComfyUI choose, as with ``_dtype``."""
+    """Make ComfyUI's argument of a device setting; ``None``, as of ``_dtype``, lets ComfyUI choose."""
     import torch
 
     return None if name == "auto" else torch.device(name)

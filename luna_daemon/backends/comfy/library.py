@@ -1,4 +1,4 @@
-"""ComfyUI's modules in this process: imported with the flags of the settings, asked for progress and memory errors."""
+"""ComfyUI's modules in this process: imported with the settings' flags, with hooks for progress and memory errors."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..base import Step
 
 
 class ComfyLibrary:
-    """What loading and computing need of ComfyUI.
+    """The modules of ComfyUI that load and run models.
 
     Args:
-        root: ComfyUI's folder, which goes first on ``sys.path``.
-        device: what the worker is for; ``cpu`` keeps ComfyUI off the GPU.
+        root: ComfyUI's folder, which becomes the first entry of ``sys.path``.
+        device: the worker's device; ``cpu`` keeps ComfyUI off the GPU.
         flags: ComfyUI's own command-line flags.
 
     Raises:
@@ -35,13 +35,13 @@ class ComfyLibrary:
         self.memory: Any = importlib.import_module("comfy.model_management")
 
     def versions(self) -> dict[str, str]:
-        """ComfyUI's and torch's: both decide bits."""
+        """Give the versions of ComfyUI and torch."""
         import torch
 
         return {"comfyui": importlib.import_module("comfyui_version").__version__, "torch": str(torch.__version__)}
 
     def devices(self) -> list[str]:
-        """The device that ComfyUI computes on."""
+        """List the device that ComfyUI computes on."""
         return [str(self.memory.get_torch_device())]
 
     @contextmanager
@@ -49,7 +49,7 @@ class ComfyLibrary:
         """Call ``step`` wherever ComfyUI's code advances a progress bar; ``step`` may raise to cancel.
 
         Raises:
-            OutOfMemory: the body found no room on the device.
+            OutOfMemory: the device had no room for the code in the ``with`` block.
         """
         self.utils.set_progress_bar_global_hook(lambda value, total, *rest, **more: step(int(value), int(total)))
         try:
@@ -67,13 +67,13 @@ def _parse_flags(flags: Sequence[str]) -> None:
         importlib.import_module("comfy.options").enable_args_parsing()
         importlib.import_module("comfy.cli_args")
     except SystemExit as error:
-        raise ConfigError(f"ComfyUI does not take {' '.join(flags)!r}", "Fix comfyui_args") from error
+        raise ConfigError(f"ComfyUI refuses the flags {' '.join(flags)!r}", "Fix comfyui_args") from error
     finally:
         sys.argv = before
 
 
 def _has_gpu() -> bool:
-    """Without a GPU ComfyUI refuses to start unless ``--cpu`` is given."""
+    """Return whether torch sees a GPU; without a GPU ComfyUI starts only with ``--cpu``."""
     import torch
 
     xpu = hasattr(torch, "xpu") and torch.xpu.is_available()

@@ -1,7 +1,8 @@
-"""A ``comfy.sd.CLIP`` that encodes for a daemon's callers, with their patches and hooks."""
+"""Text encoders of the comfy backend, which encode with the patches and hooks that a call names."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -16,24 +17,24 @@ if TYPE_CHECKING:
     import torch
 
 PatchOf = Callable[[str], "tuple[Any, list[ComfyText]]"]
-"""The patches of a set, by its name, and the models whose weights the set names."""
+"""Maps the name of a patch set to its patches, and to the models whose weights those patches refer to."""
 
 _MAX_CLONES = 8
-"""Patched clones kept per model: each keeps its patches, and coming back to one need not copy them again."""
+"""Patched clones kept per model: a call with patches that were used before need not copy them again."""
 
 
 class ComfyText:
-    """A ``comfy.sd.CLIP``, with its patched clones. Weights are fully loaded: a partial load changes bits."""
+    """A ``comfy.sd.CLIP`` with its patched clones. Weights are fully loaded: a partial load changes results."""
 
     def __init__(self, backend: ComfyLibrary, clip: Any) -> None:
         self._backend = backend
         self._clip = clip
         self._clones: OrderedDict[tuple[PatchUse, ...], tuple[Any, list[ComfyText]]] = OrderedDict()
-        """By their patches: the clones, and the models whose weights they hold."""
+        """Per stack of patches the patched clone, and the other models whose weights its patches hold."""
         self.nbytes = int(clip.patcher.model_size())
 
     def properties(self) -> dict[str, Any]:
-        """Attributes as ``TextModel`` names them."""
+        """Describe the model as ``TextModel`` does, without the two sizes."""
         model = self._clip.cond_stage_model
         return {
             "encoders": [name for name, part in model.named_children() if hasattr(part, "encode_token_weights")],
@@ -43,29 +44,29 @@ class ComfyText:
         }
 
     def tokenize(self, text: str) -> Any:
-        """Tokenize with ComfyUI's tokenizer; embeddings in the text are not looked up here."""
+        """Tokenize with ComfyUI's tokenizer, which finds no embeddings here."""
         return self._clip.tokenize(text)
 
     def weights(self) -> dict[str, tuple[torch.Tensor, Any]]:
-        """Every weight as the file has it, unpatched and on the CPU, with ComfyUI's conversion of quantized ones."""
+        """Give every unpatched weight on the CPU, with ComfyUI's conversion function for quantized weights."""
         entries = self._clip.patcher.get_key_patches()
-        # Not the parameters themselves: those move to the GPU, and stay there as long as somebody holds them.
+        # Copies, since the parameters move to the GPU and stay there as long as they are referenced.
         return {key: (patches[0][0].detach().to("cpu"), patches[0][1]) for key, patches in entries.items()}
 
     def forget(self, unloaded: Sequence[Any]) -> None:
         """Drop the clones that hold weights of unloaded models."""
-        for stack, (_, lenders) in list(self._clones.items()):
-            if any(model in unloaded for model in lenders):
+        for stack, (_, models) in list(self._clones.items()):
+            if any(model in unloaded for model in models):
                 del self._clones[stack]
 
     def encode(self, tokens: Any, layer: int | None, unprojected: bool) -> dict[str, torch.Tensor]:
         """Encode without patches.
 
         Returns:
-            ``cond`` ``[1,T,D]``, ``pooled_output`` ``[1,P]`` and what else of the result is a tensor.
+            ``cond`` ``[1,T,D]``, ``pooled_output`` ``[1,P]`` and the further tensors of the result.
 
         Raises:
-            OutOfMemory: no room on the device.
+            OutOfMemory: the device has no room.
         """
         call = ClipEncode(None, layer=layer, unprojected=unprojected)  # type: ignore[arg-type]
         result = self.encode_packed(call, tokens, lambda name: ([], []))
@@ -75,11 +76,12 @@ class ComfyText:
         """Encode ComfyUI's own tokens with patches and hooks: by all encoders, or by ``call.part`` alone.
 
         Returns:
-            ``cond`` ``[1,T,D]``, ``pooled_output`` ``[1,P]`` and what the family adds; of a part ``out``, a tuple.
+            ``cond`` ``[1,T,D]``, ``pooled_output`` ``[1,P]`` and the family's further entries. For ``call.part`` the
+            dictionary has only ``out``, a tuple.
 
         Raises:
             BadRequest: no encoder is named ``call.part``, or a patch set cannot be read.
-            OutOfMemory: no room on the device.
+            OutOfMemory: the device has no room.
         """
         with self._backend.progress(lambda done, total: None):
             clip = self._patched(call.patches, patch_of)
@@ -102,12 +104,12 @@ class ComfyText:
         return self._loaded(clip, call.hooks, patch_of, lambda: part.encode_token_weights(tokens))
 
     def _loaded(self, clip: Any, hooks: list[PatchUse], patch_of: PatchOf, work: Callable[[], Any]) -> Any:
-        """Run with every weight on its device, patched, and hooks on top."""
+        """Run ``work`` with every weight patched and on its device, and with the hooks applied on top."""
         self._backend.memory.load_models_gpu([clip.patcher], force_full_load=True)
         if not hooks:
             return work()
         module = importlib.import_module("comfy.hooks")
-        # A clone for this call: on the patcher itself hooks would gather, and all weights be patched again.
+        # A clone for this call: the patcher itself would keep the hooks of every call, and patch all weights again.
         hooked, group = clip.patcher.clone(), module.HookGroup()
         for use in hooks:
             hook = module.WeightHook()
@@ -120,17 +122,17 @@ class ComfyText:
             hooked.patch_hooks(None)
 
     def _patched(self, patches: list[PatchUse], patch_of: PatchOf) -> Any:
-        """A clone with these patches: the same clone for the same patches, or weights would be patched again."""
+        """Give the clone with these patches; a new clone for patches seen before would patch all weights again."""
         if not patches:
             return self._clip
         stack = tuple(patches)
         if stack not in self._clones:
-            clip, lenders = self._clip.clone(), []
+            clip, others = self._clip.clone(), []
             for use in patches:
                 packed, models = patch_of(use.name)
                 clip.add_patches(_decoded(packed, models), use.strength_patch, use.strength_model)
-                lenders += [model for model in models if model is not self]
-            self._clones[stack] = clip, lenders
+                others += [model for model in models if model is not self]
+            self._clones[stack] = clip, others
             if len(self._clones) > _MAX_CLONES:
                 self._clones.popitem(last=False)
         self._clones.move_to_end(stack)
@@ -138,15 +140,9 @@ class ComfyText:
 
 
 def _decoded(patches: Any, models: Sequence[ComfyText]) -> dict[Any, Any]:
-    """The argument of ``add_patches``, with copies of the tensors: those that came lie in shared memory of the call."""
-    weights: dict[int, dict[str, Any]] = {}
-
-    def weight_of(index: int, key: str) -> Any:
-        if index not in weights:
-            weights[index] = models[index].weights()
-        return weights[index][key]
-
-    return decode_set(_copied(patches), weight_of)
+    """Make the argument of ``add_patches``, with copies of the tensors: shared memory lasts only for the call."""
+    weights = functools.cache(lambda index: models[index].weights())
+    return decode_set(_copied(patches), lambda index, key: weights(index)[key])
 
 
 def _copied(value: Any) -> Any:

@@ -1,9 +1,9 @@
-"""A ``comfy.sd.VAE`` that computes for a daemon's callers."""
+"""VAEs of the comfy backend."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class ComfyVae:
-    """A ``comfy.sd.VAE``; a batch is computed as single samples, since the batch's size decides bits."""
+    """A ``comfy.sd.VAE``; samples of a batch are computed one by one, since the size of a batch changes results."""
 
     takes_options = True
     """Whether ``raw``, ``options`` and ``attributes`` are understood."""
@@ -31,7 +31,7 @@ class ComfyVae:
         self.nbytes = int(vae.patcher.model_size())
 
     def properties(self) -> dict[str, Any]:
-        """Attributes as ``VaeModel`` names them; ratios along the sides."""
+        """Describe the model as ``VaeModel`` does; ratios count along one side."""
         vae = self._vae
         return {
             "latent_channels": int(vae.latent_channels),
@@ -53,15 +53,15 @@ class ComfyVae:
         """Encode as ``VAE.encode`` and ``VAE.encode_tiled`` do.
 
         Args:
-            pixels: ``[B,H,W,C]`` or, of a video, ``[B,T,H,W,C]``, in 0..1; for ``raw`` as the network takes them.
+            pixels: ``[B,H,W,C]`` or, of a video, ``[B,T,H,W,C]``, in 0..1; with ``raw`` the network's own input.
             raw: run the network alone, without ComfyUI's scaling and cropping.
-            attributes: by layer, what is set on the network during the call.
+            attributes: per layer, the attributes that are set on the network during the call.
 
         Returns:
             Latents, float32 on the CPU; notes for the caller.
 
         Raises:
-            OutOfMemory: no room on the device, even for tiles.
+            OutOfMemory: the device has no room, even for tiles.
         """
         vae = self._vae
         # Frames of a video arrive as a batch; they are one sample.
@@ -88,13 +88,13 @@ class ComfyVae:
             latents: ``[B,C,h,w]`` or, of a video, ``[B,C,t,h,w]``.
             raw: run the network alone, without ComfyUI's scaling.
             options: ComfyUI's ``vae_options``.
-            attributes: by layer, what is set on the network during the call.
+            attributes: per layer, the attributes that are set on the network during the call.
 
         Returns:
             Pixels in 0..1 (unless ``raw``), channels last, float32 on the CPU; notes for the caller.
 
         Raises:
-            OutOfMemory: no room on the device, even for tiles.
+            OutOfMemory: the device has no room, even for tiles.
         """
         vae = self._vae
         more = {"vae_options": options} if options else {}
@@ -106,9 +106,7 @@ class ComfyVae:
             parts = [latents] if self._mixes_frames else _singles(latents)
             return self._run(lambda part: vae.decode(part, **more), parts, step)
 
-    def _run(
-        self, work: Callable[[Any], Any], parts: Sequence[torch.Tensor], step: Step
-    ) -> tuple[torch.Tensor, list[str]]:
+    def _run(self, work: Callable[[Any], Any], parts: list[torch.Tensor], step: Step) -> tuple[torch.Tensor, list[str]]:
         import torch
 
         notes: list[str] = []
@@ -127,7 +125,7 @@ class ComfyVae:
 
 @contextmanager
 def _note_tiling(notes: list[str]) -> Iterator[None]:
-    """Note when ComfyUI falls back to tiles by itself, for lack of memory: only its log says so."""
+    """Add a note when ComfyUI falls back to tiles for lack of memory, which only ComfyUI's log reports."""
 
     def watch(record: logging.LogRecord) -> bool:
         if "Ran out of memory when regular VAE" in record.getMessage():
@@ -147,10 +145,7 @@ def _singles(batch: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Join samples to one batch of ComfyUI's memory layout.
-
-    Pixels lie there channels first, and encoding them again from another layout gives other bits.
-    """
+    """Join samples to one batch and keep their memory layout: encoding pixels of another layout changes results."""
     import torch
 
     if len(parts) == 1:

@@ -20,17 +20,17 @@ from .tiling import DECODE_TILES, ENCODE_TILES, TileShape, run_tiled
 Run = Callable[[torch.Tensor], torch.Tensor]
 
 TINY_SCALES = {"sd15": (0.18215, 0.0), "sdxl": (0.13025, 0.0), "sd3": (1.5305, 0.0609), "flux": (0.3611, 0.1159)}
-"""TAESD works on the diffusion model's latents: per family the (scale, shift) from a VAE's latents to those."""
+"""TAESD works on the diffusion model's latents: per family the (scale, shift) that turns a VAE's latents into them."""
 
 
 class Autoencoder:
     """A loaded VAE.
 
     Args:
-        model: the module, for its size, type and device.
-        encode: ``[1,3,H,W]`` in -1..1 to latents, both in the model's type.
-        decode: latents to ``[1,3,H,W]`` in -1..1.
-        channels: of the latents.
+        model: the module, for its size, dtype and device.
+        encode: maps ``[1,3,H,W]`` in -1..1 to latents, both in the model's dtype.
+        decode: maps latents to ``[1,3,H,W]`` in -1..1.
+        channels: number of channels of the latents.
         ratio: pixels per latent, along one side.
     """
 
@@ -45,7 +45,7 @@ class Autoencoder:
         self.nbytes = sum(parameter.nbytes for parameter in model.parameters())
 
     def properties(self) -> dict[str, Any]:
-        """Attributes as ``VaeModel`` names them."""
+        """Describe the model as ``VaeModel`` does."""
         return {
             "latent_channels": self._channels,
             "downscale_ratio": self._ratio,
@@ -57,7 +57,7 @@ class Autoencoder:
 
     @torch.inference_mode()
     def encode(self, pixels: torch.Tensor, tiling: Tiling | None, step: Step) -> tuple[torch.Tensor, list[str]]:
-        """Encode as ``VaeModel`` does, cropped around the centre to whole latents; channels past RGB are dropped."""
+        """Encode as ``VaeModel`` does; pixels are cropped around the centre to whole latents, and to RGB."""
         images = self._crop(pixels).movedim(-1, 1)
 
         def run(image: torch.Tensor) -> torch.Tensor:
@@ -96,7 +96,7 @@ class Autoencoder:
     def _in_one_or_tiles(
         self, source: torch.Tensor, run: Run, tiling: Tiling | None, tiles: TileShape, step: Step
     ) -> tuple[torch.Tensor, list[str]]:
-        """Run each image in one pass; in tiles if the caller wants tiles, or if memory is short."""
+        """Run each image in one pass, or in tiles if the caller asks for tiles or memory is short."""
         verb = "decoded" if tiles is DECODE_TILES else "encoded"
         notes: list[str] = []
         if tiling is None:
@@ -106,19 +106,18 @@ class Autoencoder:
             notes.append(f"{verb} in tiles: not enough memory for one pass")
             tiling = Tiling()
         passes = tiles.merged(tiling)
-        # The order of summation is ComfyUI's, which differs between the two.
+        # ComfyUI sums the passes in another order for decoding than for encoding.
         shapes = [passes.tall(), passes.wide(), passes] if verb == "decoded" else [passes, passes.wide(), passes.tall()]
         scale = float(self._ratio) if verb == "decoded" else 1.0 / self._ratio
         result = self._attempt(lambda: run_tiled(source, run, shapes, scale, step))
         if result is None:
             raise OutOfMemory(
-                f"{self._device} has no memory for tiles of {passes.x}x{passes.y}",
-                "Take smaller tiles or free memory",
+                f"{self._device} has no memory for tiles of {passes.x}x{passes.y}", "Use smaller tiles or free memory"
             )
         return result, notes
 
     def _attempt(self, work: Callable[[], torch.Tensor]) -> torch.Tensor | None:
-        """Run ``work``; ``None`` if memory ran out."""
+        """Run ``work``; return ``None`` if memory ran out."""
         try:
             return work()
         except RuntimeError as error:
@@ -132,7 +131,7 @@ class Autoencoder:
 
 
 def _one_by_one(source: torch.Tensor, run: Run, step: Step) -> torch.Tensor:
-    """Run one image at a time: a batch's size decides bits, and free memory must not."""
+    """Run one image at a time: the size of a batch changes results, and free memory must not."""
     results = []
     for i in range(source.shape[0]):
         step(i, source.shape[0])
@@ -144,12 +143,11 @@ def load_kl(part: Part, dtype: torch.dtype, device: torch.device) -> Autoencoder
     """Build a KL autoencoder (SD1.5, SDXL, SD3, Flux).
 
     Args:
-        part: of name ``kl``.
-        dtype: of weights and activations.
-        device: where the model runs.
+        part: a part named ``kl``.
+        dtype: dtype of weights and activations.
 
     Raises:
-        ModelLoadError: another family, or weights are missing.
+        ModelLoadError: the VAE is of another family, or weights are missing.
     """
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
@@ -172,9 +170,8 @@ def load_tiny(parts: list[Part], family: str, dtype: torch.dtype, device: torch.
 
     Args:
         parts: ``tiny``, or ``tiny_encoder`` and ``tiny_decoder``.
-        family: a key of ``TINY_SCALES``; only used where the file has no ``vae_scale`` of its own.
-        dtype: of weights and activations.
-        device: where the model runs.
+        family: a key of ``TINY_SCALES``; only used where the file has no ``vae_scale``.
+        dtype: dtype of weights and activations.
 
     Raises:
         ModelLoadError: weights are missing, or the family is needed and unknown.

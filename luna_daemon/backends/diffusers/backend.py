@@ -1,6 +1,6 @@
-"""The backend's face: what diffusers' and transformers' modules compute, with ComfyUI's conventions and results.
+"""Backend on diffusers' and transformers' modules, with ComfyUI's conventions and results.
 
-Known are the VAEs and text encoders of SD1.5, SDXL, SD3 and Flux, and TAESD.
+It loads TAESD, and the VAEs and text encoders of SD1.5, SDXL, SD3 and Flux.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class DiffusersBackend:
     name = "diffusers"
 
     def versions(self) -> dict[str, str]:
-        """Versions of the libraries that decide bits; a library that is not installed is left out."""
+        """Give the versions of the libraries that results depend on; without those that are not installed."""
         return {name: metadata.version(name) for name in _LIBRARIES if find_spec(name) is not None}
 
     def devices(self) -> list[str]:
-        """Devices of this machine, best first: ``cuda:0`` ... ``cpu``.
+        """List the devices of this machine, best first: ``cuda:0`` ... ``cpu``.
 
         Raises:
             ModelLoadError: a library is not installed.
@@ -39,10 +39,10 @@ class DiffusersBackend:
         """Load a VAE or a family's text encoders.
 
         Raises:
-            ConfigError: no such device, precision or family.
+            ConfigError: the device, precision or family does not exist.
             ModelLoadError: the files are not a model of this kind, truncated, or of an unknown layout; or a library is
                 not installed.
-            OutOfMemory: no room on the device.
+            OutOfMemory: the device has no room.
         """
         _require_libraries()
         from .loading import memory_errors
@@ -62,6 +62,5 @@ def _require_libraries() -> None:
     missing = [name for name in _LIBRARIES if find_spec(name) is None]
     if missing:
         raise ModelLoadError(
-            f"the diffusers backend needs {', '.join(missing)}",
-            "Install with: pip install luna-daemon[standalone]",
+            f"the diffusers backend needs {', '.join(missing)}", "Install with: pip install luna-daemon[standalone]"
         )

@@ -1,7 +1,7 @@
-"""Weights kept in their stored dtype, and cast to the activations' dtype at each use.
+"""Layers that keep their weights in the stored dtype and cast them to the activations' dtype at each use.
 
-Each layer casts its weights when it runs, so a float16 file stays mapped and shared between processes while results
-are those of float32. The layers' classes are swapped in place: no copies, no reference cycles.
+So a float16 file stays mapped and shared between processes while results are those of float32. The layers' classes are
+swapped in place, without copies and reference cycles.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class _LayerNorm(nn.LayerNorm):
 
 
 class _Embedding(nn.Embedding):
-    """Gives float32 always, which the following layers compute in."""
+    """Returns float32, in which the following layers compute."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.weight.element_size() == 1:
@@ -34,7 +34,7 @@ class _Embedding(nn.Embedding):
 
 
 class _T5Norm(nn.Module):
-    """T5LayerNorm of transformers without rounding the result to the weight's dtype."""
+    """Is transformers' T5LayerNorm, without rounding the result to the weight's dtype."""
 
     weight: nn.Parameter
     variance_epsilon: float
@@ -45,7 +45,7 @@ class _T5Norm(nn.Module):
 
 
 class _T5GatedFeedForward(nn.Module):
-    """T5DenseGatedActDense of transformers without rounding the input to the weight's dtype."""
+    """Is transformers' T5DenseGatedActDense, without rounding the input to the weight's dtype."""
 
     wi_0: nn.Module
     wi_1: nn.Module
@@ -53,8 +53,7 @@ class _T5GatedFeedForward(nn.Module):
     act: nn.Module
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gated: torch.Tensor = self.act(self.wi_0(hidden_states)) * self.wi_1(hidden_states)
-        result: torch.Tensor = self.wo(gated)
+        result: torch.Tensor = self.wo(self.act(self.wi_0(hidden_states)) * self.wi_1(hidden_states))
         return result
 
 
@@ -72,7 +71,7 @@ def cast_at_use(model: nn.Module) -> None:
     """Make every layer of a CLIP or T5 encoder cast the layer's weights to the input's dtype.
 
     Raises:
-        TypeError: a layer with weights is of a class that is not known here.
+        TypeError: a layer with weights is of a class for which there is no casting class.
     """
     for name, module in model.named_modules():
         swap = _SWAPS.get(type(module).__name__)

@@ -1,4 +1,4 @@
-"""How model families combine text encoders: which layer, which pooled vector, what is joined to what."""
+"""Model families' rules for combining text encoders: which layers, which pooled vector, joined in which way."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ _SD3_POOLED = {"l": 768, "g": 1280}
 
 @dataclass(frozen=True)
 class Use:
-    """How a family uses one text encoder."""
+    """A family's use of one text encoder."""
 
     layer: int | None
-    """The hidden layer to take, negative from the end; ``None`` is the last."""
+    """The hidden layer whose output is used, negative from the end; ``None`` is the last."""
     normed: bool
-    """Apply the final layer norm to a layer that is not the last."""
+    """Whether the final layer norm is applied to a layer that is not the last."""
     projected: bool
-    """Apply the text projection to the pooled vector."""
+    """Whether the text projection is applied to the pooled vector."""
     min_length: int = 0
-    """Tokens that a short prompt is padded to; 0 for CLIP, which pads to its number of positions."""
+    """Number of tokens that a short prompt is padded to; 0 for CLIP, which pads to its number of positions."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """A model family's text side."""
+    """A model family's text encoders."""
 
     uses: dict[str, Use]
-    """By the encoder's name, in the family's order."""
+    """Use of each encoder by the encoder's name, in the family's order."""
     required: tuple[frozenset[str], ...]
-    """Sets of encoders, each of which is enough; the empty set means that any encoders are."""
+    """Sets of encoders of which one must be there; any encoder will do if the set is empty."""
     join: Callable[[Encoded], tuple[torch.Tensor, torch.Tensor]]
-    """From the encoders' results to ``cond`` ``[1,T,D]`` and ``pooled_output`` ``[1,P]``."""
+    """Maps the encoders' results to ``cond`` ``[1,T,D]`` and ``pooled_output`` ``[1,P]``."""
 
 
 def _first(encoded: Encoded) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,7 +64,7 @@ def _side_by_side(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def _sd3(encoded: Encoded) -> tuple[torch.Tensor, torch.Tensor]:
-    """CLIP side by side, padded to T5's width, then T5; a missing CLIP counts as zeros."""
+    """Join both CLIPs side by side, padded to T5's width, then T5 along the tokens; a missing CLIP counts as zeros."""
     t5 = encoded["t5xxl"][0] if "t5xxl" in encoded else None
     width = _SD3_WIDTH if t5 is None else t5.shape[-1]
     pooled = torch.cat(
@@ -115,26 +115,24 @@ class TextEncoders:
         self.nbytes = sum(encoder.nbytes for encoder in self._encoders.values())
 
     def properties(self) -> dict[str, Any]:
-        """Attributes as ``TextModel`` names them; sizes come from joining zeros as the family joins."""
+        """Describe the model as ``TextModel`` does; the sizes come from joining zeros as the family joins results."""
         blank = {
             name: (torch.zeros(1, 1, encoder.width), torch.zeros(1, encoder.pooled_width))
             for name, encoder in self._encoders.items()
         }
         cond, pooled = self._family.join(blank)
-        any_encoder = next(iter(self._encoders.values()))
+        encoders = self._encoders.values()
         return {
             "encoders": list(self._encoders),
             "cond_dim": cond.shape[-1],
             "pooled_dim": pooled.shape[-1],
-            "dtype": ",".join(
-                dict.fromkeys(str(encoder.dtype).removeprefix("torch.") for encoder in self._encoders.values())
-            ),
-            "device": str(any_encoder.device),
+            "dtype": ",".join(dict.fromkeys(str(encoder.dtype).removeprefix("torch.") for encoder in encoders)),
+            "device": str(next(iter(encoders)).device),
             "class": f"TextEncoders({self._name})",
         }
 
     def tokenize(self, text: str) -> Tokens:
-        """Parse weights and split into padded chunks, for each loaded encoder; raises as ``parse_weights``."""
+        """Parse weights and split the text into padded chunks for each encoder; raises as ``parse_weights``."""
         return {name: tokenize(text, encoder.ids, encoder.rules) for name, encoder in self._encoders.items()}
 
     @torch.inference_mode()
@@ -146,10 +144,10 @@ class TextEncoders:
             if no_clip and name != "t5xxl":
                 continue
             if name not in tokens:
-                raise BadRequest(f"tokens are for {', '.join(tokens) or 'nothing'}, and {name} needs some")
+                raise BadRequest(f"the tokens lack encoder {name}; they are for {', '.join(tokens) or 'no encoder'}")
             use = self._family.uses[name]
-            wanted = use.layer if layer is None else layer
+            wanted, projected = use.layer if layer is None else layer, use.projected and not unprojected
             with memory_errors(f"encoding {len(tokens[name])} chunks with {name} on {encoder.device}"):
-                encoded[name] = encoder.encode(tokens[name], wanted, use.normed, use.projected and not unprojected)
+                encoded[name] = encoder.encode(tokens[name], wanted, use.normed, projected)
         cond, pooled = self._family.join(encoded)
         return {"cond": cond.contiguous(), "pooled_output": pooled.contiguous()}

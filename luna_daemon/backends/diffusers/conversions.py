@@ -1,13 +1,14 @@
-"""Key names of files renamed to those of diffusers and transformers, and the modules' configurations from shapes.
+"""Renames a file's keys to those of diffusers and transformers, and derives the modules' configurations from shapes.
 
 Tensors stay views of the mapped file, so that processes which load one file share its pages. Of the libraries' own
-loaders only ``convert_ldm_vae_checkpoint`` keeps to that: ``convert_open_clip_checkpoint`` copies the attention's
+converters only ``convert_ldm_vae_checkpoint`` can be used: ``convert_open_clip_checkpoint`` copies the attention's
 weights, ``from_single_file`` asks the hub for a configuration, ``from_pretrained`` fills missing weights at random
 instead of refusing the file, and diffusers' renaming of old attention blocks is private to its models.
 """
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ from ...core import ModelLoadError
 from .layouts import Part, count_numbers
 
 Tensors = dict[str, torch.Tensor]
-"""A part's tensors by the library's keys."""
+"""A part's tensors by the keys of diffusers or transformers."""
 
 
 def part_tensors(part: Part) -> Tensors:
@@ -41,10 +42,10 @@ def _shape(part: Part, tensors: Tensors, key: str) -> torch.Size:
 
 
 def kl_config(part: Part, tensors: Tensors) -> dict[str, Any]:
-    """Arguments of diffusers' ``AutoencoderKL``.
+    """Make the arguments of diffusers' ``AutoencoderKL``.
 
     Raises:
-        ModelLoadError: a VAE of another family, or half a VAE.
+        ModelLoadError: the VAE is of another family, or only half a VAE.
     """
     conv = _shape(part, tensors, "decoder.conv_in.weight")
     if len(conv) != 4 or conv[1] > 16 or any(key.endswith(".mix_factor") for key in tensors):
@@ -70,12 +71,9 @@ def kl_config(part: Part, tensors: Tensors) -> dict[str, Any]:
 
 
 def _from_ldm(tensors: Tensors) -> Tensors:
-    from diffusers.loaders import single_file_utils
-
-    library: Any = single_file_utils
+    convert: Any = importlib.import_module("diffusers.loaders.single_file_utils").convert_ldm_vae_checkpoint
     blocks = range(count_numbers(tensors, r"decoder\.up\.(\d+)\."))
-    config = {"down_block_types": blocks, "up_block_types": blocks}
-    renamed: Tensors = library.convert_ldm_vae_checkpoint(tensors, config)
+    renamed: Tensors = convert(tensors, {"down_block_types": blocks, "up_block_types": blocks})
     return renamed
 
 
@@ -83,7 +81,7 @@ _OLD_ATTENTION = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_
 
 
 def _from_diffusers(tensors: Tensors) -> Tensors:
-    """Older files name the attention's layers otherwise, and have 1x1 convolutions for them."""
+    """Rename the attention's layers of older files, in which they are 1x1 convolutions."""
     renamed: Tensors = {}
     for key, tensor in tensors.items():
         if ".attentions." in key:
@@ -96,7 +94,7 @@ def _from_diffusers(tensors: Tensors) -> Tensors:
 
 
 def _from_comfy_tiny(tensors: Tensors) -> Tensors:
-    """Both halves in one file; ``vae_scale`` and ``vae_shift`` keep their names."""
+    """Rename both halves of a TAESD; ``vae_scale`` and ``vae_shift`` keep their names."""
     renamed: Tensors = {key: tensor for key, tensor in tensors.items() if key in ("vae_scale", "vae_shift")}
     for prefix in ("taesd_encoder.", "taesd_decoder."):
         half = {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
@@ -105,7 +103,7 @@ def _from_comfy_tiny(tensors: Tensors) -> Tensors:
 
 
 def _from_raw_tiny(tensors: Tensors) -> Tensors:
-    """One half: diffusers' decoder has no module for the clamp, so its numbers are one lower."""
+    """Rename one half; the decoder's modules are one number lower in diffusers, which has no module for the clamp."""
     half, shift = ("encoder", 0) if "0.weight" in tensors else ("decoder", 1)
     renamed: Tensors = {}
     for key, tensor in tensors.items():
@@ -119,29 +117,29 @@ def _from_raw_tiny(tensors: Tensors) -> Tensors:
 
 
 def clip_config(part: Part, tensors: Tensors) -> dict[str, Any]:
-    """Arguments of transformers' ``CLIPTextConfig``; what shapes do not tell comes from a folder's ``config.json``.
+    """Make the arguments of transformers' ``CLIPTextConfig``, from shapes and the folder's ``config.json``.
 
     Raises:
         ModelLoadError: weights are missing.
     """
     vocabulary, width = _shape(part, tensors, "embeddings.token_embedding.weight")
-    given = part.weights.config
+    config = part.weights.config
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": _shape(part, tensors, "encoder.layers.0.mlp.fc1.weight")[0],
         "num_hidden_layers": count_numbers(tensors, r"encoder\.layers\.(\d+)\."),
         # Every CLIP text encoder in use has heads of 64.
-        "num_attention_heads": given.get("num_attention_heads", max(1, width // 64)),
+        "num_attention_heads": config.get("num_attention_heads", max(1, width // 64)),
         "max_position_embeddings": _shape(part, tensors, "embeddings.position_embedding.weight")[0],
-        "hidden_act": given.get("hidden_act", "quick_gelu" if part.name == "l" else "gelu"),
-        "layer_norm_eps": given.get("layer_norm_eps", 1e-5),
+        "hidden_act": config.get("hidden_act", "quick_gelu" if part.name == "l" else "gelu"),
+        "layer_norm_eps": config.get("layer_norm_eps", 1e-5),
         "projection_dim": width,
     }
 
 
 def t5_config(part: Part, tensors: Tensors) -> dict[str, Any]:
-    """Arguments of transformers' ``T5Config`` (version 1.1, gated).
+    """Make the arguments of transformers' ``T5Config`` (version 1.1, gated).
 
     Raises:
         ModelLoadError: weights are missing, or the encoder is a umT5, whose every layer has a position bias.
@@ -164,10 +162,10 @@ def t5_config(part: Part, tensors: Tensors) -> dict[str, Any]:
 
 
 def text_projection(part: Part) -> torch.Tensor:
-    """CLIP's projection of the pooled vector, ``[P,D]``; open_clip keeps it transposed and without ``.weight``.
+    """Load CLIP's projection of the pooled vector, ``[P,D]``; open_clip's is transposed and lacks ``.weight``.
 
     Raises:
-        ModelLoadError: the file has none.
+        ModelLoadError: the file has no projection.
     """
     key = part.prefix.removesuffix("text_model.") + "text_projection"
     for name in (key + ".weight", key):
@@ -178,7 +176,7 @@ def text_projection(part: Part) -> torch.Tensor:
 
 
 def _from_hf(tensors: Tensors) -> Tensors:
-    """T5's embedding has two names, of which files may have either."""
+    """Enter T5's embedding under both of its names, of which a file may have one."""
     names = ("shared.weight", "encoder.embed_tokens.weight")
     shared = next((tensors[name] for name in names if name in tensors), None)
     return tensors if shared is None else tensors | dict.fromkeys(names, shared)
@@ -197,7 +195,7 @@ _OPEN_CLIP_TO_HF = (
 
 
 def _from_open_clip(tensors: Tensors) -> Tensors:
-    """open_clip keeps query, key and value in one matrix."""
+    """Rename open_clip's keys, and split its one matrix for query, key and value."""
     renamed: Tensors = {}
     for key, tensor in tensors.items():
         for pattern, new in _OPEN_CLIP_TO_HF:

@@ -1,4 +1,4 @@
-"""Which VAEs and text encoders a file holds, told by keys and shapes.
+"""Detects which VAEs and text encoders a file holds, by keys and shapes.
 
 Names of files and metadata are never trusted: ComfyUI users rename files.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .weightfiles import WeightFiles
 
@@ -22,16 +22,16 @@ class Part:
     layout: str
     """Naming scheme of the keys: ``ldm``, ``diffusers``, ``comfy``, ``raw``, ``hf``, ``open_clip``."""
     prefix: str
-    """What the file puts before the layout's keys."""
+    """Text that precedes the layout's keys in the file."""
     weights: WeightFiles
 
     def keys(self) -> list[str]:
-        """Keys without the prefix."""
+        """List the part's keys without the prefix."""
         return [key[len(self.prefix) :] for key in self.weights.below(self.prefix)]
 
 
 def count_numbers(keys: Iterable[str], pattern: str) -> int:
-    """Count the distinct numbers that keys have where ``pattern`` has its group."""
+    """Count the distinct numbers that the group of ``pattern`` matches in keys."""
     return len({match.group(1) for key in keys if (match := re.match(pattern, key))})
 
 
@@ -46,7 +46,7 @@ _OPEN_CLIP_PREFIXES = (
 _T5_PREFIXES = ("", "text_encoders.t5xxl.transformer.")
 _VAE_PREFIXES = ("", "first_stage_model.", "vae.")
 
-# Part, layout, a key that only this layout has, prefixes that files put before it.
+# Name of the part, layout, a key that only this layout has, prefixes that may precede the key.
 _PROBES: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("kl", "ldm", "decoder.mid.block_1.norm1.weight", _VAE_PREFIXES),
     ("kl", "diffusers", "decoder.mid_block.resnets.0.norm1.weight", _VAE_PREFIXES),
@@ -79,7 +79,7 @@ def _named(part: Part) -> Part:
     pattern = r"transformer\.resblocks\.(\d+)\." if part.layout == "open_clip" else r"encoder\.layers\.(\d+)\."
     depth = count_numbers(part.keys(), pattern)
     name = "g" if depth > 30 else "h" if depth > 22 else "l"
-    return Part(name, part.layout, part.prefix, part.weights)
+    return replace(part, name=name)
 
 
 def describe(weights: WeightFiles) -> str:

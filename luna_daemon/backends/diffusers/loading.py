@@ -1,4 +1,4 @@
-"""Weights into modules, and which device and dtype a model gets."""
+"""Assigns weights to modules, chooses a model's device and dtype, and recognises out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def assign_weights(part: Part, model: nn.Module, tensors: Tensors, dtype: torch.dtype, device: torch.device) -> None:
-    """Give a module made on the meta device its weights; what needs no conversion stays a view of the mapped file.
+    """Give a module made on the meta device its weights; weights not converted stay views of the mapped file.
 
     Args:
-        part: names the file in errors.
-        tensors: by the module's keys; further tensors are ignored.
+        part: origin of the weights, for error messages.
+        tensors: the weights by the module's keys; further tensors are ignored.
 
     Raises:
         ModelLoadError: weights are missing or have other shapes.
@@ -41,7 +41,7 @@ def assign_weights(part: Part, model: nn.Module, tensors: Tensors, dtype: torch.
 
 
 def usable_devices() -> list[str]:
-    """Every GPU, then the CPU."""
+    """List every GPU, then the CPU."""
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
 
 
@@ -49,7 +49,7 @@ def pick_device(asked: str) -> torch.device:
     """Resolve a device setting; ``auto`` is the first GPU, or the CPU without a GPU.
 
     Raises:
-        ConfigError: no such device.
+        ConfigError: the device does not exist.
     """
     usable = usable_devices()
     name = {"auto": usable[0], "cuda": "cuda:0"}.get(asked, asked)
@@ -59,10 +59,10 @@ def pick_device(asked: str) -> torch.device:
 
 
 def pick_dtype(asked: str, automatic: torch.dtype) -> torch.dtype:
-    """Resolve a precision setting; ``auto`` is ``automatic``.
+    """Resolve a precision setting; ``auto`` means ``automatic``.
 
     Raises:
-        ConfigError: not a precision.
+        ConfigError: the setting is not a precision.
     """
     if asked == "auto":
         return automatic
@@ -72,7 +72,7 @@ def pick_dtype(asked: str, automatic: torch.dtype) -> torch.dtype:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device or the CPU's allocator had no room."""
+    """Return whether the device or the CPU's allocator had no room."""
     return isinstance(error, torch.cuda.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
@@ -81,10 +81,10 @@ def memory_errors(doing: str) -> Iterator[None]:
     """Turn torch's out-of-memory errors into typed ones.
 
     Args:
-        doing: what needed the memory, for the message.
+        doing: description of the work in the ``with`` block, for the message.
 
     Raises:
-        OutOfMemory: the body found no room.
+        OutOfMemory: the work found no room.
     """
     try:
         yield

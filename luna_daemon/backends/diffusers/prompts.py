@@ -1,4 +1,4 @@
-"""Prompts to token chunks: ``(word:1.3)`` weights, nesting, escapes and chunking with ComfyUI's results."""
+"""Splits prompts into chunks of weighted tokens exactly as ComfyUI does: ``(word:1.3)``, nesting, escapes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _EMBEDDING = "embedding:"
 
 @dataclass(frozen=True)
 class ChunkRules:
-    """How one encoder wants its tokens framed and padded."""
+    """An encoder's rules for framing and padding its tokens."""
 
     start: int | None
     end: int
     pad: int
     length: int
-    """Tokens per chunk, start and end included."""
+    """Number of tokens per chunk, start and end included."""
     min_length: int = 0
     """The number of tokens that the last chunk is padded to."""
 
@@ -35,14 +35,14 @@ def parse_weights(text: str) -> list[tuple[str, float]]:
     """Split a prompt into segments and their weights, escapes resolved.
 
     Raises:
-        BadRequest: parentheses nested deeper than can be followed.
+        BadRequest: parentheses are nested too deep.
     """
     for escaped, mark, _ in _ESCAPES:
         text = text.replace(escaped, mark)
     try:
         segments = _weighted(text, 1.0)
     except RecursionError:
-        raise BadRequest(f"the prompt nests {text.count('(')} parentheses, which is too deep") from None
+        raise BadRequest(f"the prompt nests its {text.count('(')} parentheses too deep") from None
     for _, mark, plain in _ESCAPES:
         segments = [(segment.replace(mark, plain), weight) for segment, weight in segments]
     return segments
@@ -68,7 +68,7 @@ def _weighted(text: str, weight: float) -> list[tuple[str, float]]:
 
 
 def _groups(text: str) -> list[str]:
-    """Cut at outermost parentheses; an unopened ``)`` makes the depth negative, as in ComfyUI."""
+    """Cut a text at its outermost parentheses; an unopened ``)`` makes the depth negative, as in ComfyUI."""
     groups: list[str] = []
     depth = begin = 0
     for i, char in enumerate(text):
@@ -89,11 +89,10 @@ def tokenize(text: str, ids: Callable[[str], list[int]], rules: ChunkRules) -> l
     """Turn a prompt into padded chunks.
 
     Args:
-        ids: gives the tokens of a segment, without start and end token.
-        rules: how the encoder wants chunks.
+        ids: returns the tokens of a segment, without start and end token.
 
     Raises:
-        BadRequest: parentheses nested too deep.
+        BadRequest: parentheses are nested too deep.
     """
     groups = [
         [(token, weight) for token in ids(part)]
@@ -104,7 +103,7 @@ def tokenize(text: str, ids: Callable[[str], list[int]], rules: ChunkRules) -> l
 
 
 def _without_embeddings(segment: str) -> list[str]:
-    """Cut before each ``embedding:name`` and drop the name: there is no folder to look it up in."""
+    """Cut a segment before each ``embedding:name`` and drop the name: this backend loads no embeddings."""
     head, *rest = re.split(rf" {_EMBEDDING}|\n{_EMBEDDING}", segment)
     parts: list[str] = []
     for part in [head, *(_EMBEDDING + piece for piece in rest)]:
@@ -119,7 +118,7 @@ def _without_embeddings(segment: str) -> list[str]:
 
 
 def chunk_tokens(groups: list[Chunk], rules: ChunkRules) -> list[Chunk]:
-    """Fill chunks of ``rules.length`` with the segments' tokens, framed and padded."""
+    """Distribute the segments' tokens over framed and padded chunks of ``rules.length``."""
     opening: Chunk = [] if rules.start is None else [(rules.start, 1.0)]
     end, pad = (rules.end, 1.0), (rules.pad, 1.0)
     chunks = [list(opening)]
@@ -145,6 +144,6 @@ def chunk_tokens(groups: list[Chunk], rules: ChunkRules) -> list[Chunk]:
 
 
 def empty_chunk(rules: ChunkRules, length: int) -> list[int]:
-    """Token ids of an empty prompt, padded to ``length``: weights interpolate from its encoding."""
+    """Give the token ids of an empty prompt, padded to ``length``: weights interpolate from this prompt's encoding."""
     ids = [rules.end] if rules.start is None else [rules.start, rules.end]
     return ids + [rules.pad] * (length - len(ids))

@@ -1,4 +1,4 @@
-"""Text to token ids, with the first tokenizer found on this machine; nothing is ever downloaded."""
+"""Finds a tokenizer on this machine; nothing is ever downloaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from ...core import ModelLoadError
 
 Ids = Callable[[str], list[int]]
-"""Token ids of a piece of text, without start and end tokens."""
+"""Maps a piece of text to its token ids, without start and end tokens."""
 
 _COMFY_FOLDERS = {"clip": "comfy/sd1_tokenizer", "t5": "comfy/text_encoders/t5_tokenizer"}
 _SPECIAL = {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
@@ -29,15 +29,13 @@ def find_segmenter(family: str, model_folder: Path | None, environ: Mapping[str,
         environ: the environment, for ``COMFYUI_PATH``.
 
     Raises:
-        ModelLoadError: no tokenizer, or a broken one; the message lists what was tried.
+        ModelLoadError: the tokenizer is missing or broken; the message lists the folders tried.
     """
     folders: list[Path] = []
     if model_folder is not None:
         # text_encoder_2 belongs to tokenizer_2.
-        folders.append(model_folder.parent / model_folder.name.replace("text_encoder", "tokenizer"))
-        folders.append(model_folder)
-    root = environ.get("COMFYUI_PATH", "")
-    if root:
+        folders += [model_folder.parent / model_folder.name.replace("text_encoder", "tokenizer"), model_folder]
+    if root := environ.get("COMFYUI_PATH", ""):
         folders.append(Path(root) / _COMFY_FOLDERS[family])
     for folder in folders:
         if any((folder / name).is_file() for name in _VOCABULARY_FILES):
@@ -45,7 +43,7 @@ def find_segmenter(family: str, model_folder: Path | None, environ: Mapping[str,
     packaged = _from_package() if family == "clip" else None
     if packaged is not None:
         return packaged
-    tried = ", ".join(map(str, folders)) or "nothing: a single file has none, and COMFYUI_PATH is not set"
+    tried = ", ".join(map(str, folders)) or "no folder: the model is a single file, and COMFYUI_PATH is not set"
     package = " or `pip install instant-clip-tokenizer`" if family == "clip" else ""
     raise ModelLoadError(
         f"no {family.upper()} tokenizer found; tried {tried}",
@@ -60,9 +58,9 @@ def _from_folder(family: str, folder: Path) -> Ids:
     kind: Any = getattr(transformers, "CLIPTokenizer" if family == "clip" else "T5TokenizerFast")
     try:
         tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # transformers raises whatever its parsers raise
+    except Exception as error:  # transformers passes on the errors of its parsers
         raise ModelLoadError(f"{folder} is not a {family.upper()} tokenizer: {error}") from error
-    # Cut off as ComfyUI does: CLIP frames with start and end, T5 with an end only.
+    # As in ComfyUI, the frame is cut off: CLIP has a start and an end token, T5 only an end.
     first = len(tokenizer("")["input_ids"]) - 1
 
     def ids(text: str) -> list[int]:
@@ -79,7 +77,7 @@ def _from_package() -> Ids | None:
         return None
 
     def ids(text: str) -> list[int]:
-        # Two things that transformers' tokenizer does and the package does not.
+        # Unlike transformers' tokenizer, the package neither normalises text nor knows special tokens.
         tokens: list[int] = []
         for piece in re.split(f"({'|'.join(map(re.escape, _SPECIAL))})", unicodedata.normalize("NFC", text)):
             tokens += [_SPECIAL[piece]] if piece in _SPECIAL else tokenizer.encode(piece)

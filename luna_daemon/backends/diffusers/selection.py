@@ -1,4 +1,4 @@
-"""From a ``LoadSpec`` to a loaded model: which parts the files hold, whether those are enough, what loads them."""
+"""Loads the model of a ``LoadSpec``: finds the parts in its files, checks that no part is missing, and builds it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from .weightfiles import component_folders, open_weights
 
 _VAE_PARTS = {"kl", "tiny", "tiny_encoder", "tiny_decoder"}
 _ALIASES = {"sd1": "sd15", "sd1.5": "sd15", "stable_diffusion": "sd15", "sd35": "sd3", "sd3.5": "sd3"}
-# TAESD's published names, longest first; ComfyUI goes by them too where a file has no scale of its own.
+# TAESD's published names, longest first. ComfyUI, too, uses the name where a file has no scale.
 _TINY_NAMES = {"taesdxl": "sdxl", "taesd3": "sd3", "taef1": "flux", "taesd": "sd15"}
 
 
 def load_vae(spec: LoadSpec) -> Autoencoder:
-    """Load a VAE from one file or folder, or TAESD from its two.
+    """Load a VAE from a file or folder, or a TAESD from one file or two.
 
     Raises:
-        ConfigError: no such device or precision.
-        ModelLoadError: no VAE in the files, half a VAE, or a family that this backend does not know.
+        ConfigError: the device or precision does not exist.
+        ModelLoadError: the files hold no VAE, half a VAE, or a VAE of an unknown family.
     """
     parts = _parts(spec, "vae", "a VAE", _VAE_PARTS)
     device = pick_device(spec.device)
@@ -40,8 +40,7 @@ def load_vae(spec: LoadSpec) -> Autoencoder:
     halves = [by_name["tiny"]] if "tiny" in by_name else [by_name[n] for n in sorted(by_name)]
     if len(halves) == 1 and "tiny" not in by_name:
         raise ModelLoadError(
-            f"{spec.files[0]} is {describe(halves[0].weights)} only",
-            "Give the encoder's and the decoder's file",
+            f"{spec.files[0]} is {describe(halves[0].weights)} only", "Give the encoder's and the decoder's file"
         )
     return load_tiny(halves, _tiny_family(spec), dtype, device)
 
@@ -60,8 +59,8 @@ def load_text(spec: LoadSpec) -> TextEncoders:
     """Load a family's text encoders from files, a checkpoint or folders.
 
     Raises:
-        ConfigError: no such device, precision or family.
-        ModelLoadError: an encoder is missing, unknown or there twice, or no tokenizer is found.
+        ConfigError: the device, precision or family does not exist.
+        ModelLoadError: an encoder is missing, unknown or there twice, or its tokenizer is missing.
     """
     family = _ALIASES.get(spec.type, spec.type)
     if family not in FAMILIES:
@@ -96,7 +95,7 @@ def _check_enough(family: str, parts: dict[str, Part]) -> None:
 
 
 def _parts(spec: LoadSpec, component: str, title: str, names: set[str]) -> list[Part]:
-    """All parts of that kind; every file must contribute one."""
+    """Find the parts whose name is in ``names``; a file without such a part is an error."""
     parts: list[Part] = []
     for place in [place for file in spec.files for place in component_folders(Path(file), component)]:
         weights = open_weights(place)

@@ -1,4 +1,4 @@
-"""One text encoder: from chunks of weighted tokens to hidden states and pooled vector, as ComfyUI's ``SDClipModel``."""
+"""A text encoder that maps chunks of weighted tokens to hidden states and pooled vector, as ComfyUI's does."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TextEncoder:
         norm: the model's final layer norm.
         projection: ``[P,D]`` for CLIP's pooled vector, or ``None``.
         ids: the tokenizer.
-        rules: how chunks are framed.
+        rules: framing and padding of chunks.
     """
 
     def __init__(
@@ -55,8 +55,8 @@ class TextEncoder:
         """Encode all chunks as one batch and apply the tokens' weights.
 
         Args:
-            chunks: equally long lists of (token id, weight); none at all encodes the empty prompt.
-            layer: the hidden layer to take: ``None`` or too deep is the last, -2 the penultimate.
+            chunks: equally long lists of (token id, weight); without chunks the empty prompt is encoded.
+            layer: the hidden layer whose output is used: -2 is the penultimate, ``None`` or too deep the last.
             normed: whether the final layer norm is applied to a layer that is not the last.
             projected: whether the pooled vector goes through the text projection.
 
@@ -64,7 +64,7 @@ class TextEncoder:
             ``[1,T,D]``, chunks joined, and the first chunk's pooled ``[1,P]``; float32 on the CPU.
 
         Raises:
-            BadRequest: a token, a chunk length or a layer that this encoder does not have.
+            BadRequest: this encoder does not have a token, chunk length or layer of the call.
         """
         rows = self._check(chunks)
         weights = torch.tensor([[weight for _, weight in chunk] for chunk in chunks], dtype=torch.float32)
@@ -80,7 +80,7 @@ class TextEncoder:
         return states.reshape(1, -1, self.width).cpu().contiguous(), pooled.cpu().contiguous()
 
     def _check(self, chunks: Sequence[Sequence[tuple[int, float]]]) -> list[list[int]]:
-        # A bad id is a device assert on CUDA, which costs the whole process.
+        # On CUDA an id outside the vocabulary fails a device assert, after which the process must be restarted.
         rows = [[token for token, _ in chunk] for chunk in chunks]
         lengths = sorted({len(row) for row in rows})
         if len(lengths) > 1 or (lengths and not 1 <= lengths[0] <= self.rules.length):
@@ -94,7 +94,7 @@ class TextEncoder:
         return rows
 
     def _run(self, rows: torch.Tensor, layer: int | None, normed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output of the wanted layer and normed output of the last, both ``[S,T,D]`` float32."""
+        """Give the output of ``layer`` and the normed output of the last layer, both ``[S,T,D]`` float32."""
         index = self._layer_index(layer)
         result = self._model(input_ids=rows, output_hidden_states=index is not None)
         last: torch.Tensor = result.last_hidden_state
@@ -114,7 +114,7 @@ class TextEncoder:
         return layer % self._layers
 
     def _pool(self, last: torch.Tensor, row: list[int], projected: bool) -> torch.Tensor:
-        """The hidden state at the first end token, which is CLIP's pooled vector."""
+        """Pool to the hidden state at the first end token, as CLIP does."""
         end = row.index(self.rules.end) if self.rules.end in row else len(row) - 1
         pooled = last[:, end]
         if projected and self._projection is not None:
@@ -129,10 +129,9 @@ def load_text_encoder(
 
     Args:
         part: ``l``, ``g`` or ``t5xxl``.
-        dtype: what weights are kept in; ``None`` as ComfyUI would. Activations are float32.
-        device: where the encoder runs.
+        dtype: dtype in which weights are kept; ``None`` for ComfyUI's choice. Activations are float32.
         ids: the tokenizer.
-        min_length: tokens that T5 pads short prompts to; CLIP pads to its number of positions.
+        min_length: number of tokens that T5 pads short prompts to; CLIP pads to its number of positions.
 
     Raises:
         ModelLoadError: weights are missing, have other shapes, or are quantised with scales.
@@ -154,7 +153,7 @@ def load_text_encoder(
 
 
 def _kept_dtype(part: Part, tensors: Tensors) -> torch.dtype:
-    """CLIP is kept in float16; T5 in the file's dtype unless that is larger."""
+    """Choose float16 for CLIP, and for T5 the file's dtype or float16, whichever is smaller."""
     if "scaled_fp8" in tensors:
         raise ModelLoadError(f"{part.weights.source} is scaled float8", "Give the fp16 or the plain float8 file")
     norm = tensors.get("encoder.final_layer_norm.weight")
@@ -170,7 +169,7 @@ def _new_clip(part: Part, tensors: Tensors) -> tuple[nn.Module, nn.Module, int]:
     # transformers 4 has one more level than 5.
     core: Any = getattr(model, "text_model", model)
     positions = int(config.max_position_embeddings)
-    # Not part of the weights, so nothing else would bring it back from the meta device.
+    # This buffer is not part of the weights, so loading them leaves it on the meta device.
     core.embeddings.position_ids = torch.arange(positions)[None]
     return core, core.final_layer_norm, positions
 

@@ -1,11 +1,11 @@
-"""Run a VAE over overlapping tiles and blend the results, as ComfyUI's tiled encode and decode do.
+"""Runs a VAE over overlapping tiles and blends the results, as ComfyUI's tiled encode and decode do.
 
-Three passes with tiles of different shapes are averaged, so that no pass's seams show. Pure tensor code: the model
-is a function.
+Three passes with tiles of different shapes are averaged, which hides the seams of each pass.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -28,30 +28,27 @@ class TileShape:
     overlap: int
 
     def merged(self, asked: Tiling) -> TileShape:
-        """The shape with the caller's sizes in place of the defaults.
+        """Replace the sizes that the caller asks for.
 
         Raises:
-            BadRequest: a size for which the three passes are not defined.
+            BadRequest: the three passes are not defined for a size.
         """
-        sizes = {
-            "tile_x": self.x if asked.tile_x is None else asked.tile_x,
-            "tile_y": self.y if asked.tile_y is None else asked.tile_y,
-        }
+        x = self.x if asked.tile_x is None else asked.tile_x
+        y = self.y if asked.tile_y is None else asked.tile_y
         overlap = self.overlap if asked.overlap is None else asked.overlap
-        for name, size in sizes.items():
-            # One pass uses tiles of half the size.
-            if size < 2:
+        for name, size in (("tile_x", x), ("tile_y", y)):
+            if size < 2:  # one pass uses tiles of half the size
                 raise BadRequest(f"{name} is {size}, must be at least 2")
             if not 0 <= overlap < size:
                 raise BadRequest(f"overlap is {overlap}, must be at least 0 and smaller than {name} ({size})")
-        return TileShape(sizes["tile_x"], sizes["tile_y"], overlap)
+        return TileShape(x, y, overlap)
 
     def wide(self) -> TileShape:
-        """The shape with twice the width and half the height."""
+        """Double the width and halve the height."""
         return TileShape(self.x * 2, self.y // 2, self.overlap)
 
     def tall(self) -> TileShape:
-        """The shape with half the width and twice the height."""
+        """Halve the width and double the height."""
         return TileShape(self.x // 2, self.y * 2, self.overlap)
 
 
@@ -65,15 +62,14 @@ def run_tiled(source: torch.Tensor, run: Run, shapes: list[TileShape], scale: fl
     Args:
         source: ``[B,C,H,W]``.
         run: maps ``[1,C,h,w]`` to float32 ``[1,D,h*scale,w*scale]``, rounded down.
-        shapes: the tile shape of each pass; results are summed in this order, which decides the last bit.
+        shapes: the tile shape of each pass; the order of the passes is that of the sum, which the last bit depends on.
         scale: output size divided by input size: 8 for a decoder, 1/8 for an encoder.
-        step: called with (done, total) before each tile.
 
     Returns:
         ``[B,D,H*scale,W*scale]`` float32 on the CPU.
 
     Raises:
-        BadRequest: an overlap as large as a tile, or tiles that leave a gap.
+        BadRequest: the overlap is as large as a tile, or the tiles leave a gap.
     """
     height, width = source.shape[-2:]
     places = [
@@ -89,18 +85,15 @@ def run_tiled(source: torch.Tensor, run: Run, shapes: list[TileShape], scale: fl
         done += 1
         return run(tile).to("cpu", torch.float32)
 
-    result: torch.Tensor | None = None
-    for shape, starts in zip(shapes, places, strict=True):
-        rows = [_blend(source[i : i + 1], counted, shape, starts, scale) for i in range(source.shape[0])]
-        blended = torch.cat(rows)
-        result = blended if result is None else result.add_(blended)
-    if result is None:
-        raise ValueError("no tile shapes")
-    return result.div_(len(shapes))
+    passes = (
+        torch.cat([_blend(source[i : i + 1], counted, shape, starts, scale) for i in range(source.shape[0])])
+        for shape, starts in zip(shapes, places, strict=True)
+    )
+    return functools.reduce(torch.Tensor.add_, passes).div_(len(shapes))
 
 
 def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
-    """Starts of the tiles along one axis; a single 0 if one tile covers the axis.
+    """List the starts of the tiles along one axis; a single 0 if one tile covers the axis.
 
     Raises:
         BadRequest: the overlap is as large as the tile.
@@ -118,7 +111,7 @@ def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
 def _blend(
     source: torch.Tensor, run: Run, shape: TileShape, starts: list[tuple[int, int]], scale: float
 ) -> torch.Tensor:
-    """One pass over one image ``[1,C,H,W]``."""
+    """Run one pass over one image ``[1,C,H,W]``."""
     height, width = source.shape[-2:]
     if height <= shape.y and width <= shape.x:
         return run(source)
@@ -142,18 +135,17 @@ def _blend(
 
 
 def _misfit(shape: TileShape, scale: float) -> BadRequest:
-    """An encoder rounds its tiles' sizes, which leaves gaps or runs over the edge."""
+    """Make the error for tiles that leave gaps or run over the edge, since an encoder rounds their sizes."""
     return BadRequest(
         f"tiles of {shape.x}x{shape.y} with overlap {shape.overlap} do not meet",
-        f"Take tile sizes that are multiples of {round(2 / scale)}",
+        f"Use tile sizes that are multiples of {round(2 / scale)}",
     )
 
 
 def _ramp(size: int, feather: int) -> torch.Tensor:
-    """Weights ``[size]`` in (0,1] that rise at the start and fall at the end over ``feather`` steps."""
+    """Make weights ``[size]`` in (0,1] that rise at the start and fall at the end over ``feather`` steps."""
     ramp = torch.ones(size)
-    # A tile narrower than its feather keeps full weight.
-    if 0 < feather < size:
+    if 0 < feather < size:  # a tile narrower than its feather keeps full weight
         rise = torch.arange(1, feather + 1, dtype=torch.float64).div(feather).float()
         ramp[:feather] *= rise
         ramp[size - feather :] *= rise.flip(0)

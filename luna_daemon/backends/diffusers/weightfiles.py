@@ -1,4 +1,4 @@
-"""Model files on disk: headers read and checked before anything is loaded, tensors mapped instead of copied."""
+"""Model files whose headers are checked before a tensor is loaded, and whose tensors are mapped, not copied."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ...wire.messages import TensorRef
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """One model's tensors, in one file or several shards, known by the headers only."""
+    """The tensors of a file, or of a folder's shards, as the headers list them."""
 
     source: Path
     """The file, or the folder of the diffusers layout."""
     entries: dict[str, tuple[Path, TensorRef]]
-    """By key: the file that holds the tensor, and the tensor's header."""
+    """Per key the file that holds the tensor, and the tensor's header."""
     config: dict[str, Any] = field(default_factory=dict)
     """The folder's ``config.json``; empty for a single file."""
 
@@ -31,19 +31,19 @@ class WeightFiles:
         return key in self.entries
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a tensor, from the header.
+        """Look up the shape of a tensor.
 
         Raises:
-            KeyError: no such tensor.
+            KeyError: the tensor does not exist.
         """
         return self.entries[key][1].shape
 
     def below(self, prefix: str) -> list[str]:
-        """Keys that start with ``prefix``."""
+        """List the keys that start with ``prefix``."""
         return [key for key in self.entries if key.startswith(prefix)]
 
     def load(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Tensors by key, as views of the memory-mapped file: copy before writing.
+        """Load tensors by key, as views of the memory-mapped file: copy before writing.
 
         Raises:
             ModelLoadError: the file changed since its header was read.
@@ -65,7 +65,7 @@ def open_weights(path: Path) -> WeightFiles:
     """Read the headers of a ``.safetensors`` file, or of a folder of one model's shards.
 
     Raises:
-        ModelLoadError: missing, empty, truncated, another format, or a folder without weights.
+        ModelLoadError: the file is missing, truncated or of another format, or the folder has no weights.
     """
     if not path.is_dir():
         return WeightFiles(path, _entries(path))
@@ -76,13 +76,13 @@ def open_weights(path: Path) -> WeightFiles:
 
 
 def component_folders(path: Path, stem: str) -> list[Path]:
-    """A pipeline's components (``text_encoder``, ``text_encoder_2`` ...); without any the path itself."""
+    """List a pipeline's folders ``text_encoder``, ``text_encoder_2`` ...; the path itself if it has none of them."""
     components = [path / f"{stem}{suffix}" for suffix in ("", "_2", "_3")]
     return [folder for folder in components if folder.is_dir()] or [path]
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The weight files of one variant: the plain one rather than ``fp16`` and the like."""
+    """List the weight files of one variant, preferably of the one without a suffix such as ``fp16``."""
     variants: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         variants.setdefault(path.stem.split("-0")[0], []).append(path)

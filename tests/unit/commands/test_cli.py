@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -161,6 +162,20 @@ def test_a_taken_number_is_not_mistaken_for_the_daemon(tmp_path):
     assert runtime.has_ended(os.getpid(), tmp_path)
     os.utime(tmp_path)
     assert not runtime.has_ended(os.getpid(), tmp_path)
+
+
+@pytest.mark.parametrize(("pid", "expected"), [(7, (0, "secret\n")), (8, (2, ""))])
+def test_token_is_that_of_the_daemon_that_answers(monkeypatch, run, tmp_path, pid, expected):
+    """A daemon of this machine on the same port has another token than the one that was asked, which is elsewhere."""
+    (tmp_path / "5").mkdir()
+    (tmp_path / "5" / "daemon.json").write_text('{"pid": 7}')
+    (tmp_path / "5" / "token").write_text("secret")
+    client = MagicMock(host="10.0.0.1", port=5, runtime_dir=tmp_path)
+    client.__enter__.return_value = client
+    client.get_daemon_info.return_value = {"pid": pid}
+    monkeypatch.setattr(cli, "dial", lambda *options: client)
+    code, out, err = run("token")
+    assert (code, out) == expected and ("10.0.0.1:5 is not on this machine" in err) == bool(code)
 
 
 def test_status_fits_80_columns_without_colour_codes(capsys):

@@ -219,7 +219,7 @@ def test_a_pipeline_folder_has_both(files: dict[str, Path], tmp_path: Path, load
         ({"l": [[(-1, 1.0)]]}, "token -1"),
         ({"l": [[(1, 1.0)] * 78]}, r"\[78\] tokens"),
         ({"l": [[(1, 1.0)], [(1, 1.0)] * 2]}, r"\[1, 2\] tokens"),
-        ({"g": [[(1, 1.0)]]}, "l needs some"),
+        ({"g": [[(1, 1.0)]]}, "lack encoder l"),
     ],
 )
 def test_bad_tokens_are_named(tokens: Any, named: str, files: dict[str, Path], load: Load) -> None:
