@@ -73,9 +73,8 @@ class WorkerPool:
         self.accepting = True
         self._scheduler = Scheduler(self.queue, self.fleet, self.pinned, self.events, clock, free_vram)
         self._clock, self._sleep = clock, sleep
-        self._closing = False
+        self._closing, self._next_sign = False, 0.0
         self._ticker: asyncio.Task[None] | None = None
-        self._next_sign = 0.0
 
     # --- life ---
 
