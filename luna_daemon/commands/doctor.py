@@ -1,7 +1,7 @@
 """``luna-daemon doctor``: checks machine, settings and daemon, and says what to do about each problem.
 
-Nothing is changed and nothing is left behind. Where the daemon itself checks something, ``doctor`` calls the same
-function. Dependencies are imported inside functions, after the check that they are installed; torch never is.
+Changes nothing, and calls the functions with which the daemon checks the same things. Dependencies are imported inside
+functions, after the check that they are installed; torch is not imported.
 """
 
 from __future__ import annotations
@@ -25,20 +25,17 @@ if TYPE_CHECKING:
     from ..config import Settings
     from ..files.resolver import ModelResolver
 
-_TOKENIZER_FOLDER = Path("comfy") / "sd1_tokenizer"
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
-
 _CHECK_PORT = -1
-"""Makes the name of a shared memory folder that no daemon has."""
+"""Port in the name of the shared memory folder, which no daemon has."""
 
 
 def examine(
     overrides: Mapping[str, Any], config_file: Path | None = None, environ: Mapping[str, str] | None = None
 ) -> list[Check]:
-    """Run all checks, except those that need what an earlier check found missing.
+    """Run all checks, except those that depend on dependencies or settings found wrong.
 
     Args:
-        overrides: settings of the command line; ``None`` values are ignored.
+        overrides: settings from the command line; ``None`` values are ignored.
         config_file: as for ``load_settings``.
         environ: ``os.environ`` by default.
     """
@@ -70,8 +67,8 @@ def _tokenizer(settings: Settings) -> Iterator[Check]:
     if settings.service_type.value == "vae":
         return
     title = "CLIP tokenizer"
-    folder = settings.comfyui_path / _TOKENIZER_FOLDER if settings.comfyui_path is not None else None
-    if folder is not None and _is_tokenizer(folder):
+    folder = settings.comfyui_path / "comfy" / "sd1_tokenizer" if settings.comfyui_path is not None else None
+    if folder is not None and any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         yield Check(title, "ok", str(folder))
     elif importlib.util.find_spec("instant_clip_tokenizer") is not None:
         yield Check(title, "ok", "package instant-clip-tokenizer")
@@ -82,10 +79,6 @@ def _tokenizer(settings: Settings) -> Iterator[Check]:
         yield Check(title, level, "none: a text encoder that is a single file cannot be used", advice)
 
 
-def _is_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
-
-
 def _has_single_file_encoder(settings: Settings) -> bool:
     from ..wire.messages import ModelRef
 
@@ -94,7 +87,7 @@ def _has_single_file_encoder(settings: Settings) -> bool:
         try:
             files = resolver.resolve(ModelRef("clip", name)).files
         except LunaError:
-            continue  # a problem of the check of models
+            continue  # the check of models reports it
         if not all(Path(file).is_dir() for file in files):
             return True
     return False
@@ -109,13 +102,13 @@ def _gpu(settings: Settings, torch: str) -> Check:
     known = {"cuda", *(f"cuda:{gpu['index']}" for gpu in gpus), *(gpu["uuid"] for gpu in gpus)}
     missing = ", ".join(sorted(wanted - known if gpus else wanted))
     unseen = importlib.util.find_spec("pynvml") is None and (wanted or shutil.which("nvidia-smi"))
-    found = ", ".join(f"{g['name']} ({g['free'] >> 20} of {g['total'] >> 20} MB free)" for g in gpus)
-    found = found or "no NVIDIA GPU"
     if unseen:
         return Check("GPU", "warning", "unknown: nvidia-ml-py is missing", "pip install 'luna-daemon[gpu]'")
+    names = [f"{gpu['name']} ({gpu['free'] >> 20} of {gpu['total'] >> 20} MB free)" for gpu in gpus]
+    found = ", ".join(names) or "no NVIDIA GPU"
     if missing:
-        advice = "Change vae_device and clip_device; auto is always right"
-        return Check("GPU", "problem", f"{found}; there is no {missing}", advice)
+        advice = "Change vae_device and clip_device; auto fits every machine"
+        return Check("GPU", "problem", f"{found}; {missing} does not exist", advice)
     if gpus and torch.endswith("+cpu"):
         return Check("GPU", "warning", f"{found}; this torch computes on the CPU", "Install torch with CUDA")
     return Check("GPU", "ok", found)
@@ -140,7 +133,7 @@ def _settings(
     finally:
         logger.removeHandler(kept)
         logger.propagate = propagate
-    found = str(settings.toml_path or "no luna.toml here; LUNA_* variables and defaults")
+    found = str(settings.toml_path or "LUNA_* variables and defaults, without a luna.toml in this folder")
     warnings = [Check("environment", "warning", r.getMessage(), "Correct or unset the variable") for r in kept.buffer]
     return settings, [Check("configuration", "ok", found), *warnings]
 
@@ -150,9 +143,9 @@ def _comfyui(settings: Settings) -> Iterator[Check]:
 
     root = settings.comfyui_path
     if root is None:
-        found = "not given, so only model_dirs are searched for models"
+        found = "not set, so only model_dirs are searched for models"
         if settings.backend == "comfy":
-            yield Check("ComfyUI", "problem", found, "Give comfyui_path or COMFYUI_PATH")
+            yield Check("ComfyUI", "problem", found, "Set comfyui_path or COMFYUI_PATH")
         else:
             yield Check("ComfyUI", "ok", found)
     elif not is_comfyui(root):
@@ -178,10 +171,10 @@ def _models(settings: Settings) -> Iterator[Check]:
             try:
                 spec = resolver.resolve(ModelRef(kind, name))
             except LunaError as error:
-                # Nobody configured the files of the defaults, so that they are missing is not a problem yet.
+                # Missing files of the default model are not a problem: the user has not configured them.
                 level = "problem" if chosen or name in settings.models else "warning"
                 where = f"models.{name}" if name in settings.models else "vae_path and clip_*_path"
-                advice = error.hint or f"Correct {where}, or give comfyui_path or model_dirs"
+                advice = error.hint or f"Correct {where}, or set comfyui_path or model_dirs"
                 yield Check(title, level, error.message, advice)
             else:
                 yield Check(title, "ok", ", ".join(spec.files))
@@ -209,7 +202,7 @@ def _ports(settings: Settings, info: Mapping[str, Any]) -> Iterator[Check]:
             yield Check(title, "ok", f"the running Luna Daemon (pid {info['pid']})")
         else:
             holder = f"{name} (pid {pid})" if pid else name
-            yield Check(title, level, f"in use by {holder}", f"Stop it, or choose another {field}")
+            yield Check(title, level, f"in use by {holder}", f"Stop this process, or choose another {field}")
 
 
 def _runtime_folder(settings: Settings) -> Check:
@@ -219,8 +212,8 @@ def _runtime_folder(settings: Settings) -> Check:
     if not os.path.lexists(folder):
         parent = next(place for place in folder.parents if place.exists())
         if os.access(parent, os.W_OK):
-            return Check("runtime folder", "ok", f"{folder}, made when the daemon starts")
-        return Check("runtime folder", "problem", f"{parent} cannot be written", "Give another --runtime-dir")
+            return Check("runtime folder", "ok", f"{folder}, which the daemon makes when it starts")
+        return Check("runtime folder", "problem", f"{parent} cannot be written", "Choose another --runtime-dir")
     try:
         check_folder(folder)
     except AuthenticationError as error:
@@ -232,7 +225,7 @@ def _runtime_folder(settings: Settings) -> Check:
 
 
 def _shared_memory(settings: Settings) -> Check:
-    """Make an arena and a segment of shared memory as the daemon does, and remove both."""
+    """Check shared memory: make an arena and a segment as the daemon does, and remove both."""
     from ..wire.arena import ArenaUnavailable, default_folder, open_arena
 
     if not settings.arena:
@@ -243,8 +236,7 @@ def _shared_memory(settings: Settings) -> Check:
         made = next((part for part in [*reversed(place.parents), place] if not part.exists()), None)
         arena = open_arena(place, _CHECK_PORT - os.getpid(), settings.arena_mb << 20)
         try:
-            memory = arena.grow(1)[2]
-            memory.close()
+            arena.grow(1)[2].close()
         finally:
             arena.close()
         free = shutil.disk_usage(place).free
@@ -259,7 +251,7 @@ def _shared_memory(settings: Settings) -> Check:
 
 
 def _daemon(settings: Settings) -> tuple[dict[str, Any], Check]:
-    """Ask the running daemon for its ``info``; empty if none answers."""
+    """Check the running daemon; returns its ``info`` as well, empty if no daemon answers."""
     from ..client import DaemonClient
     from ..system.runtime import runtime_folder
 

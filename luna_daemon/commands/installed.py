@@ -1,6 +1,6 @@
-"""What ``doctor`` checks of the installation: this Python, the dependencies, the libraries of the workers.
+"""Checks of the installation for ``doctor``: this Python, the dependencies, the libraries of the workers.
 
-Only the standard library is imported: the dependencies may be missing, and torch is found without importing torch.
+Imports only the standard library: dependencies may be missing. torch is looked for, not imported.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DEPENDENCIES = {
     "aiohttp": "3.9", "filelock": "3.12", "msgspec": "0.18", "numpy": "1.24", "prometheus-client": "0.20",
     "psutil": "5.9", "pydantic-settings": "2.3", "PyYAML": "6", "rich": "13", "safetensors": "0.4", "typer": "0.12",
 }  # fmt: skip
-"""The dependencies of pyproject.toml that this package imports, each with its lowest version."""
+"""The dependencies in pyproject.toml, each with its lowest version."""
 
 _WORKER_NEEDS = ("torch", "msgspec", "numpy", "psutil")
 _DIFFUSERS_NEEDS = ("diffusers", "transformers")
@@ -48,7 +48,7 @@ class Check(NamedTuple):
     """``ok``, ``warning`` or ``problem``."""
     found: str
     advice: str = ""
-    """What to do; empty if nothing."""
+    """Instruction to the user; empty where all is well."""
 
 
 def python() -> Check:
@@ -83,13 +83,13 @@ def _numbers(version: str) -> list[int]:
 
 
 def libraries(settings: Settings, with_comfyui: bool) -> tuple[list[Check], str]:
-    """Check what workers import, in the interpreter that will run the workers.
+    """Check the libraries of the workers in the interpreter that will run the workers.
 
     Args:
-        with_comfyui: workers run ComfyUI, by the interpreter that runs ComfyUI.
+        with_comfyui: whether workers run ComfyUI, and so ComfyUI's interpreter.
 
     Returns:
-        The checks, and the version of torch; empty if the interpreter has none.
+        The checks, and the version of torch; an empty version if torch is missing.
     """
     interpreter = str(settings.comfyui_python or sys.executable) if with_comfyui else sys.executable
     names = _WORKER_NEEDS if with_comfyui else _WORKER_NEEDS + _DIFFUSERS_NEEDS
@@ -112,7 +112,7 @@ def libraries(settings: Settings, with_comfyui: bool) -> tuple[list[Check], str]
 
 
 def _importable(interpreter: str, names: Sequence[str]) -> dict[str, str]:
-    """Ask another interpreter which modules it finds, without importing them: names and versions.
+    """Ask an interpreter for the version of each module that it finds, without importing the modules.
 
     Raises:
         OSError, SubprocessError, ValueError: the interpreter cannot be run, or is not Python.

@@ -30,7 +30,7 @@ class JsonLines(logging.Formatter):
 
 
 def set_up(as_json: bool = False, file: Path | None = None) -> None:
-    """Send the lines of all loggers to stderr and to ``file``, if any; replaces an earlier setup.
+    """Send the records of all loggers to stderr and to ``file``, if any; replaces an earlier setup.
 
     Raises:
         ConfigError: the file cannot be written.

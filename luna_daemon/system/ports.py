@@ -1,4 +1,4 @@
-"""TCP ports of this machine: binding one, finding the process that listens on one, trying whether one answers."""
+"""TCP ports of this machine: binds a port, finds the process that listens on a port, tests if a port answers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ _ANSWER_S = 0.5
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Bind a socket that no other process can share; port 0 is any free port.
+    """Bind a socket that no other process can share; port 0 stands for any free port.
 
     Raises:
-        OSError: with ``EADDRINUSE`` the port is taken; otherwise host or port are not for this process.
+        OSError: the port is taken (``EADDRINUSE``), or this process may not use the host or port.
     """
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     # On Windows SO_REUSEADDR would let two daemons share the port; elsewhere it only skips TIME_WAIT.
@@ -25,7 +25,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def listener(port: int) -> tuple[str, int] | None:
-    """Find the name and pid of the process that listens on a port; ``None`` if the system does not tell this user."""
+    """Find name and pid of the process that listens on a port; ``None`` if this user may not see the process."""
     import psutil
 
     try:

@@ -1,7 +1,7 @@
 """The runtime folder: a daemon writes its token and pid there, and the clients of the same user read both.
 
-There is one folder per user and port. Its place does not depend on environment variables: below the home folder in the
-user database, else below ``/tmp``. A lock beside the folder tells a running daemon from the remains of a dead one.
+There is one folder per user and port. Its path does not depend on environment variables: below the home folder in the
+user database, else below ``/tmp``. A locked file beside the folder shows that its daemon is running.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from ..core import AuthenticationError, PortInUse
 
 _TOKEN = "token"  # noqa: S105 (a file's name)
-_FACTS = "daemon.json"
+_ATTRIBUTES = "daemon.json"
 
 
 def runtime_folder(port: int, override: Path | None = None) -> Path:
@@ -44,7 +44,7 @@ def runtime_folder(port: int, override: Path | None = None) -> Path:
 
 
 def state_folder(port: int, override: Path | None = None) -> Path:
-    """Give, and make, the parent of the runtime folders of all ports: for files that outlive a daemon.
+    """Make the parent of the runtime folders of all ports, for files that outlive a daemon, and return its path.
 
     Raises:
         AuthenticationError: the folder is a link or another user's.
@@ -57,28 +57,28 @@ def state_folder(port: int, override: Path | None = None) -> Path:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a runtime folder that another user could replace or read.
+    """Raise for a runtime folder that another user could replace or read.
 
     Raises:
         AuthenticationError: the folder is a link, a file or another user's; names folder and owner.
     """
     if sys.platform == "win32":
         return
-    facts = folder.lstat()
-    if stat.S_ISLNK(facts.st_mode) or not stat.S_ISDIR(facts.st_mode):
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode):  # nor is a link to a folder
         raise AuthenticationError(f"runtime folder {folder} is not a plain folder", "Remove it and start again")
-    if facts.st_uid != os.getuid():
+    if status.st_uid != os.getuid():
         raise AuthenticationError(
-            f"runtime folder {folder} belongs to uid {facts.st_uid}, not to uid {os.getuid()}",
+            f"runtime folder {folder} belongs to uid {status.st_uid}, not to uid {os.getuid()}",
             "Remove it, or choose another port",
         )
 
 
 def find_token(port: int, folder: Path | None = None, environ: Mapping[str, str] | None = None) -> str:
-    """Find the token to present: ``LUNA_TOKEN``, ``LUNA_TOKEN_FILE``, or the file in this user's runtime folder.
+    """Find the token to send: ``LUNA_TOKEN``, ``LUNA_TOKEN_FILE``, or the file in this user's runtime folder.
 
     Returns:
-        The token; empty without one, in which case the daemon's refusal says what to do.
+        The token; empty if there is none, since the daemon's refusal says what to do.
 
     Raises:
         AuthenticationError: ``LUNA_TOKEN_FILE`` cannot be read, or the runtime folder is another user's.
@@ -87,31 +87,30 @@ def find_token(port: int, folder: Path | None = None, environ: Mapping[str, str]
     if environ.get("LUNA_TOKEN"):
         return environ["LUNA_TOKEN"]
     named = environ.get("LUNA_TOKEN_FILE")
-    if not named and folder is None and (place := runtime_folder(port).parent).exists():
-        check_folder(place)
+    if not named and folder is None and (parent := runtime_folder(port).parent).exists():
+        check_folder(parent)
     path = Path(named) if named else runtime_folder(port, folder) / _TOKEN
     try:
         return path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
         if named:
             why = getattr(error, "strerror", None) or "not text"
-            raise AuthenticationError(
-                f"LUNA_TOKEN_FILE {named!r} cannot be read: {why}", "Name a readable file"
-            ) from error
+            message = f"LUNA_TOKEN_FILE {named!r} cannot be read: {why}"
+            raise AuthenticationError(message, "Name a readable file") from error
         return ""
 
 
 def read_facts(port: int, folder: Path | None = None) -> dict[str, Any]:
-    """Read what the running daemon wrote of itself (``pid``, ``port``, ``ws_port``); empty without a daemon."""
+    """Read the attributes of the running daemon (``pid``, ``port``, ``ws_port``); empty without a daemon."""
     try:
-        facts: dict[str, Any] = json.loads((runtime_folder(port, folder) / _FACTS).read_text())
+        attributes: dict[str, Any] = json.loads((runtime_folder(port, folder) / _ATTRIBUTES).read_text())
     except (OSError, ValueError):
         return {}
-    return facts
+    return attributes
 
 
 def has_ended(pid: int, folder: Path) -> bool:
-    """Return whether the daemon of a runtime folder has ended; its pid may belong to another process by now."""
+    """Return whether the daemon of a runtime folder has ended, even if another process has the same pid by now."""
     import psutil
 
     try:
@@ -125,7 +124,7 @@ def has_ended(pid: int, folder: Path) -> bool:
 
 
 def dial_host(host: str) -> str:
-    """Give the address at which a process of this machine reaches a daemon that listens on ``host``."""
+    """Give the address at which a process on this machine reaches a daemon that listens on ``host``."""
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
@@ -136,7 +135,7 @@ def page_address(tls: bool, host: str, port: int) -> str:
 
 
 def is_loopback(address: str) -> bool:
-    """Return whether a text is an IP address that only this host can reach."""
+    """Return whether ``address`` is an IP address that only this host can reach."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
@@ -145,7 +144,7 @@ def is_loopback(address: str) -> bool:
 
 
 class Runtime:
-    """The daemon's side of the runtime folder: ``open`` takes it and writes a new token, ``close`` removes it."""
+    """The runtime folder of this daemon: ``open`` locks it and writes a new token, ``close`` removes it."""
 
     def __init__(self, port: int, override: Path | None = None) -> None:
         self.folder = runtime_folder(port, override)
@@ -153,8 +152,8 @@ class Runtime:
         self._by_rule = override is None
         self.token = secrets.token_urlsafe(32)
 
-    def open(self, facts: dict[str, Any]) -> None:
-        """Take the folder, remove what a dead daemon left there, and write token and ``facts``.
+    def open(self, attributes: dict[str, Any]) -> None:
+        """Lock the folder, remove the files of a dead daemon, and write token and ``attributes``.
 
         Raises:
             PortInUse: a running daemon of this user holds the folder.
@@ -162,10 +161,10 @@ class Runtime:
         """
         from filelock import FileLock, Timeout
 
-        with suppress(FileExistsError):  # a file or a link is in its place: the check below says so
+        with suppress(FileExistsError):  # a file or a link has this path, which the check below reports
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         check_folder(self.folder)
-        if self._by_rule:  # below /tmp another user may have made the parent, and could replace what is in it
+        if self._by_rule:  # below /tmp another user may have made the parent, and could replace the folder
             check_folder(self.folder.parent)
         self.folder.chmod(0o700)
         self._lock = FileLock(str(self.folder.with_suffix(".lock")), thread_local=False)
@@ -179,10 +178,10 @@ class Runtime:
         for stale in self.folder.iterdir():
             shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
         self._write(_TOKEN, self.token)
-        self._write(_FACTS, json.dumps(facts))
+        self._write(_ATTRIBUTES, json.dumps(attributes))
 
     def renew(self) -> str:
-        """Replace the token by a new one, and return the new token."""
+        """Replace the token, and return the new token."""
         self.token = secrets.token_urlsafe(32)
         self._write(_TOKEN + ".new", self.token).replace(self.folder / _TOKEN)
         return self.token

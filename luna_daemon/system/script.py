@@ -20,23 +20,18 @@ from pathlib import Path
 def run_as_module(name: str) -> None:
     """Run a module as part of its package, and exit.
 
-    Before that, the paths that direct execution put on ``sys.path`` are removed: a script's folder would shadow the
-    standard library, and the repository's ``nodes`` folder ComfyUI's ``nodes`` module. These paths are the first entry,
-    which the header inserted, and then the script's folder, unless ``-P`` or ``-I`` left it out. The same folder
-    further back stays: it is site-packages, where the package was installed. The package is imported already and finds
-    its submodules.
+    Before that, the paths that direct execution put at the front of ``sys.path`` are removed, since modules in them
+    shadow the standard library and ComfyUI's ``nodes``: first the entry of the header above, then the script's folder,
+    which is not there with ``-P`` or ``-I``. The same paths further back stay: one may be site-packages.
     """
     package = Path(__file__).resolve().parents[1]
-    for ours in ([package.parent], [package, package / "pool"]):
-        if sys.path and sys.path[0] in [str(path) for path in ours]:
+    for folders in ([package.parent], [package, package / "pool"]):
+        if sys.path and sys.path[0] in [str(folder) for folder in folders]:
             del sys.path[0]
     runpy.run_module(name, run_name="__main__", alter_sys=True)
     raise SystemExit(0)
 
 
 def run_command(*words: str) -> None:
-    """Run the ``luna-daemon`` command with these arguments.
-
-    The command is imported by its name, since callers are in layers below the command.
-    """
+    """Run the ``luna-daemon`` command with these arguments, importing it by name: callers are in layers below it."""
     importlib.import_module("luna_daemon.commands.cli").main(list(words))
