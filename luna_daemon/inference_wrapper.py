@@ -1,15 +1,15 @@
-"""The local UNet or transformer, run without keeping an autograd graph; otherwise it is the model it wraps.
+"""Runs a local UNet or transformer without keeping an autograd graph.
 
 A ComfyUI MODEL stays a ``ModelPatcher``: a clone with one more ``APPLY_MODEL`` wrapper (ComfyUI's own extension point),
-so that LoRA, samplers, type checks and clones see nothing new. Anything else that can be called (a diffusers UNet or
-transformer, a function) gets a thin object around it.
+which LoRA, samplers, type checks and clones do not notice. Any other callable (a diffusers UNet or transformer, a
+function) is wrapped in an object that otherwise behaves as the callable.
 
-ComfyUI runs every node in inference mode already, so this matters outside: in scripts, tests and servers that call a
-model with gradients on, which is torch's default. Whoever wants gradients gets them: nothing is changed
+ComfyUI runs every node in inference mode already, so the wrapper matters elsewhere: in scripts, tests and servers that
+call a model with gradients on, which is torch's default. A call runs unchanged
 
-- in inference mode (there is nothing to do),
-- where the model was wrapped in inference mode and runs outside of it: somebody has switched it off on purpose, as
-  ComfyUI's TrainLora does,
+- in inference mode,
+- where the model was wrapped in inference mode and is called outside of it: inference mode was switched off on purpose,
+  as ComfyUI's TrainLora does,
 - where gradients are on and an input or an attached adapter requires them, or ``train()`` was called on the wrapper.
 """
 
@@ -28,13 +28,13 @@ _KEY = "luna_inference_mode"
 
 
 def wrap_model_for_inference(model: Any) -> Any:
-    """A model like ``model`` whose forward passes run in inference mode; wrapping twice is wrapping once.
+    """Make a model like ``model`` that runs in inference mode; a wrapped model is returned as it is.
 
     Args:
         model: a ComfyUI MODEL, a ``torch.nn.Module``, or any callable.
 
     Raises:
-        BadRequest: it is none of these.
+        BadRequest: ``model`` is not callable.
     """
     if type(model) is InferenceModeWrapper:
         return model
@@ -50,11 +50,11 @@ def wrap_model_for_inference(model: Any) -> Any:
 
 
 class InferenceModeWrapper:
-    """A module or callable whose calls run in inference mode; everything else is the wrapped object's.
+    """A module or callable whose calls run in inference mode, with the attributes of the wrapped object.
 
     ``isinstance`` sees the wrapped class, methods that return the module (``to``, ``eval``) return the wrapper, and
-    results are ordinary tensors: they may be changed in place and used with autograd. A ComfyUI MODEL given here comes
-    back as ``wrap_model_for_inference`` makes it.
+    results are ordinary tensors, which may be changed in place and used with autograd. A ComfyUI MODEL is wrapped as
+    by ``wrap_model_for_inference``.
     """
 
     __slots__ = ("_luna_ambient", "_luna_model", "_luna_training")
@@ -73,13 +73,13 @@ class InferenceModeWrapper:
         return self._luna_run(self._luna_model, *args, **kwargs)
 
     def train(self, mode: bool = True) -> Any:
-        """Switch the module's training mode; while it is on, gradients are kept as without this wrapper."""
+        """Switch the module's training mode; while training, calls run as without this wrapper."""
         self._luna_model.train(mode)
         object.__setattr__(self, "_luna_training", mode)
         return self
 
     def eval(self) -> Any:
-        """Switch the wrapped network to evaluation; returns the wrapper."""
+        """Switch training mode off."""
         return self.train(False)
 
     def _luna_run(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -115,7 +115,7 @@ class InferenceModeWrapper:
     def __repr__(self) -> str:
         return f"InferenceModeWrapper({self._luna_model!r})"
 
-    def __reduce__(self) -> tuple[Any, ...]:  # copy, deepcopy and saving: a wrapper around the copied object
+    def __reduce__(self) -> tuple[Any, ...]:  # copying or saving the wrapper copies the wrapped object too
         return wrap_model_for_inference, (self._luna_model,)
 
 
@@ -130,16 +130,16 @@ def _in_inference_mode() -> bool:
 
 
 def _apply_model(ambient: bool, executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """The ``APPLY_MODEL`` wrapper: (x [B, C, ...], t [B], ...) to the denoised x [B, C, ...]."""
+    """Run ComfyUI's ``apply_model``: (x [B, C, ...], t [B], ...) to the denoised x [B, C, ...]."""
     patcher = getattr(executor.class_obj, "current_patcher", None)
-    adapters = getattr(patcher, "weight_wrapper_patches", {})  # where TrainLora keeps what it trains
+    adapters = getattr(patcher, "weight_wrapper_patches", {})  # TrainLora keeps the weights that it trains here
     if (ambient and not _in_inference_mode()) or _needs_grad((args, kwargs, adapters)):
         return executor(*args, **kwargs)
     return _without_graph(executor, *args, **kwargs)
 
 
 def _needs_grad(value: Any) -> bool:
-    """Whether gradients are on and anything in these nested containers requires them."""
+    """Return whether gradients are on and a tensor in these nested containers or modules requires them."""
     import torch
 
     if not torch.is_grad_enabled():
@@ -164,12 +164,12 @@ def _without_graph(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _ordinary(value: Any) -> Any:
-    """The same result with ordinary tensors: those born in inference mode refuse in-place changes outside of it."""
+    """Replace tensors made in inference mode, which refuse in-place changes outside of it, by ordinary tensors."""
     import torch
 
     if isinstance(value, torch.Tensor):
         return value.clone() if value.is_inference() else value
-    if isinstance(value, dict):  # diffusers' outputs too, which set their attributes along with their items
+    if isinstance(value, dict):  # also diffusers' outputs, whose items are attributes as well
         for name, item in list(value.items()):
             value[name] = _ordinary(item)
         return value

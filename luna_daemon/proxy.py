@@ -145,7 +145,7 @@ def _wait(seconds: float, is_cancelled: IsCancelled | None) -> None:
 
 
 class _Proxy:
-    """What both proxies share: the model's name, the client, the local model that steps in.
+    """Base of both proxies: the model's name, the client, the local model that steps in.
 
     Args:
         source: a loaded local model, or a callable that loads one when it is needed; ``None`` for none.

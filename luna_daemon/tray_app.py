@@ -1,7 +1,7 @@
 """The tray icon: ``luna-daemon tray``, or ``python luna_daemon/tray_app.py`` from any folder.
 
-The daemon is a process of its own: ``tray.watch`` starts and observes the process, ``tray.state`` decides what is
-shown, ``tray.icon`` draws the image, and this module passes both to pystray. On Linux pystray needs GTK.
+The daemon is a separate process: ``tray.watch`` starts and observes the process, ``tray.state`` decides what to show,
+``tray.icon`` draws the image, and this module passes both to pystray. On Linux pystray needs GTK.
 """
 
 if __name__ == "__main__" and not __package__:
@@ -43,10 +43,10 @@ _NAME = "Luna Daemon"
 _NOTICE_LETTERS = 250
 """Windows shows at most 255 characters of a notification."""
 _STATISTICS_S = 5.0
-"""Least time between two menus that differ in statistics only: some desktops close an open menu that is replaced."""
+"""Least time between two updates of statistics in the menu: some desktops close an open menu that is replaced."""
 _ON_LINUX = sys.platform not in ("win32", "darwin")
 _GTK_BACKENDS = ("appindicator", "gtk")
-"""pystray's backends with a menu on Linux, the better one first. Its third, plain X11, has no menu."""
+"""pystray's backends on Linux, the better one first, without its third, plain X11, which has no menu."""
 _INSTALL_GTK = (
     "Install python3-gi and gir1.2-gtk-3.0, which an environment made with 'python -m venv --system-site-packages' "
     "finds; or pip install PyGObject"
@@ -54,7 +54,7 @@ _INSTALL_GTK = (
 
 
 class TrayUnavailable(LunaError):
-    """No icon can be shown on this machine."""
+    """This machine cannot show an icon."""
 
     code = "tray"
     exit_code = 2
@@ -70,10 +70,10 @@ def run_tray(make: Callable[[], LunaDaemon]) -> None:
     """Show the icon until the user chooses Exit.
 
     Args:
-        make: gives the daemon to start, with the settings of the moment.
+        make: makes the daemon to start, with the current settings.
 
     Raises:
-        TrayUnavailable: no display, no pystray, no GTK, or no session bus.
+        TrayUnavailable: a display, pystray, GTK or a session bus is missing.
         TrayRunning: this user has a tray icon already.
         ConfigError: a setting is wrong.
     """
@@ -85,12 +85,12 @@ def run_tray(make: Callable[[], LunaDaemon]) -> None:
 
 
 class Tray:
-    """The icon and the actions of its menu; the watch does, in its own thread, everything that takes time.
+    """The icon and the actions of its menu; work that takes time is done in the thread of the watch.
 
     Args:
         pystray: the module; importing pystray opens the display.
         first, make: as for ``Watch``.
-        folder: holds the file with the menu's ticks.
+        folder: folder of the file with the menu's ticks.
     """
 
     def __init__(self, pystray: Any, first: LunaDaemon, make: Callable[[], LunaDaemon], folder: Path) -> None:
@@ -105,28 +105,28 @@ class Tray:
         self._menu_made = 0.0
         self._closing = False
         self._gone = False
-        """The icon's loop has ended."""
+        """Whether the icon's loop has ended."""
         self._icon = pystray.Icon(_NAME, draw_icon(self._view.state), title(self._view), pystray.Menu(self._items))
 
     def run(self) -> None:
         """Show the icon until Exit, SIGTERM, or the end of the desktop session.
 
         Raises:
-            TrayUnavailable: the desktop does not take the icon.
+            TrayUnavailable: the desktop refuses the icon.
         """
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
         try:
             self._icon.run(self._begin)
         except Exception as error:
-            if not self._closing:  # afterwards a desktop without notifications complains, which does not matter
+            if not self._closing:  # after Exit errors do not matter: a desktop without notifications raises one
                 cure = "GTK needs a session bus (DBUS_SESSION_BUS_ADDRESS)" if _ON_LINUX else ""
                 raise TrayUnavailable(f"the tray icon cannot be shown ({error})", cure) from error
         finally:
             self._gone = True
             if self._watching.ident is None:  # pystray's thread waits for a loop that never began
                 self._icon._mark_ready()
-            if not self._closing:  # the desktop ended before the tray
+            if not self._closing:  # the desktop session has ended
                 self._leave()
             if self._watching.ident is not None:
                 self._watching.join(self._watch.settings.drain_timeout_sec + 10)
@@ -139,7 +139,7 @@ class Tray:
         self._watching.start()
         while self._watching.is_alive() and not self._gone:
             self._watching.join(0.1)
-        if not self._gone:  # the watch ends at Exit; an icon whose loop has ended cannot be stopped any more
+        if not self._gone:  # the watch has ended; an icon whose loop has ended cannot be stopped
             icon.stop()
 
     def _on_signal(self, number: int, frame: object) -> None:
@@ -182,7 +182,7 @@ class Tray:
             try:
                 self._icon.notify(text[:_NOTICE_LETTERS], _NAME)
             except Exception as error:
-                logger.warning("no notification: %s", error)
+                logger.warning("the notification cannot be shown: %s", error)
 
     # --- the menu ---
 
@@ -247,7 +247,7 @@ def _load_pystray() -> Any:
     """
     if _ON_LINUX and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         raise TrayUnavailable(
-            "no display for a tray icon (neither DISPLAY nor WAYLAND_DISPLAY is set)",
+            "a tray icon needs a display (neither DISPLAY nor WAYLAND_DISPLAY is set)",
             "Use 'luna-daemon serve' on a machine without a display",
         )
     if not (importlib.util.find_spec("pystray") and importlib.util.find_spec("PIL")):
@@ -256,17 +256,17 @@ def _load_pystray() -> Any:
 
 
 def _first_backend(names: Sequence[str]) -> Any:
-    """Import pystray with the first backend that works, or with the one of them that ``PYSTRAY_BACKEND`` names.
+    """Import pystray with the backend that ``PYSTRAY_BACKEND`` names, or the first of ``names`` that works.
 
     Raises:
-        TrayUnavailable: no backend works; says what the last one lacks.
+        TrayUnavailable: no backend works; says what the last backend lacks.
     """
     chosen, why = os.environ.get("PYSTRAY_BACKEND", ""), ""
     for name in (chosen,) if chosen in names else names:
         os.environ["PYSTRAY_BACKEND"] = name
         try:
             return importlib.import_module("pystray")
-        except Exception as error:  # each backend raises something else where a library is missing
+        except Exception as error:  # the error for a missing library differs between backends
             why = " ".join(str(error).removeprefix("this platform is not supported: ").split()) or repr(error)
     if _ON_LINUX:
         raise TrayUnavailable(f"the tray icon needs GTK 3 with its Python bindings ({why})", _INSTALL_GTK)
@@ -309,7 +309,7 @@ def _log_into(path: Path) -> Iterator[None]:
 
 
 def _in_background(function: Callable[[Any], object], argument: Any) -> None:
-    """Call a function in a thread: some openers return only when what they opened is closed."""
+    """Call a function in a thread: some programs return only when the user closes what they show."""
     threading.Thread(target=function, args=(argument,), daemon=True).start()
 
 

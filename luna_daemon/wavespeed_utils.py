@@ -1,18 +1,18 @@
-"""First Block Cache for a local model: a step that hardly differs from the last computed one skips most of its blocks.
+"""First Block Cache for a local model: a step that hardly differs from the last computed step skips most blocks.
 
-The idea is ParaAttention's and Comfy-WaveSpeed's (chengzeyi): run the first block; where its residual is close to that
-of the last computed step, add what the other blocks added then instead of running them. Our own implementation needs
-no other pack and replaces nobody's patches:
+The idea is ParaAttention's and Comfy-WaveSpeed's (chengzeyi): run the first block; if its residual is close to that of
+the last computed step, add the other blocks' cached residual instead of running these blocks. This implementation needs
+no other pack and keeps the patches of others. It depends on the model, as the model's code shows:
 
-- transformers with ``patches_replace["dit"]`` (found by reading their code, not from a list): every block is hooked,
-  around the patches of others. What blocks add is summed per stage ("double_block", "single_block"), so that what lies
-  between them (ControlNet, VACE, audio) is applied in every step;
-- UNets with ``input_block_patch``: the forward is left after the second input block, the first with more than one
-  convolution, and the output layer gets its hidden state plus the cached rest;
-- everything else: ComfyUI's EasyCache or LazyCache, under their own thresholds.
+- transformers with ``patches_replace["dit"]``: every block is hooked, around existing patches. Residuals are cached per
+  stage ("double_block", "single_block"), so that whatever lies between stages (ControlNet, VACE, audio) is applied in
+  every step;
+- UNets with ``input_block_patch``: a reused step leaves the forward after the second input block, the first with more
+  than one convolution, and the output layer gets that block's output plus the cached residual of the rest;
+- other models: ComfyUI's EasyCache or LazyCache, with thresholds of their own.
 
-State lives in the options of one sampling run, apart per conditioning chunks, shape, context window, and place among
-the calls of one sigma (Heun's second evaluation, tiles).
+The cache lies in the options of a sampling run, with an entry per conditioning chunks, shape, context window, and index
+among the calls of one sigma (Heun's second evaluation, tiles).
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ _KINDS = ("double_block", "single_block", "block")
 
 @dataclass
 class FBCacheStats:
-    """Evaluations of the model over all runs: computed in full, and reused after the first block."""
+    """Number of evaluations of the model over all runs: computed in full, and reused after the first block."""
 
     computed: int = 0
     reused: int = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FBCacheStats:
-        return self  # clones of a MODEL go on counting in one place
+        return self  # clones of a MODEL count together
 
 
 @dataclass(frozen=True)
 class FBCacheInfo:
-    """Which cache a MODEL got, and why; ``stats`` counts for our own ("blocks" and "unet") only."""
+    """The cache of a MODEL, and the reason for this choice; ``stats`` counts with "blocks" and "unet" only."""
 
     method: Method
     reason: str
@@ -64,7 +64,7 @@ class _Limits:
 
 
 def fb_cache_info(model: Any) -> FBCacheInfo | None:
-    """What ``apply_fb_cache_to_model`` did to this MODEL; None if it left it unchanged."""
+    """Return the cache that ``apply_fb_cache_to_model`` gave this MODEL; ``None`` for a MODEL without a cache."""
     info = model.model_options.get(_KEY)
     return info if isinstance(info, FBCacheInfo) else None
 
@@ -74,18 +74,18 @@ def apply_fb_cache_to_model(
     max_consecutive_cache_hits: int = -1, object_to_patch: str = "diffusion_model", prefer_wavespeed: bool = False,
     easycache_threshold: float = 0.2, start_percent: float | None = None, end_percent: float | None = None,
 ) -> Any:  # fmt: skip
-    """A clone of a ComfyUI MODEL with First Block Cache; ``fb_cache_info`` says which kind it got.
+    """Clone a ComfyUI MODEL and give it a First Block Cache; ``fb_cache_info`` returns which.
 
     Args:
-        residual_diff_threshold: mean relative change of the first block's residual below which a step is reused; the
-            picture of a batch that changed most decides. 0 or less returns ``model`` itself.
-        start: part of the schedule before which every step is computed, 0 to 1; ``start_percent`` is its old name.
-        end: part of the schedule after which every step is computed; ``end_percent`` is its old name.
-        max_consecutive_cache_hits: computed anew after so many reuses; -1: no limit; 0 returns ``model`` itself.
-        object_to_patch: the transformer or UNet in the MODEL.
-        prefer_wavespeed: use Comfy-WaveSpeed's node where installed. It replaces any model function wrapper.
-        easycache_threshold: ``reuse_threshold`` of ComfyUI's EasyCache and LazyCache, another scale than the first.
-            They stay within their own default range of 0.15 to 0.95 of the schedule.
+        residual_diff_threshold: mean relative change of the first block's residual below which a step is reused, for
+            the picture of the batch that changed most. 0 or less returns ``model`` itself.
+        start: part of the schedule before which every step is computed, 0 to 1; ``start_percent`` is the old name.
+        end: part of the schedule after which every step is computed; ``end_percent`` is the old name.
+        max_consecutive_cache_hits: reuses after which a step is computed; -1: no limit; 0 returns ``model`` itself.
+        object_to_patch: name of the transformer or UNet in the MODEL.
+        prefer_wavespeed: use Comfy-WaveSpeed's node where installed; the node replaces any model function wrapper.
+        easycache_threshold: ``reuse_threshold`` of ComfyUI's EasyCache and LazyCache, on another scale than
+            ``residual_diff_threshold``. Both nodes stay within their default range of 0.15 to 0.95 of the schedule.
 
     Raises:
         BadRequest: an argument is wrong.
@@ -113,7 +113,7 @@ def _checked_network(model: Any, name: str, limits: _Limits) -> Any:
     if math.isnan(limits.threshold):
         raise BadRequest("residual_diff_threshold is not a number")
     if not 0.0 <= limits.start <= limits.end <= 1.0:
-        raise BadRequest(f"start={limits.start} and end={limits.end}: 0 <= start <= end <= 1 is needed")
+        raise BadRequest(f"start={limits.start} and end={limits.end}: must be 0 <= start <= end <= 1")
     if limits.max_hits < -1:
         raise BadRequest(f"max_consecutive_cache_hits={limits.max_hits}", "-1 is no limit, 0 is off")
     try:
@@ -123,7 +123,7 @@ def _checked_network(model: Any, name: str, limits: _Limits) -> Any:
 
 
 def _mentions(network: Any, *words: str) -> bool:
-    """Whether one function of the network's classes, those of its parts included, uses all these names."""
+    """Return whether a function of the classes of the network or its submodules uses all these names."""
     classes = {base for module in network.modules() for base in type(module).__mro__}
     functions = (value for base in classes for value in vars(base).values())
     codes = (function.__code__ for function in functions if isinstance(getattr(function, "__code__", None), CodeType))
@@ -158,7 +158,7 @@ def _with_own_cache(model: Any, network: Any, limits: _Limits, info: FBCacheInfo
 
 
 def _with_core_cache(model: Any, network: Any, threshold: float, limits: _Limits, note: str) -> Any:
-    """ComfyUI's own step caches; without them (an old ComfyUI) the model as it is."""
+    """Apply ComfyUI's EasyCache or LazyCache; an old ComfyUI has neither, and the model is returned unchanged."""
     try:
         from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
     except ImportError:
@@ -175,7 +175,7 @@ def _with_core_cache(model: Any, network: Any, threshold: float, limits: _Limits
 
 
 def _keeps_chunks_apart(easycache: Any) -> bool:
-    """Whether EasyCache gives each conditioning its own change: in ComfyUI 0.3.64 all get all (its issue 10344)."""
+    """Return whether EasyCache applies to each conditioning its own change (not so in ComfyUI 0.3.64, issue 10344)."""
     import torch
 
     try:
@@ -188,14 +188,14 @@ def _keeps_chunks_apart(easycache: Any) -> bool:
 
 @dataclass
 class _Entry:
-    """What one stream of calls remembers of its last computed step."""
+    """Results of the last computed step of one stream of calls."""
 
-    residual: Any = None  # what the first block added, [B, ...]
-    rest: dict[str, Any] = field(default_factory=dict)  # what the other blocks added, per stage
+    residual: Any = None  # residual of the first block, [B, ...]
+    rest: dict[str, Any] = field(default_factory=dict)  # residual of the other blocks, per stage
     hits: int = 0
 
     def may_reuse(self, residual: Any, limits: _Limits) -> bool:
-        """Whether each row of this residual [B, ...] is close to the remembered one."""
+        """Return whether each row of this residual [B, ...] is close to that of the last computed step."""
         import torch
 
         if not self.rest or self.residual.shape != residual.shape or self.hits == limits.max_hits:
@@ -206,7 +206,7 @@ class _Entry:
 
 
 class _Run:
-    """One sampling run: which sigmas may reuse, and the entries so far."""
+    """The cache of one sampling run: the sigmas at which steps may be reused, and an entry per stream of calls."""
 
     def __init__(self, first_sigma: float, last_sigma: float) -> None:
         self.first_sigma, self.last_sigma = first_sigma, last_sigma
@@ -214,7 +214,7 @@ class _Run:
         self._calls: dict[tuple[Any, ...], tuple[float, int]] = {}
 
     def entry(self, x: Any, options: dict[str, Any]) -> _Entry | None:
-        """The entry that belongs to a call with latents x [B, C, ...]; None where this call is not to be cached."""
+        """Find or make the entry for a call with latents x [B, C, ...]; ``None`` if this call is not cached."""
         chunks = options.get("uuids") or options.get("cond_or_uncond")
         if not chunks or options.get("sigmas") is None:
             return None
@@ -230,17 +230,17 @@ class _Run:
 
 
 class _FirstBlockCache:
-    """The two wrappers of one cached MODEL; holds settings only, its state is in each run's options."""
+    """The two wrappers of a cached MODEL, and the settings; each run's cache is in the run's options."""
 
     def __init__(self, limits: _Limits, info: FBCacheInfo, depth: int) -> None:
         self.limits, self.info, self.depth = limits, info, depth
 
     def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Around one sampling run: gives it its own state and drops that at the end."""
+        """Wrap a sampling run: make the run's cache, and drop it at the end."""
         guider = executor.class_obj
         to_sigma = guider.model_patcher.get_model_object("model_sampling").percent_to_sigma
         run = _Run(float(to_sigma(self.limits.start)), float(to_sigma(self.limits.end)))
-        options = guider.model_options.setdefault("transformer_options", {})  # this run's own copy
+        options = guider.model_options.setdefault("transformer_options", {})  # a copy that belongs to this run
         options[_KEY] = run
         stats, reused, computed = self.info.stats, self.info.stats.reused, self.info.stats.computed
         try:
@@ -255,7 +255,7 @@ class _FirstBlockCache:
         self, executor: Any, x: Any, t: Any, c_concat: Any = None, c_crossattn: Any = None, control: Any = None,
         transformer_options: dict[str, Any] | None = None, **kwargs: Any,
     ) -> Any:  # fmt: skip
-        """Around one evaluation, x [B, C, ...]: puts the hooks into the options that this one call gets."""
+        """Wrap an evaluation of x [B, C, ...]: add the hooks to the options of this call."""
         import torch
 
         options = transformer_options or {}
@@ -271,12 +271,12 @@ class _FirstBlockCache:
 
 
 class _Pass:
-    """One evaluation: decides after its first block, and records what the others add if they run."""
+    """One evaluation: decides after the first block if the others are skipped, and else records their residual."""
 
     def __init__(self, entry: _Entry, limits: _Limits) -> None:
         self.entry, self.limits = entry, limits
         self.reuse: bool | None = None  # None until the first block has run
-        self.residual: Any = None  # None also where this evaluation cannot be reused
+        self.residual: Any = None  # also None if this evaluation cannot be reused
         self.rest: dict[str, Any] = {}
 
     def decide(self, residual: Any) -> bool:
@@ -285,7 +285,7 @@ class _Pass:
         return self.reuse
 
     def finish(self, stats: FBCacheStats) -> None:
-        """After a forward that went well: what it computed becomes the last computed step."""
+        """Count a successful forward; if computed in full, its results become those of the last computed step."""
         if self.reuse:
             self.entry.hits += 1
             stats.reused += 1
@@ -296,9 +296,9 @@ class _Pass:
 
 
 class _BlockPass(_Pass):
-    """A transformer, seen from its block hooks, which get ``{"img": [B, L, D], ...}`` and run or skip their block.
+    """An evaluation of a transformer by block hooks, which get ``{"img": [B, L, D], ...}`` and run or skip the block.
 
-    Only the stream that the final layer reads is followed ("img", in one family "x"): text matters to blocks alone.
+    Only the stream that the final layer reads is cached ("img", in one family "x"), since only blocks read the text.
     """
 
     answers_dict = True
@@ -315,7 +315,7 @@ class _BlockPass(_Pass):
         name = "img" if "img" in args else "x"
         if self.reuse and self._skips(stage, args[name]):
             rest = None if stage in self.added else self.entry.rest.get(stage)
-            self.added.add(stage)  # the first of a stage adds what all of them added
+            self.added.add(stage)  # the first hook of a stage adds the residual of the whole stage
             main = args[name] if rest is None else args[name] + rest
             return {**args, name: main} if self.answers_dict else main
         before = args[name].clone()  # blocks may work in place
@@ -332,7 +332,7 @@ class _BlockPass(_Pass):
         return out
 
     def _skips(self, stage: str, main: Any) -> bool:
-        """Whether the cached rest fits main [B, L, D]; if not (another length), all is computed from here on."""
+        """Return whether the block is skipped: never if the cached residual does not fit main [B, L, D], as of here."""
         rest = self.entry.rest.get(stage)
         if rest is not None and stage not in self.added and rest.shape != main.shape:
             self.reuse, self.residual = False, None
@@ -340,7 +340,7 @@ class _BlockPass(_Pass):
 
 
 class _UNetPass(_Pass):
-    """A UNet: its forward is left after the second input block, or recorded up to the output layer."""
+    """An evaluation of a UNet: leaves the forward after the second input block, or records it to the output layer."""
 
     def hooked(self, options: dict[str, Any], _depth: int) -> dict[str, Any]:
         from comfy.patcher_extension import WrappersMP
@@ -355,7 +355,10 @@ class _UNetPass(_Pass):
     ) -> Any:  # fmt: skip
         options = transformer_options or {}
         patches = options.get("patches", {})
-        probes = [*patches.get("input_block_patch", ()), self._probe]  # last: it sees what others made of the block
+        probes = [
+            *patches.get("input_block_patch", ()),
+            self._probe,
+        ]  # last: after the other patches
         options = {**options, "patches": {**patches, "input_block_patch": probes}}
         out = executor.class_obj.out
         handle = out.register_forward_pre_hook(self._before_output)
@@ -367,7 +370,7 @@ class _UNetPass(_Pass):
             handle.remove()
 
     def _probe(self, hidden: Any, options: dict[str, Any]) -> Any:
-        """After each input block, hidden [B, C, H, W]."""
+        """Look at the output of each input block, hidden [B, C, H, W]."""
         if options["block"] == ("input", 0):
             self.before = hidden.clone()
         elif options["block"] == ("input", 1):
@@ -382,4 +385,4 @@ class _UNetPass(_Pass):
 
 
 class _Enough(Exception):
-    """Leaves a UNet's forward; never seen outside of ``_UNetPass._forward``."""
+    """Leaves a UNet's forward; ``_UNetPass._forward`` catches every one."""

@@ -23,7 +23,6 @@ from .installed import Check, dependencies, libraries, python
 
 if TYPE_CHECKING:
     from ..config import Settings
-    from ..files.resolver import ModelResolver
 
 _CHECK_PORT = -1
 """Port in the name of the shared memory folder, which no daemon has."""
@@ -80,17 +79,10 @@ def _tokenizer(settings: Settings) -> Iterator[Check]:
 
 
 def _has_single_file_encoder(settings: Settings) -> bool:
-    from ..wire.messages import ModelRef
-
-    resolver = _resolver(settings)
-    for name in (name for name, model in resolver.named.items() if model.clip):
-        try:
-            files = resolver.resolve(ModelRef("clip", name)).files
-        except LunaError:
-            continue  # the check of models reports it
-        if not all(Path(file).is_dir() for file in files):
-            return True
-    return False
+    return any(
+        kind == "clip" and not isinstance(files, LunaError) and not all(Path(file).is_dir() for file in files)
+        for _, kind, files in _model_files(settings)
+    )
 
 
 def _gpu(settings: Settings, torch: str) -> Check:
@@ -154,30 +146,32 @@ def _comfyui(settings: Settings) -> Iterator[Check]:
         yield Check("ComfyUI", "ok", f"{version_of(root) or 'unknown version'} in {root}")
 
 
-def _resolver(settings: Settings) -> ModelResolver:
+def _model_files(settings: Settings) -> Iterator[tuple[str, str, tuple[str, ...] | LunaError]]:
+    """Find the files of every named model, or the reason why there are none: (name, kind, files or error)."""
     from ..files.resolver import ModelResolver
+    from ..wire.messages import ModelRef
 
-    return ModelResolver(settings, settings.toml_path.parent if settings.toml_path else None)
+    resolver = ModelResolver(settings, settings.toml_path.parent if settings.toml_path else None)
+    for name, model in resolver.named.items():
+        for kind in (kind for kind in ("vae", "clip") if getattr(model, kind)):
+            try:
+                yield name, kind, resolver.resolve(ModelRef(kind, name)).files
+            except LunaError as error:
+                yield name, kind, error
 
 
 def _models(settings: Settings) -> Iterator[Check]:
-    from ..wire.messages import ModelRef
-
-    resolver = _resolver(settings)
     chosen = bool(settings.model_fields_set & {"vae_path", "clip_l_path", "clip_g_path", "model_type"})
-    for name, model in resolver.named.items():
-        for kind in (kind for kind in ("vae", "clip") if getattr(model, kind)):
-            title = f"model {name} ({kind})"
-            try:
-                spec = resolver.resolve(ModelRef(kind, name))
-            except LunaError as error:
-                # Missing files of the default model are not a problem: the user has not configured them.
-                level = "problem" if chosen or name in settings.models else "warning"
-                where = f"models.{name}" if name in settings.models else "vae_path and clip_*_path"
-                advice = error.hint or f"Correct {where}, or set comfyui_path or model_dirs"
-                yield Check(title, level, error.message, advice)
-            else:
-                yield Check(title, "ok", ", ".join(spec.files))
+    for name, kind, files in _model_files(settings):
+        title = f"model {name} ({kind})"
+        if isinstance(files, LunaError):
+            # Missing files of the default model are not a problem: the user has not configured them.
+            level = "problem" if chosen or name in settings.models else "warning"
+            where = f"models.{name}" if name in settings.models else "vae_path and clip_*_path"
+            advice = files.hint or f"Correct {where}, or set comfyui_path or model_dirs"
+            yield Check(title, level, files.message, advice)
+        else:
+            yield Check(title, "ok", ", ".join(files))
 
 
 # --- the machine ---

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -12,7 +12,7 @@ import typer
 from ..system.units import count, size, span
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.table import Table
 
     from ..wire.messages import Progress
@@ -40,17 +40,14 @@ def tables(*tables: tuple[str, str, Sequence[tuple[str, ...]]]) -> None:
     """Print tables of (title, columns as for ``make_table``, rows)."""
     console = _console()
     for title, columns, rows in tables:
-        table = make_table(columns, show_header=bool(title))
-        for row in rows:
-            table.add_row(*row)
         if title:
             console.print(f"\n{title}" if rows else f"\n{title}: none")
         if rows:
-            console.print(table)
+            console.print(make_table(columns, rows, show_header=bool(title)))
 
 
-def make_table(columns: str, **style: Any) -> Table:
-    """Make an empty table; ``>`` before a column's name aligns the column to the right, ``_`` is a space."""
+def make_table(columns: str, rows: Iterable[Sequence[RenderableType]], **style: Any) -> Table:
+    """Make a table; ``>`` before a column's name aligns the column to the right, ``_`` is a space."""
     from rich import box
     from rich.table import Table
 
@@ -58,6 +55,8 @@ def make_table(columns: str, **style: Any) -> Table:
     for column in columns.split():
         side: Any = "right" if column[0] == ">" else "left"
         table.add_column(column.lstrip(">").replace("_", " "), justify=side, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -108,21 +108,24 @@ def render_away(address: str, why: str, last: float | None) -> RenderableType:
 
 def render(info: dict[str, Any], address: str, width: int) -> RenderableType:
     """Render all tables for a width in columns, side by side where there is room."""
-    left = [_workers(info), _clients(info), _gpus(info)]
-    right = [_latency(info), _caches(info), _loras(info), _events(info)]
+    left = _present(_workers(info), _clients(info), _gpus(info))
+    right = _present(_latency(info), _caches(info), _loras(info), _events(info))
     head = [_head(info, address), _load(info)]
     if width < _WIDE:
-        return Group(*head, *(table for table in [*left, *right] if table is not None))
+        return Group(*head, *left, *right)
     both = Table.grid(padding=(0, 4))
-    both.add_row(*(Group(*(table for table in side if table is not None)) for side in (left, right)))
+    both.add_row(Group(*left), Group(*right))
     return Group(*head, both)
+
+
+def _present(*tables: RenderableType | None) -> list[RenderableType]:
+    return [table for table in tables if table is not None]
 
 
 def _head(info: dict[str, Any], address: str) -> Text:
     rest = f"  {address}  up {span(info['uptime_s'])}  pid {info['pid']}, {size(info['rss'])}  {info['backend']}"
-    return Text.assemble(
-        (f"Luna Daemon {info['version']} ", "bold"), (info["status"], _STYLES.get(info["status"], "")), rest
-    )  # fmt: skip
+    state = (info["status"], _STYLES.get(info["status"], ""))
+    return Text.assemble((f"Luna Daemon {info['version']} ", "bold"), state, rest)
 
 
 def _load(info: dict[str, Any]) -> Text:
@@ -137,90 +140,80 @@ def _load(info: dict[str, Any]) -> Text:
     return text
 
 
-def _table(title: str, columns: str) -> Table:
-    return make_table(columns, title=f"\n{title}", title_justify="left", title_style="bold", header_style="dim")
+def _table(title: str, columns: str, rows: Sequence[Sequence[RenderableType]]) -> Table | None:
+    style = {"title_justify": "left", "title_style": "bold", "header_style": "dim"}
+    return make_table(columns, rows, title=f"\n{title}", **style) if rows else None
 
 
 def _workers(info: dict[str, Any]) -> RenderableType:
-    if not info["workers"]:
+    rows = [
+        (str(w["number"]), _worker_state(w), w["device"], "\n".join(map(model_name, w["models"])),
+         "\n".join(map(size, w["models"].values())), size(w["rss"]), str(w["requests"])) for w in info["workers"]
+    ]  # fmt: skip
+    table = _table("Workers", "># state device models >weights >memory >requests", rows)
+    if table is None:
         return Text("\nNo workers: one starts at the first request.", style="dim")
-    table = _table("Workers", "># state device models >weights >memory >requests")
-    for worker in info["workers"]:
-        rest = f" {span(worker['idle_s'])}" if worker["state"] == "idle" else ""
-        state = Text(worker["state"] + rest, style=_STYLES.get(worker["state"], ""))
-        models, weights = "\n".join(map(model_name, worker["models"])), "\n".join(map(size, worker["models"].values()))
-        number, served = str(worker["number"]), str(worker["requests"])
-        table.add_row(number, state, worker["device"], models, weights, size(worker["rss"]), served)
     errors = {worker["key"]: worker["last_error"] for worker in info["workers"] if worker["last_error"]}
     return Group(table, *(Text(f"{key}: {error}", style="red") for key, error in errors.items()))
 
 
-def _latency(info: dict[str, Any]) -> RenderableType | None:
-    if not info["latency"]:
-        return None
-    table = _table("Latency", "op >requests >median_ms >p95_ms >mean_ms")
-    for op, latency in sorted(info["latency"].items()):
-        total = str(info["requests"].get(op, latency["count"]))
-        table.add_row(op, total, *(f"{latency[name]:.1f}" for name in ("p50_ms", "p95_ms", "mean_ms")))
-    return table
+def _worker_state(worker: dict[str, Any]) -> Text:
+    idle = f" {span(worker['idle_s'])}" if worker["state"] == "idle" else ""
+    return Text(worker["state"] + idle, style=_STYLES.get(worker["state"], ""))
 
 
-def _caches(info: dict[str, Any]) -> RenderableType:
-    table = _table("Caches and shared memory", "_ >entries >used >limit >hits >misses")
-    for name, cache in info["caches"].items():
-        table.add_row(
-            name, str(cache["entries"]), size(cache["bytes"]), size(cache["max_bytes"]),
-            str(cache["hits"]), str(cache["misses"]),
-        )  # fmt: skip
+def _latency(info: dict[str, Any]) -> Table | None:
+    rows = [
+        (op, str(info["requests"].get(op, latency["count"])),
+         *(f"{latency[name]:.1f}" for name in ("p50_ms", "p95_ms", "mean_ms")))
+        for op, latency in sorted(info["latency"].items())
+    ]  # fmt: skip
+    return _table("Latency", "op >requests >median_ms >p95_ms >mean_ms", rows)
+
+
+def _caches(info: dict[str, Any]) -> Table | None:
+    rows = [
+        (name, str(cache["entries"]), size(cache["bytes"]), size(cache["max_bytes"]), str(cache["hits"]),
+         str(cache["misses"])) for name, cache in info["caches"].items()
+    ]  # fmt: skip
     arena = info["arena"]
     if arena["folder"]:
-        table.add_row("shared memory", "", size(arena["used"]), size(arena["max_bytes"]), "", "")
-    return table
+        rows.append(("shared memory", "", size(arena["used"]), size(arena["max_bytes"]), "", ""))
+    return _table("Caches and shared memory", "_ >entries >used >limit >hits >misses", rows)
 
 
-def _loras(info: dict[str, Any]) -> RenderableType | None:
+def _loras(info: dict[str, Any]) -> Table | None:
     loras = info["caches"]["lora"]["loras"]
-    if not loras:
-        return None
-    table = _table(f"LoRAs: {min(len(loras), _MOST_ROWS)} of {len(loras)}", "name >memory >hits")
-    last = sorted(loras.items(), key=lambda item: -(item[1].get("last_used") or 0))
-    for name, lora in last[:_MOST_ROWS]:
-        table.add_row(name, size(lora["bytes"]), str(lora["hits"]))
-    return table
+    last = sorted(loras.items(), key=lambda item: -(item[1].get("last_used") or 0))[:_MOST_ROWS]
+    rows = [(name, size(lora["bytes"]), str(lora["hits"])) for name, lora in last]
+    return _table(f"LoRAs: {len(rows)} of {len(loras)}", "name >memory >hits", rows)
 
 
-def _clients(info: dict[str, Any]) -> RenderableType | None:
+def _clients(info: dict[str, Any]) -> RenderableType:
     clients = [client for client in info["clients"] if client["pid"] != os.getpid()]
-    if not clients:
-        return Text("\nNo clients except this one.", style="dim")
-    table = _table(f"Clients: {len(clients)}", "name >pid transport >memory >in_flight")
-    for client in clients[:_MOST_ROWS]:
-        transport = "shared memory" if client["shared_memory"] else "tcp"
-        table.add_row(
-            client["name"], str(client["pid"]), transport, size(client["leased_bytes"]), str(client["in_flight"])
-        )  # fmt: skip
-    return table
+    rows = [
+        (c["name"], str(c["pid"]), "shared memory" if c["shared_memory"] else "tcp", size(c["leased_bytes"]),
+         str(c["in_flight"])) for c in clients[:_MOST_ROWS]
+    ]  # fmt: skip
+    table = _table(f"Clients: {len(clients)}", "name >pid transport >memory >in_flight", rows)
+    return table or Text("\nNo clients except this one.", style="dim")
 
 
-def _gpus(info: dict[str, Any]) -> RenderableType | None:
-    if not info["gpus"]:
-        return None
-    table = _table("GPUs", "># name _ >used >total")
-    for gpu in info["gpus"]:
-        bar = ProgressBar(total=gpu["total"], completed=gpu["used"], width=20)
-        table.add_row(str(gpu["index"]), gpu["name"], bar, size(gpu["used"]), size(gpu["total"]))
-    return table
+def _gpus(info: dict[str, Any]) -> Table | None:
+    rows = [
+        (str(gpu["index"]), gpu["name"], ProgressBar(total=gpu["total"], completed=gpu["used"], width=20),
+         size(gpu["used"]), size(gpu["total"])) for gpu in info["gpus"]
+    ]  # fmt: skip
+    return _table("GPUs", "># name _ >used >total", rows)
 
 
-def _events(info: dict[str, Any]) -> RenderableType | None:
-    if not info["scaling"]:
-        return None
-    table = _table("Recent events", "at event >worker _")
-    for event in reversed(info["scaling"][-_MOST_ROWS:]):
-        at = time.strftime("%H:%M:%S", time.localtime(event["at"]))
-        more = " ".join(str(event[name]) for name in ("model", "why") if name in event)
-        table.add_row(at, event["event"].replace("_", " "), str(event["worker"]), more)
-    return table
+def _events(info: dict[str, Any]) -> Table | None:
+    rows = [
+        (time.strftime("%H:%M:%S", time.localtime(event["at"])), event["event"].replace("_", " "), str(event["worker"]),
+         " ".join(str(event[name]) for name in ("model", "why") if name in event))
+        for event in reversed(info["scaling"][-_MOST_ROWS:])
+    ]  # fmt: skip
+    return _table("Recent events", "at event >worker _", rows)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The tray's icons: each state has a colour and a shape of its own, so that no eye depends on the colour."""
+"""The tray's icons: each state has its own colour and shape, so that nobody depends on the colour."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ COLOURS = {
     TrayState.STOPPED: (128, 132, 138),
     TrayState.ERROR: (208, 32, 40),
 }
-"""Colours of warning signs and traffic lights; each shape says the same without its colour."""
+"""Colours of warning signs and traffic lights."""
 
 _SIDE = 64
 _FINE = 4
-"""Icons are drawn this many times larger and scaled down: Pillow does not smooth edges."""
+"""Factor by which icons are drawn larger and then scaled down, since Pillow does not smooth edges."""
 _WHITE, _DARK = (255, 255, 255), (32, 24, 0)
 
 Points = list[tuple[float, float]]

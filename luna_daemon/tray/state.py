@@ -1,7 +1,7 @@
-"""Decides what the tray shows of the daemon: state, texts, menu, notifications. Nothing is drawn.
+"""Decides what the tray shows: state, texts, menu, notifications.
 
-Everything here is a function of its arguments. ``tray.watch`` observes the daemon and calls ``judge`` with the
-observation; ``tray_app`` shows the resulting view.
+Pure functions: ``tray.watch`` observes the daemon and calls ``judge`` with the observation; ``tray_app`` shows the
+resulting view.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CLIENT_NAME = "luna-daemon tray"
 """Name of the tray's own connection in the daemon's list of clients."""
 SILENT = "the daemon's process is alive but does not answer"
 _PATIENCE_S = 5.0
-"""Silence of a running daemon that is not an error yet: a daemon that ends closes its connections a moment before."""
+"""Time that a running daemon may be silent: a daemon that ends closes its connections a moment before its end."""
 _TITLE_LETTERS = 120
 """Windows shows at most 127 characters of a tooltip."""
 
@@ -39,7 +39,7 @@ class TrayState(str, Enum):
 
 
 class Action(str, Enum):
-    """What a menu entry does."""
+    """Action of a menu entry."""
 
     STATUS = "status"
     START = "start"
@@ -58,25 +58,25 @@ class Sight:
     info: Mapping[str, Any] | None = None
     """The daemon's ``info``, if the daemon answered."""
     alive: bool = False
-    """Whether the daemon's process is there."""
+    """Whether the daemon's process runs."""
     silent_s: float = 0.0
-    """Seconds since the daemon answered last."""
+    """Seconds since the daemon's last answer."""
     exit_code: int | None = None
-    """How the daemon ended, if this tray started the daemon."""
+    """Exit code of the daemon, if this tray started the daemon and it has ended."""
     left_behind: bool = False
-    """The runtime folder is still there, though the process has ended: the daemon crashed."""
+    """Whether the daemon crashed: its process has ended, and its runtime folder still exists."""
 
 
 @dataclass(frozen=True)
 class View:
-    """What the tray shows."""
+    """State and details that the tray shows."""
 
     state: TrayState = TrayState.STOPPED
     detail: str = ""
     """The reason of an error."""
     info: Mapping[str, Any] | None = None
     crashed: bool = False
-    """The daemon ended by itself: a restart may help."""
+    """Whether the daemon crashed, so that a restart may help."""
 
     @property
     def page_port(self) -> int | None:
@@ -86,7 +86,7 @@ class View:
 
 
 def judge(before: View, sight: Sight) -> View:
-    """Decide what to show after an observation, given what was shown before."""
+    """Decide what to show after an observation; ``before`` is the view until now."""
     if sight.info is not None:
         running = sight.info["status"] == "running"
         return View(TrayState.RUNNING if running else TrayState.STOPPING, info=sight.info)
@@ -100,7 +100,7 @@ def judge(before: View, sight: Sight) -> View:
     if known:
         return before
     if sight.exit_code or sight.left_behind:
-        # A daemon that crashes while it stops is not started again: it was to end.
+        # A daemon that crashes while it stops is not started again: the user wanted it to end.
         return View(TrayState.ERROR, _ending(sight.exit_code), crashed=before.state is not TrayState.STOPPING)
     return View(TrayState.STOPPED)
 
@@ -117,7 +117,7 @@ def _ending(exit_code: int | None) -> str:
 
 
 def statistics(info: Mapping[str, Any]) -> str:
-    """Sum up an ``info`` in one line, which does not change while nothing happens."""
+    """Sum up an ``info`` in one line, which is the same while the daemon is idle."""
     sizes: dict[str, int] = {}
     for worker in info["workers"]:
         for key, nbytes in worker["models"].items():
@@ -134,15 +134,14 @@ def statistics(info: Mapping[str, Any]) -> str:
 
 
 def title(view: View) -> str:
-    """Make the tooltip: ASCII and short, as every desktop takes it."""
+    """Make the tooltip, short and in ASCII, which every desktop can show."""
     more = statistics(view.info) if view.info is not None else view.detail
     text = f"Luna Daemon: {view.state.value}" + (f" ({more})" if more else "")
-    text = text.encode("ascii", "replace").decode()
-    return text if len(text) <= _TITLE_LETTERS else text[: _TITLE_LETTERS - 3] + "..."
+    return _short(text.encode("ascii", "replace").decode(), _TITLE_LETTERS)
 
 
 def notice(before: View, after: View, restarts: bool) -> str:
-    """Decide what to notify the user of after a change of the view; empty for nothing.
+    """Make the notification after a change of the view; empty if the user need not know.
 
     Args:
         restarts: whether a daemon that crashed is started again.
@@ -170,14 +169,14 @@ class Preferences:
 
     @classmethod
     def load(cls, path: Path) -> Preferences:
-        """Read the file; the defaults without a file, or if the file is damaged."""
+        """Read the file; return the defaults if the file is missing or damaged."""
         try:
             saved = dict(json.loads(path.read_text("utf-8")))
             return cls(**{field.name: bool(saved[field.name]) for field in fields(cls) if field.name in saved})
         except FileNotFoundError:
             return cls()
         except (OSError, ValueError, TypeError) as error:
-            logger.warning("%s cannot be read (%s): the menu's ticks are the defaults", path, error)
+            logger.warning("%s cannot be read (%s): the ticks of the menu are reset", path, error)
             return cls()
 
     def save(self, path: Path) -> None:
@@ -187,7 +186,7 @@ class Preferences:
         os.replace(new, path)
 
     def toggled(self, action: Action) -> Preferences:
-        """Copy with the tick of one entry changed."""
+        """Copy the preferences with the tick of one entry changed."""
         if action is Action.STOP_ON_EXIT:
             return replace(self, stop_on_exit=not self.stop_on_exit)
         return replace(self, restart=not self.restart)
@@ -202,7 +201,7 @@ class Entry:
     enabled: bool = True
     checked: bool | None = None
     default: bool = False
-    """Whether a click on the icon itself does this."""
+    """Whether a click on the icon does the same."""
 
 
 def menu(view: View, preferences: Preferences, has_log: bool) -> list[Entry]:

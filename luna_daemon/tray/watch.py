@@ -1,13 +1,13 @@
-"""The tray's watch over the daemon: attaches to a daemon or starts one, observes it, and restarts it after a crash.
+"""Attaches the tray to a daemon, or starts a daemon; observes the daemon, and restarts it after a crash.
 
-The watch runs in a thread of its own, in which everything waits that has to wait for the daemon.
+All waiting for the daemon happens in the thread of the watch.
 """
 
 from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ from .state import CLIENT_NAME, SILENT, Sight, TrayState, View, judge
 
 _LOOK_S = 1.0
 _ANSWER_S = 5.0
-"""A daemon that takes longer for its ``info`` does not answer."""
+"""Longest wait for an answer of the daemon."""
 _STABLE_S = 60.0
-"""A daemon that runs so long before it crashes is restarted without delay."""
+"""Uptime after which a daemon that crashes is restarted without delay."""
 _FIRST_RESTART_S, _MOST_RESTART_S = 1.0, 60.0
 
 
@@ -42,10 +42,10 @@ class Watch:
     """Starts and stops the daemon, and reports its state.
 
     Args:
-        first: the daemon to start; its port has not been opened yet.
-        make: makes the daemon again with the settings of the moment. May raise ``ConfigError``.
+        first: the daemon to start, whose process has not been started yet.
+        make: makes a daemon with the current settings. May raise ``ConfigError``.
         may_restart: returns whether a daemon that crashed is to be started again.
-        show: called with what to show after each observation, on the thread that is in ``run``.
+        show: called with the view after each observation, on the thread of ``run``.
         clock: monotonic seconds.
     """
 
@@ -72,15 +72,14 @@ class Watch:
         self._heard = clock()
 
     def wish(self, wish: Wish) -> None:
-        """Queue a request of the user; from any thread."""
+        """Queue a request of the user; may be called from any thread."""
         self._wishes.put(wish)
 
     @property
     def log(self) -> Path:
-        """File with the output of a daemon that was started here."""
-        return self.settings.log_file or runtime_folder(self.settings.port, self.settings.runtime_dir).with_suffix(
-            ".log"
-        )
+        """File with the log of the daemon that this tray starts."""
+        folder = runtime_folder(self.settings.port, self.settings.runtime_dir)
+        return self.settings.log_file or folder.with_suffix(".log")
 
     def run(self) -> None:
         """Attach to a daemon or start one, then serve requests and observe, until a request to exit."""
@@ -115,7 +114,7 @@ class Watch:
     def _look(self) -> None:
         view = judge(self.view, self._sight())
         if self._started is not None and self._started.exit_code is not None:
-            self._started = None  # its end has been judged: from now on another daemon is observed
+            self._started = None  # its end has been shown: from now on another daemon is observed
         if view.crashed and not self.view.crashed:
             self._backoff.failed(view.detail)
         if view.state is TrayState.RUNNING and self._backoff.failures and self._clock() - self._up_since > _STABLE_S:
@@ -129,7 +128,7 @@ class Watch:
         self._show_view(view)
 
     def _sight(self) -> Sight:
-        info = self._info()
+        info = self._ask(m.Info())
         if info is not None:
             self._heard = self._clock()
             return Sight(info)
@@ -143,12 +142,8 @@ class Watch:
         ended = has_ended(pid, runtime_folder(self.settings.port, self.settings.runtime_dir))
         return Sight(alive=not ended, silent_s=silent_s, exit_code=exit_code, left_behind=ended)
 
-    def _info(self) -> Mapping[str, Any] | None:
-        info: Mapping[str, Any] | None = self._ask(m.Info())
-        return info
-
     def _ask(self, call: m.Call) -> Any:
-        """Call the daemon; ``None`` without an answer in time."""
+        """Call the daemon; return ``None`` without an answer in time."""
         end = self._clock() + _ANSWER_S
         try:
             return self._client.call(call, is_cancelled=lambda: self._clock() > end).result
@@ -161,7 +156,7 @@ class Watch:
     def _start(self) -> None:
         """Attach to the daemon that answers, or start a daemon and wait for its first answer."""
         again = self.view.crashed
-        if (info := self._info()) is not None:
+        if (info := self._ask(m.Info())) is not None:
             self._show(judge(self.view, Sight(info)))
             return
         self._show(View(TrayState.STARTING))
@@ -178,13 +173,13 @@ class Watch:
         self._look()
 
     def _aim(self, settings: Settings) -> None:
-        """Connect to the daemon's new port, which may have been changed in ``luna.toml``."""
+        """Connect to the port of these settings, which may have been changed in ``luna.toml``."""
         self.settings = settings
         self._client.close()
         self._client = _client(settings)
 
     def _stop(self) -> None:
-        """Drain the daemon; kill the process if this tray started it and it does not end in time."""
+        """Drain the daemon; kill its process if this tray started the process and it does not end in time."""
         self._show(View(TrayState.STOPPING, info=self.view.info))
         if self._started is not None and self._started.exit_code is None:
             self._started.stop()

@@ -2,7 +2,7 @@
 
 ``Arena`` is the owner's side (the control process), ``ArenaView`` everybody else's. A segment is a file in a
 memory-backed folder (a named pagefile section on Windows), reserved in full before it is used: on a full tmpfs a
-sparse file would kill whoever writes to it with SIGBUS.
+sparse file would kill a process that writes to it with SIGBUS.
 """
 
 from __future__ import annotations
@@ -376,7 +376,7 @@ def _remove_segment(path: Path) -> None:
 
 
 def process_space() -> str:
-    """What tells containers that share memory, but not process numbers, apart; empty where there are none."""
+    """Name of this process number space, by which containers that share memory are told apart; empty elsewhere."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -384,7 +384,7 @@ def process_space() -> str:
 
 
 def default_folder(port: int) -> Path:
-    """Where the arena of this user's daemon on ``port`` lies.
+    """Folder of the arena of this user's daemon on ``port``.
 
     Raises:
         ArenaUnavailable: this system has no memory-backed folder.

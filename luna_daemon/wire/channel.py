@@ -147,7 +147,7 @@ class Channel:
         self._sock.close()
 
     def _complete(self) -> bool:
-        """Whether a whole frame is here; takes its head out of the buffer as soon as that is."""
+        """Whether a whole frame has arrived; takes the frame's head out of the buffer first."""
         if self._message is None:
             if self._have < PREFIX_SIZE:
                 return False
@@ -176,7 +176,7 @@ class Channel:
             self._fill(self._sock.recv_into)
 
     def _take_decrypted(self) -> bool:
-        """Whether TLS had something that arrived before: the selector does not see it."""
+        """Whether TLS holds bytes that arrived before, which the selector does not see."""
         return isinstance(self._sock, TlsSocket) and self._fill(self._sock.take)
 
     def _fill(self, read: Callable[[memoryview], int | None]) -> bool:

@@ -93,7 +93,7 @@ class Connection(asyncio.BufferedProtocol):
             transport.abort()
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        """Where the next bytes belong: the payload's slot, or the buffer for messages."""
+        """Memory for the next bytes: the payload's slot, or the buffer for messages."""
         if self._refused:
             return memoryview(self._buffer)
         if self._payload is not None:
@@ -154,7 +154,7 @@ class Connection(asyncio.BufferedProtocol):
 
     @property
     def unsent(self) -> bool:
-        """Whether something has not left yet."""
+        """Whether bytes wait to be sent."""
         return self._paused or bool(self._outbox)
 
     @property
@@ -164,7 +164,7 @@ class Connection(asyncio.BufferedProtocol):
 
     @property
     def stalled_s(self) -> float:
-        """How long the other side has read nothing of what waits for it."""
+        """Seconds for which the other side has read nothing, while bytes wait for it."""
         return time.monotonic() - self._paused_at if self._paused else 0.0
 
     def send(self, message: Message, slots: list[Slot] | None = None) -> None:

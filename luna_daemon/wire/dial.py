@@ -43,7 +43,7 @@ def _connect(host: str, port: int, runtime_dir: Path | None, tls_ca: str) -> soc
 
 
 def tls_towards(port: int, runtime_dir: Path | None, tls_ca: str) -> ssl.SSLContext | None:
-    """How a daemon proves itself: by the authority that is named, or as its runtime folder says; ``None`` without TLS.
+    """TLS by which a daemon proves itself: with the named authority, or as its runtime folder says; ``None`` without.
 
     Raises:
         AuthenticationError: the certificate's file cannot be read.

@@ -1,7 +1,7 @@
 """One connection's life, from ``hello`` to its end: the client makes a new one after it breaks.
 
-Requests are multiplexed by id. There is no reader thread: whoever waits reads for all, which saves a thread switch
-per call. Results in shared memory are handed out as tensors that own their slot and give it back when they die.
+Requests are multiplexed by id. There is no reader thread: a thread that waits reads for all, which saves a thread
+switch per call. Results in shared memory are handed out as tensors that own their slot and give it back when they die.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ IsCancelled = Callable[[], bool]
 
 
 class Answer:
-    """What a call brought back: ``result`` (plain data), ``tensors``, ``notes`` for the user."""
+    """Answer of the daemon to a call: ``result`` (plain data), ``tensors``, ``notes`` for the user."""
 
     __slots__ = ("notes", "result", "tensors")
 
@@ -79,7 +79,7 @@ class _Waiting:
 
 
 class Link:
-    """One connection to the daemon, used by any number of threads. It breaks once and stays broken.
+    """Connection to the daemon, used by any number of threads. A broken link stays broken.
 
     Args:
         use_arena: take tensors through shared memory where both sides see it.
@@ -117,7 +117,7 @@ class Link:
 
     @property
     def broken(self) -> DaemonConnectionError | None:
-        """Why it is of no use any more. An idle one is looked at: the daemon may have been restarted meanwhile."""
+        """Error that broke the link, or ``None``. An idle link is checked: the daemon may have been restarted."""
         idle = not self.waiting and time.monotonic() - self._used > _PROBE_S
         if self._broken is None and idle and self.channel.ended():
             self._break(DaemonConnectionError("the daemon closed the connection"))
@@ -174,7 +174,7 @@ class Link:
     def call_for_refs(
         self, call: m.Call, on_progress: OnProgress | None = None, is_cancelled: IsCancelled | None = None
     ) -> Unopened:
-        """Call without tensors; the answer's descriptors as they came, for whoever maps memory by himself."""
+        """Make a call without tensors; return the answer's descriptors, for a caller that maps the memory itself."""
         with self._id_lock:
             self._calls += 1
         try:
@@ -195,7 +195,7 @@ class Link:
         return self._open_all(answer.refs, answer.payload)
 
     def give_back(self, answer: Unopened) -> None:
-        """What the answer describes is not used any more. May run in any thread, in the middle of anything."""
+        """Release the slots of an answer. May run in any thread, in the middle of anything."""
         for ref in answer.refs:
             if ref.slot:
                 self._let_go(ref.slot)
@@ -379,7 +379,7 @@ class Link:
         self._hang_up_if_done()
 
     def _flush_releases(self) -> None:
-        """Tell the daemon, unless this thread or another is sending just now: whoever sends flushes afterwards."""
+        """Report released slots to the daemon; a thread that is sending just now does so afterwards."""
         while self.released and self._open and self._ours:
             slots: list[int] = []
             with contextlib.suppress(IndexError):
@@ -401,7 +401,7 @@ class Link:
         return os.getpid() == self._pid
 
     def _break(self, error: LunaError) -> None:
-        """Everybody who waits gets ``error``; the next call connects anew."""
+        """Fail every waiting call with ``error``; the next call makes a new connection."""
         self._fail_all(error)
         self._open = False
         if self._ours:

@@ -100,7 +100,7 @@ class ClipEncode(msgspec.Struct, tag_field="op", tag="clip.encode", frozen=True)
     part: str = ""
     """Only this encoder: ``cond_stage_model.<part>.encode_token_weights(packed)``, with ``options``."""
     options: dict[str, Any] = {}
-    """What ``set_clip_options`` of the whole or the part is given, beyond ``layer`` and ``unprojected``."""
+    """Further arguments of ``set_clip_options``, of the whole model or of the part."""
     patches: list[PatchUse] = []
     """LoRA and other weight patches in the order of ``add_patches``."""
     hooks: list[PatchUse] = []
@@ -205,7 +205,7 @@ class Report(msgspec.Struct, tag_field="op", tag="report", frozen=True):
 
 
 class Reload(msgspec.Struct, tag_field="op", tag="reload", frozen=True):
-    """Read the settings anew and take those that can be taken while requests run."""
+    """Read the settings again and apply those that can change while requests run."""
 
 
 class TokenRenew(msgspec.Struct, tag_field="op", tag="token.renew", frozen=True):
@@ -280,11 +280,11 @@ class WorkerReady(msgspec.Struct, tag="ready", frozen=True):
     versions: dict[str, str]
     devices: list[str]
     arena: bool
-    """Whether it sees the shared memory."""
+    """Whether the worker sees the shared memory."""
 
 
 class WorkerStatus(msgspec.Struct, tag="status", frozen=True):
-    """What a worker holds now: model key to bytes."""
+    """Models that a worker holds: key to bytes."""
 
     models: dict[str, int]
     rss: int
@@ -294,7 +294,7 @@ class WorkerStatus(msgspec.Struct, tag="status", frozen=True):
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """What the daemon accepts; checked before memory is allocated."""
+    """Limits of the daemon, checked before memory is allocated."""
 
     header_bytes: int
     tensor_bytes: int
@@ -304,7 +304,7 @@ class Limits(msgspec.Struct, frozen=True):
 
 
 class ArenaInfo(msgspec.Struct, frozen=True):
-    """Where the shared memory is and the file whose content proves that the client sees it."""
+    """Folder of the shared memory, and the file whose content proves that the client sees the folder."""
 
     folder: str
     nonce: str
@@ -328,7 +328,7 @@ class Reply(msgspec.Struct, tag="reply", frozen=True):
     result: Any = None
     tensors: list[TensorRef] = []
     notes: list[str] = []
-    """What the caller should know: tiled for lack of memory, say."""
+    """Remarks for the caller, such as "computed in tiles"."""
 
 
 class Failure(msgspec.Struct, tag="failure", frozen=True):
@@ -374,7 +374,7 @@ class Patch(msgspec.Struct, array_like=True, frozen=True):
     start: int
     count: int
     models: list[LoadSpec] = []
-    """Whose weights it names."""
+    """Models whose weights the set names."""
 
 
 class Job(msgspec.Struct, tag="job", frozen=True):

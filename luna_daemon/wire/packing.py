@@ -43,7 +43,7 @@ def pack(value: Any, tensors: list[torch.Tensor]) -> Any:
 
 
 def unpack(value: Any, tensors: Sequence[torch.Tensor]) -> Any:
-    """What ``pack`` was given.
+    """Undo ``pack``.
 
     Raises:
         BadRequest: it names a tensor that did not come.

@@ -33,7 +33,7 @@ class SharedMemory:
 
     @property
     def info(self) -> m.ArenaInfo | None:
-        """Where clients find the shared memory, for ``welcome``; ``None`` where there is none."""
+        """Description of the shared memory for ``welcome``; ``None`` without shared memory."""
         return m.ArenaInfo(str(self.arena.folder), "nonce") if self.arena is not None else None
 
     def try_allocate(self, nbytes: int) -> Slot | None:

@@ -78,7 +78,7 @@ def pinned_context(cert: Path) -> ssl.SSLContext:
 
 
 def no_handshake(error: Exception) -> LunaError:
-    """What to say of a handshake that failed: the certificate is not trusted, or there is no TLS at all."""
+    """Description of a failed handshake: the certificate is not trusted, or there is no TLS at all."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return AuthenticationError(
             f"the daemon's certificate is not trusted: {error.verify_message}",
@@ -102,7 +102,7 @@ class TlsSocket:
         self._tls = context.wrap_bio(self._in, self._out, server_hostname=host)
         self._lock = threading.Lock()
         self._early = b""
-        """What ``ended`` had to read."""
+        """Byte that ``ended`` had to read."""
         self._shake_hands()
 
     def _shake_hands(self) -> None:

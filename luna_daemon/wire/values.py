@@ -11,7 +11,7 @@ Tokens = dict[str, list[list[tuple[int, float]]]]
 
 
 class TensorRef(msgspec.Struct, array_like=True, frozen=True):
-    """Where a tensor's bytes lie: without gaps, little-endian."""
+    """Description of a tensor and of the place of its bytes: without gaps, little-endian."""
 
     dtype: str
     """torch's name without the prefix: ``float32``, ``bfloat16``, ``uint8`` ..."""
@@ -44,7 +44,7 @@ class Tiling(msgspec.Struct, frozen=True):
     overlap_t: int | None = None
 
     def given(self) -> dict[str, int]:
-        """The arguments that are not ``None``: whoever computes has defaults of its own."""
+        """The arguments that are not ``None``; the model has defaults for the others."""
         values = {name: getattr(self, name) for name in self.__struct_fields__}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -70,7 +70,7 @@ class ComfyId(msgspec.Struct, frozen=True):
     version: str = ""
     torch: str = ""
     flags: tuple[str, ...] = ()
-    """Those of its command line that decide bits (``--fp32-vae``)."""
+    """Command-line flags that decide bits (``--fp32-vae``)."""
 
     @property
     def key(self) -> str:
@@ -89,7 +89,7 @@ class ModelRef(msgspec.Struct, frozen=True):
     checkpoint: bool = False
     """``files`` is one checkpoint that carries the VAE or the text encoders inside."""
     comfy: ComfyId | None = None
-    """What computes it, for an equal result; ``None`` is the daemon's own."""
+    """ComfyUI that computes the model; ``None`` is the daemon's own."""
 
 
 class PatchUse(msgspec.Struct, array_like=True, frozen=True):
