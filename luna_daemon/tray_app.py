@@ -104,7 +104,7 @@ class Tray:
         self._entries: list[Entry] = []
         self._menu_made = 0.0
         self._closing = False
-        self._gone = False
+        self._loop_ended = False
         """Whether the icon's loop has ended."""
         self._icon = pystray.Icon(_NAME, draw_icon(self._view.state), title(self._view), pystray.Menu(self._items))
 
@@ -123,7 +123,7 @@ class Tray:
                 cure = "GTK needs a session bus (DBUS_SESSION_BUS_ADDRESS)" if _ON_LINUX else ""
                 raise TrayUnavailable(f"the tray icon cannot be shown ({error})", cure) from error
         finally:
-            self._gone = True
+            self._loop_ended = True
             if self._watching.ident is None:  # pystray's thread waits for a loop that never began
                 self._icon._mark_ready()
             if not self._closing:  # the desktop session has ended
@@ -132,18 +132,18 @@ class Tray:
                 self._watching.join(self._watch.settings.drain_timeout_sec + 10)
 
     def _begin(self, icon: Any) -> None:
-        if self._gone:
+        if self._loop_ended:
             return
         self._icon.visible = True
         logger.info("the tray icon is shown")
         self._watching.start()
-        while self._watching.is_alive() and not self._gone:
+        while self._watching.is_alive() and not self._loop_ended:
             self._watching.join(0.1)
-        if not self._gone:  # the watch has ended; an icon whose loop has ended cannot be stopped
+        if not self._loop_ended:  # the watch has ended; an icon whose loop has ended cannot be stopped
             icon.stop()
 
     def _on_signal(self, number: int, frame: object) -> None:
-        if not self._gone:
+        if not self._loop_ended:
             self._leave()
 
     # --- showing ---
@@ -151,7 +151,7 @@ class Tray:
     def _show(self, view: View) -> None:
         """Update icon, tooltip and menu, and notify the user; called on the watch's thread."""
         before, self._view = self._view, view
-        if self._gone:
+        if self._loop_ended:
             return
         if view.state is not before.state:
             logger.info("%s", title(view))

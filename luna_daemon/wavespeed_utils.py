@@ -115,7 +115,7 @@ def _checked_network(model: Any, name: str, limits: _Limits) -> Any:
     if not 0.0 <= limits.start <= limits.end <= 1.0:
         raise BadRequest(f"start={limits.start} and end={limits.end}: must be 0 <= start <= end <= 1")
     if limits.max_hits < -1:
-        raise BadRequest(f"max_consecutive_cache_hits={limits.max_hits}", "-1 is no limit, 0 is off")
+        raise BadRequest(f"max_consecutive_cache_hits={limits.max_hits}", "-1 means unlimited, 0 means off")
     try:
         return model.get_model_object(name)
     except AttributeError:

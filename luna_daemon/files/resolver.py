@@ -70,7 +70,7 @@ class ModelResolver:
         if ref.kind not in (ModelKind.VAE, ModelKind.CLIP):
             raise BadRequest(f"model kind {ref.kind!r} is unknown", "Use 'vae' or 'clip'")
         if bool(ref.name) == bool(ref.files):
-            raise BadRequest("a request names a model either by name or by files", f"Names: {', '.join(self.named)}")
+            raise BadRequest("a model is requested either by name or by files", f"Names: {', '.join(self.named)}")
         if ref.name:
             family, paths = self._by_name(ref.name, ModelKind(ref.kind))
         else:

@@ -95,7 +95,7 @@ class Watch:
                 wish = None
         if wish is Wish.EXIT_AND_STOP and self.view.state in (TrayState.RUNNING, TrayState.STOPPING):
             self._stop()
-            self._wait_until_gone()
+            self._wait_for_end()
         self._client.close()
 
     def _turn(self, wish: Wish | None) -> None:
@@ -189,7 +189,7 @@ class Watch:
             return
         self._look()
 
-    def _wait_until_gone(self) -> None:
+    def _wait_for_end(self) -> None:
         end = self._clock() + self.settings.drain_timeout_sec + 5
         while self.view.state is TrayState.STOPPING and self._clock() < end:
             time.sleep(0.1)

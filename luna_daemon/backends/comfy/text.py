@@ -98,7 +98,9 @@ class ComfyText:
     def _encode_part(self, clip: Any, call: ClipEncode, tokens: Any, patch_of: PatchOf) -> Any:
         part = getattr(clip.cond_stage_model, call.part, None)
         if part is None or not hasattr(part, "encode_token_weights"):
-            raise BadRequest(f"there is no text encoder {call.part!r}", f"Use one of {self.properties()['encoders']}")
+            raise BadRequest(
+                f"the model has no text encoder {call.part!r}", f"Use one of {self.properties()['encoders']}"
+            )
         part.reset_clip_options()
         part.set_clip_options(dict(call.options))
         return self._loaded(clip, call.hooks, patch_of, lambda: part.encode_token_weights(tokens))

@@ -34,7 +34,7 @@ class _Embedding(nn.Embedding):
 
 
 class _T5Norm(nn.Module):
-    """Is transformers' T5LayerNorm, without rounding the result to the weight's dtype."""
+    """T5LayerNorm of transformers, without rounding the result to the weight's dtype."""
 
     weight: nn.Parameter
     variance_epsilon: float
@@ -45,7 +45,7 @@ class _T5Norm(nn.Module):
 
 
 class _T5GatedFeedForward(nn.Module):
-    """Is transformers' T5DenseGatedActDense, without rounding the input to the weight's dtype."""
+    """T5DenseGatedActDense of transformers, without rounding the input to the weight's dtype."""
 
     wi_0: nn.Module
     wi_1: nn.Module
