@@ -38,7 +38,7 @@ lint: $(READY)  ## style, types, import directions, spelling; the shape of the p
 	$(VENV)/bin/codespell
 	$(PY) benchmarks/sizes.py
 
-format: $(READY)  ## what a machine can mend
+format: $(READY)  ## fix what the tools can fix
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 

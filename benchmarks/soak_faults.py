@@ -1,4 +1,4 @@
-"""What goes wrong in the soak. Each does it and returns once it is over."""
+"""The faults of the soak: each function brings one fault about, and returns once the fault is over."""
 
 from __future__ import annotations
 

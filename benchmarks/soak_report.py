@@ -1,4 +1,4 @@
-"""How the soak went: its course, the clients' logs, and whether each bar is met."""
+"""Report of the soak: its course, the clients' logs, and whether each bar is met."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """The main job on real input: three clients at once, first each with its own models, then sharing one daemon.
 
-Writes to ``build/demo``: each photograph before and after, a chart of the memory of both ways, a table of latencies.
+Writes to ``build/demo``: each photograph before and after, a chart of the memory and a table of the latencies, with
+and without the daemon.
 Ends by itself; nothing is downloaded and nothing is left running.
 """
 
@@ -55,7 +56,7 @@ def main() -> None:
     console.print(f"pictures, chart and table are in {OUT.relative_to(HERE.parent)}/")
 
 
-# --- the two ways -------------------------------------------------------------------------------------------------
+# --- with and without the daemon ------------------------------------------------------------------------------------
 
 
 def without_daemon() -> tuple[list[dict[str, Any]], dict[str, int]]:

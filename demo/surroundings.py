@@ -1,4 +1,4 @@
-"""What the demo and the benchmarks share: a place of their own, memory of a process, a word on what goes on."""
+"""What the demo and the benchmarks share: default settings, a free port, the memory of a process, progress lines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BUILD = ROOT / "build"
 
 
 def leave_the_users_settings() -> None:
-    """No ``LUNA_*`` variable and no ``luna.toml`` of the current folder decides what is shown or measured.
+    """Ignore the user's ``LUNA_*`` variables and ``luna.toml``: neither decides what is shown or measured.
 
     Daemons and clients inherit this process' environment. ``COMFYUI_PATH`` stays: a tokenizer may lie there.
     """
@@ -31,21 +31,21 @@ def leave_the_users_settings() -> None:
 
 
 def free_port() -> int:
-    """A port that nobody listens on just now."""
+    """Find a port that no process listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def pss(pid: int | None) -> int:
-    """Memory of a process, shared pages divided among those who share them; resident memory where unknown."""
-    facts = psutil.Process(pid).memory_full_info()
-    return int(getattr(facts, "pss", 0) or facts.uss)
+    """Bytes of memory of a process: PSS, which divides shared pages among their users; where unknown, USS."""
+    memory = psutil.Process(pid).memory_full_info()
+    return int(getattr(memory, "pss", 0) or memory.uss)
 
 
 @contextmanager
 def stage(console: Console, text: str) -> Iterator[None]:
-    """Say what goes on: a spinner on a terminal, a line elsewhere."""
+    """Show what is running: a spinner on a terminal, a line elsewhere."""
     if console.is_terminal:
         with console.status(text):
             yield

@@ -147,7 +147,7 @@ def _load(what: str, mode: str, local: Callable[[], T], shell: Callable[[Any], T
 
 def _refuse() -> Any:
     raise DaemonConnectionError(
-        f"the daemon did not compute it and no local model may step in: daemon_mode is {FORCE_DAEMON}",
+        f"the daemon did not answer this call, and no local model may step in: daemon_mode is {FORCE_DAEMON}",
         f"Look at the daemon's log, or choose {AUTO}",
     )
 

@@ -87,7 +87,7 @@ class Panel:
         """Pass one of ``PAGE_OPS`` on with the daemon's token; the answer is that of the daemon's ``/api/call``."""
         if not self._may_change(request):
             text = "this ComfyUI does not let the panel change anything from here"
-            return _refusal(403, AuthenticationError(text, "See Luna in ComfyUI's settings"))
+            return _refusal(403, AuthenticationError(text, "Luna.AllowChanges in ComfyUI's settings says who may"))
         try:
             body = await _call_in(request)
         except BadRequest as error:

@@ -13,7 +13,7 @@ _GIB = 1 << 30
 
 
 class LunaDaemonStatus:
-    """Node that asks the daemon in every prompt and shows the answer."""
+    """Node that asks the daemon in every run of a workflow and shows the answer."""
 
     CATEGORY = "Luna"
     DESCRIPTION = "Shows whether the Luna Daemon answers, which models it holds, and how many requests it has served."
@@ -29,12 +29,12 @@ class LunaDaemonStatus:
         """Take any value, which decides when the daemon is asked."""
         return {
             "required": {},
-            "optional": {"after": (host.ANY, {"tooltip": "Any value; the daemon is asked once it is computed."})},
+            "optional": {"after": (host.ANY, {"tooltip": "Any value; the daemon is asked after its computation."})},
         }
 
     @classmethod
     def IS_CHANGED(cls, **inputs: Any) -> float:
-        """Make ComfyUI run the node in every prompt."""
+        """Make ComfyUI run the node each time, also with unchanged inputs."""
         return float("nan")  # equals nothing
 
     def status(self, after: Any = None) -> dict[str, Any]:

@@ -29,12 +29,12 @@ class LunaFreeModels:
         """Take any value, which decides when the models are unloaded."""
         return {
             "required": {},
-            "optional": {"value": (host.ANY, {"tooltip": "Any value; the models are unloaded once it is computed."})},
+            "optional": {"value": (host.ANY, {"tooltip": "Any value; models are unloaded after its computation."})},
         }
 
     @classmethod
     def IS_CHANGED(cls, **inputs: Any) -> float:
-        """Make ComfyUI run the node in every prompt."""
+        """Make ComfyUI run the node each time, also with unchanged inputs."""
         return float("nan")  # equals nothing
 
     def free(self, value: Any = None) -> tuple[Any]:

@@ -31,7 +31,7 @@ export function createChart(label, format, logarithmic = false) {
     grid, paths,
   );
   const ticks = el("div.ticks", { "aria-hidden": true });
-  const waiting = el("p.quiet.waiting", {}, "No requests seen in the last two minutes");
+  const waiting = el("p.quiet.waiting", {}, "This page has seen no requests in the last two minutes");
   const node = el("div.chart", {}, picture, ticks, waiting);
 
   function draw(lines, since, now) {

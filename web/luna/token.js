@@ -14,7 +14,7 @@ export function askForToken(root) {
   const form = el(
     "form", { method: "dialog" },
     el("h2", {}, "Enter the daemon’s token"),
-    el("p", {}, "Viewing needs no token, but changing something does. This command prints the token:"),
+    el("p", {}, "Viewing needs no token, but changing something does. On the daemon’s machine, this prints the token:"),
     el("code", {}, "luna-daemon token"),
     field,
     el(

@@ -13,7 +13,10 @@ export function createCharts() {
   const throughput = createChart("Requests per second, the last two minutes", rate);
   const latency = createChart("Latency by op, the last two minutes", power, true);
   const rows = el("tbody");
-  const head = [["op"], ["requests"], ["median"], ["p95", "95 % of the requests took no longer"]].map(([name, title = null]) =>
+  const head = [
+    ["op", "The kind of call, as the protocol names it"], ["requests"], ["median"],
+    ["p95", "95 % of the requests took no longer than this"],
+  ].map(([name, title = null]) =>
     el("th", { scope: "col", title }, name),
   );
   const table = el("table.ops", {}, el("thead", {}, el("tr", {}, ...head)), rows);

@@ -37,7 +37,7 @@ export function createFigures() {
       full ? "bad" : null,
     );
     set("clients", count(info.clients?.length));
-    set("fallbacks", count(info.fallbacks), info.fallbacks ? "computed locally" : "", info.fallbacks ? "warn" : null);
+    set("fallbacks", count(info.fallbacks), info.fallbacks ? "computed by clients" : "", info.fallbacks ? "warn" : null);
   }
   return { node, update };
 }

@@ -13,7 +13,7 @@ export function createHeader(act) {
   const uptime = el("span", { "data-field": "uptime" });
   const facts = el("span.quiet", { "data-field": "facts" });
   const drain = el("button.bare", { type: "button", title: "Accept no new requests and finish the running ones" }, "Drain");
-  confirmFirst(drain, "Drain? Only a restart accepts requests again", () =>
+  confirmFirst(drain, "Drain? New requests are refused until a restart", () =>
     act(drain, { op: "drain" }, "The daemon accepts no new requests and finishes the running ones"),
   );
   const node = el(
