@@ -275,7 +275,7 @@ def test_stop_lets_running_requests_finish(terminal: Terminal) -> None:
             sys.executable, "-c",
             "from luna_daemon.client import DaemonClient; from luna_daemon.wire.messages import Echo; "
             f"DaemonClient('127.0.0.1', {served.port}, runtime_dir={str(served.runtime_dir)!r})"
-            ".call(Echo(0, seconds=3.0)); print('answered')",
+            ".call(Echo(0, seconds=8.0)); print('answered')",
         ],
         cwd=terminal.folder, env=terminal.environ, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -290,7 +290,7 @@ def test_stop_lets_running_requests_finish(terminal: Terminal) -> None:
         again = terminal.ask("status")
         assert again.returncode == 1
         assert f"(pid {served.process.pid}) does not answer" in again.stderr
-        assert slow.communicate(timeout=20)[0] == "answered\n"
+        assert slow.communicate(timeout=40)[0] == "answered\n"
         assert served.process.wait(10) == 0
         served.assert_nothing_is_left()
     finally:
