@@ -30,7 +30,7 @@ from .buffers import Buffers
 from .codec import check_ref, describe, tensor_bytes, tensor_from
 from .dial import greet
 from .frame import encode_call
-from .layout import lay_out
+from .layout import RESERVE_BYTES, lay_out
 
 if TYPE_CHECKING:
     import torch
@@ -242,7 +242,7 @@ class Link:
             self.arena.slice(slot.segment, slot.offset, ref.nbytes)[:] = data
             return ref.placed(slot.offset, slot.slot, slot.segment)
 
-        return lay_out(described, in_slot)
+        return lay_out(described, in_slot, above=RESERVE_BYTES)
 
     def _reserve(self, nbytes: int) -> m.TensorRef | None:
         """Reserve a slot for an input; ``None`` without shared memory, or when it is full."""

@@ -29,7 +29,7 @@ class InProcess:
         self.sets: dict[str, Any] = {}
         self.error: Exception | None = None
         self.progress: list[m.Progress] = []
-        self.fallbacks = self.told_fallbacks = self.materialised = 0
+        self.fallbacks = self.told_fallbacks = self.materialised = self.untold_materialised = 0
 
     def call(
         self, call: Any, tensors: Sequence[Any] = (), *, on_progress: Any = None, is_cancelled: Any = None
@@ -46,10 +46,13 @@ class InProcess:
         return [call for call in self.calls if isinstance(call, kind)]
 
     def count_materialised(self) -> None:
-        self.materialised += 1
+        self.untold_materialised += 1
+        self.report_pending()
 
     def report_pending(self) -> None:
-        self.told_fallbacks, self.fallbacks = self.told_fallbacks + self.fallbacks, 0
+        if self.error is None:
+            self.told_fallbacks, self.fallbacks = self.told_fallbacks + self.fallbacks, 0
+            self.materialised, self.untold_materialised = self.materialised + self.untold_materialised, 0
 
     def vaeencode(self, call: m.VaeEncode, tensors: list[Any]) -> Answer:
         return self._vae("encode", call, tensors[0])

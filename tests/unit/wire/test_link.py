@@ -25,6 +25,7 @@ from luna_daemon.wire import messages as m
 from luna_daemon.wire.arena import Arena
 from luna_daemon.wire.channel import Channel
 from luna_daemon.wire.frame import decode_call, encode_frame
+from luna_daemon.wire.layout import RESERVE_BYTES
 from luna_daemon.wire.link import Link
 from tests.waiting import within
 
@@ -347,6 +348,22 @@ def test_a_large_input_goes_through_a_slot(start, arena):
     call(link, m.Echo(), [torch.full((BIG,), 3, dtype=torch.uint8)])
     until(lambda: daemon.released == [7])
     assert seen == [(7, "uint8", (BIG,), b"\3" * BIG)]
+
+
+def test_an_input_that_is_faster_inline_takes_no_slot(start, arena):
+    """A slot costs a round trip: up to ``RESERVE_BYTES`` the tensor travels with its request."""
+
+    def serve(daemon, request, asked):
+        if isinstance(asked, m.Alloc):
+            lend(daemon, request, 7)
+        else:
+            daemon.channel.send(m.Reply(request.id))
+
+    link, daemon = start(serve, arena)
+    for nbytes in (RESERVE_BYTES, RESERVE_BYTES + 1):
+        call(link, m.Echo(), [torch.zeros(nbytes, dtype=torch.uint8)])
+    sent = [message.tensors[0].slot for message in daemon.came if isinstance(message, m.Request) and message.tensors]
+    assert sent == [0, 7] and daemon.calls().count(m.Alloc(RESERVE_BYTES + 1)) == 1
 
 
 def test_a_full_arena_is_no_error(start, arena):
