@@ -57,7 +57,7 @@ def make(tmp_path):
 
 @pytest.mark.parametrize("header", [8, 9, 10])
 def test_tensors_of_a_file(make, header):
-    """Shapes in the order of the keys, at addresses that kernels take also where a header is not padded to the dtype."""
+    """Shapes in the order of the keys, at addresses that kernels take also where a header has no padding."""
     tensors = load(make(header), "lora")
     assert all(tensor.data_ptr() % 4 == 0 for tensor in tensors.values())
     assert {key: tensor.tolist() for key, tensor in tensors.items()} == {"a": [[0, 1], [2, 3]], "b": [4, 5, 6], "c": []}
