@@ -1,4 +1,4 @@
-"""DaemonClient: a synchronous, thread-safe client; and functions that call its methods on a default client.
+"""DaemonClient, a synchronous, thread-safe client; and functions that call a default DaemonClient.
 
 torch is imported only when a tensor is sent or received.
 """
@@ -40,15 +40,15 @@ R = TypeVar("R")
 
 
 class DaemonClient(Caller):
-    """A connection to the daemon, made at the first call and made again after it broke.
+    """A connection to the daemon, opened at the first call and reopened after a failure.
 
     Args:
         host, port: where the daemon listens; by default from the settings (``LUNA_HOST``, ``LUNA_PORT``).
-        runtime_dir: folder of the daemon's token, if the daemon was started with ``--runtime-dir``.
-        use_arena: take tensors through shared memory where both sides see it.
-        name: how ``info`` names this client.
-        tls_ca: for a daemon of another user or machine that has TLS: the PEM file of its authority, or ``system``;
-            ``LUNA_TLS_CA`` by default.
+        runtime_dir: the daemon's ``--runtime-dir``, which contains its token; by default from the settings.
+        use_arena: send and receive tensors through shared memory where possible.
+        name: this client's name in ``info``; by default the program's.
+        tls_ca: for a TLS daemon of another user or machine: PEM file of its certificate authority, or ``system``;
+            by default ``LUNA_TLS_CA``.
 
     Every method raises ``DaemonConnectionError`` when no daemon answers and the daemon's own errors otherwise.
     Model names (``vae_type``, ``clip_type``) are those of the daemon's configuration, ``sdxl`` by default.
@@ -57,7 +57,7 @@ class DaemonClient(Caller):
     # --- the daemon ---
 
     def ping(self) -> float:
-        """Seconds that a call without work takes."""
+        """Round-trip time of an empty call in seconds."""
         start = time.perf_counter()
         self.call(m.Ping())
         return time.perf_counter() - start
@@ -71,7 +71,7 @@ class DaemonClient(Caller):
         return True
 
     def get_daemon_info(self) -> dict[str, Any]:
-        """Everything the daemon knows about itself, and how this client reaches it (``transport``)."""
+        """The daemon's state and statistics, and this client's ``transport`` to the daemon."""
         link = self.link()
         info: dict[str, Any] = self.call(m.Info()).result
         return {**info, "transport": link.transport, "transport_why": link.transport_why}
@@ -79,13 +79,13 @@ class DaemonClient(Caller):
     get_info = get_daemon_info
 
     def shutdown(self) -> dict[str, Any]:
-        """Have the daemon finish its requests (``in_flight`` in the result says how many) and end."""
+        """Make the daemon finish its requests and exit; ``in_flight`` in the result is their number."""
         return self._plain(m.Shutdown())
 
     # --- models ---
 
     def models(self) -> dict[str, Any]:
-        """Models by name (``named``), and which are loaded (``loaded``: key to bytes)."""
+        """Configured models (``named``), and loaded models (``loaded``: key to bytes)."""
         return self._plain(m.ModelsList())
 
     def warm(self, model: m.ModelRef, pin: bool = False, on_progress: OnProgress | None = None) -> dict[str, Any]:
@@ -93,14 +93,14 @@ class DaemonClient(Caller):
 
         Args:
             model: by name or by files.
-            pin: keep it loaded: it is neither unloaded when idle nor evicted.
+            pin: keep the model loaded: neither unloaded when idle nor evicted.
             on_progress: called on queueing and loading.
         """
         properties: dict[str, Any] = self.call(m.ModelLoad(model, pin), on_progress=on_progress).result
         return properties
 
     def unload(self, model: m.ModelRef | None = None) -> None:
-        """Have the daemon free the memory of one model, or of all if ``None``."""
+        """Free the daemon's memory of a model, or of all models if ``None``."""
         self.call(m.ModelUnload(model))
 
     def register_vae(self, vae: Any = None, vae_type: str = "sdxl") -> dict[str, Any]:
@@ -171,10 +171,10 @@ class DaemonClient(Caller):
         """Tokens as ComfyUI's tokenizers make them: per encoder, chunks of ``(token, weight)``.
 
         Raises:
-            BadRequest: word ids are asked for; the daemon's tokenizer does not make word ids.
+            BadRequest: ``return_word_ids`` is set; the daemon's tokenizer does not make word ids.
         """
         if return_word_ids:
-            raise BadRequest("return_word_ids=True is not served by the daemon", "Tokenize with a local tokenizer")
+            raise BadRequest("the daemon does not support return_word_ids=True", "Tokenize with a local tokenizer")
         tokens = self._plain(m.ClipTokenize(_named(ModelKind.CLIP, clip_type), text))["tokens"]
         return {name: [[tuple(pair) for pair in chunk] for chunk in chunks] for name, chunks in tokens.items()}
 
@@ -213,13 +213,13 @@ class DaemonClient(Caller):
         return True
 
     def lora_cache_get(self, lora_name: str) -> StateDict | None:
-        """The state dict kept under that name, as tensors of the caller's own; ``None`` if the daemon keeps none."""
+        """The state dict kept under this name, in tensors that belong to the caller; ``None`` if there is none."""
         answer = self.call(m.LoraGet(lora_name))
         keys = answer.result["keys"]
         return None if keys is None else dict(zip(keys, answer.tensors))
 
     def lora_cache_check(self, lora_name: str) -> bool:
-        """Whether the daemon keeps a LoRA under that name."""
+        """Whether the daemon keeps a LoRA under this name."""
         return bool(self._plain(m.LoraCheck(lora_name))["exists"])
 
     def lora_cache_stats(self) -> dict[str, Any]:
@@ -237,26 +237,27 @@ class DaemonClient(Caller):
     def load_lora(
         self, name: str, on_progress: OnProgress | None = None, is_cancelled: IsCancelled | None = None
     ) -> StateDict:
-        """A LoRA file's tensors, mapped from the daemon's memory for all clients; a page that is written is copied.
+        """A LoRA file's tensors, mapped copy-on-write from memory that all clients share.
 
         Args:
-            name: as ComfyUI lists the file; or its full path, which names exactly this file.
+            name: name in ComfyUI's list, or the full path of a file, which must be the daemon's file too.
 
         Raises:
-            ModelNotFound, ModelMismatchError, ModelLoadError: no such file, not the daemon's, or corrupt.
+            ModelNotFound, ModelMismatchError, ModelLoadError: the file does not exist, differs from the daemon's, or
+                is corrupt.
         """
         from .files import mapping
 
         return mapping.load(self.link(), name, on_progress, is_cancelled)
 
     def put_lora(self, name: str, state_dict: StateDict) -> int:
-        """Keep a state dict under a name of your own, for ``load_lora`` of every client; returns its size in bytes."""
+        """Keep a state dict under a name, for every client's ``load_lora``; returns its size in bytes."""
         answer = self.call(m.LoraPut(name, list(state_dict)), list(state_dict.values()))
         nbytes: int = answer.result["bytes"]
         return nbytes
 
     def warm_lora(self, name: str, on_progress: OnProgress | None = None) -> dict[str, Any]:
-        """Load a LoRA file into the daemon's cache: ``name, kind, bytes, load_s, kept, was_kept``."""
+        """Load a LoRA file into the daemon's cache; returns ``name, kind, bytes, load_s, kept, was_kept``."""
         result: dict[str, Any] = self.call(m.LoraWarm(name), on_progress=on_progress).result
         return result
 
@@ -265,7 +266,7 @@ class DaemonClient(Caller):
         return str(self._plain(m.LoraPin(name, pinned))["name"])
 
     def evict_lora(self, name: str | None = None) -> list[str]:
-        """Forget one LoRA, or all that are not pinned; returns their names. Tensors that clients hold stay valid."""
+        """Remove a LoRA, or all that are not pinned; returns their names. Tensors that clients hold stay valid."""
         return list(self._plain(m.LoraEvict(name))["evicted"])
 
     def lora_stats(self) -> dict[str, Any]:
@@ -280,7 +281,7 @@ def _named(kind: ModelKind, name: str) -> m.ModelRef:
 def _no_loras(lora_stack: Sequence[Any] | None) -> None:
     if lora_stack:
         raise BadRequest(
-            f"lora_stack with {len(lora_stack)} entries: this client call encodes without LoRA",
+            f"lora_stack with {len(lora_stack)} entries is not supported by this call",
             "Apply the LoRA to a DaemonCLIP, as a LoRA loader does",
         )
 
@@ -292,7 +293,7 @@ _default_lock = threading.Lock()
 
 
 def get_client() -> DaemonClient:
-    """The client that the functions of this module use."""
+    """The default client, which the functions of this module use."""
     global _default
     with _default_lock:
         if _default is None:
@@ -310,7 +311,7 @@ def reset_clients() -> None:
 
 
 def _on_default(method: Callable[Concatenate[DaemonClient, P], R]) -> Callable[P, R]:
-    """A function with a method's docstring and parameters that calls this method of the default client."""
+    """Make a function that calls ``method`` of the default client, with its docstring and parameters."""
     name = method.__name__
 
     @functools.wraps(method)

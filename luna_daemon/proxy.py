@@ -1,7 +1,7 @@
 """DaemonVAE and DaemonCLIP: used like a VAE and a CLIP of ComfyUI, computed by the daemon.
 
-When the daemon is away the local model steps in, with one warning, and the daemon is used again once it is back.
-What would crash or fail locally as well is raised instead (``LunaError.local_ok`` decides).
+While the daemon does not answer, a local model computes instead, with a single warning in the log. Errors that would
+occur locally too are raised (``LunaError.local_ok``).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ __all__ = ["DaemonCLIP", "DaemonVAE"]
 
 T = TypeVar("T")
 _MOST_BUSY_S = 5.0
-"""Longest wait before a full queue is asked again, whatever the daemon suggests."""
+"""Longest wait in seconds before a request that met a full queue is repeated."""
 
 
 class Fallback:
-    """Decides call by call whether the daemon or a local model answers; logs each change once, and counts it.
+    """Decides per call whether the daemon or a local model computes; logs each change, and counts the local calls.
 
     Args:
-        name: how log lines name the object that is computed for, such as ``DaemonVAE``.
+        name: name of the calling object for log lines, such as ``DaemonVAE``.
         source: a loaded local model, or a callable that loads one when it is needed; ``None`` for none.
         client: connection to the daemon; the module's default client if ``None``.
     """
@@ -63,7 +63,7 @@ class Fallback:
         on_progress: OnProgress | None = None,
         is_cancelled: IsCancelled | None = None,
     ) -> Answer:
-        """Call the daemon; while its queue is full, wait and ask again: a local copy would fill the device further.
+        """Call the daemon; while its queue is full, wait and repeat: a local model would use more device memory.
 
         Raises:
             RequestCancelled: ``is_cancelled`` returned ``True``.
@@ -85,15 +85,15 @@ class Fallback:
         local: Callable[[Any], T],
         before_local: Callable[[LunaError], None] = lambda error: None,
     ) -> T:
-        """The daemon's answer; or the local model's, where the daemon's error allows that (``LunaError.local_ok``).
+        """Compute with the daemon, or with the local model if the daemon's error allows that (``LunaError.local_ok``).
 
         Args:
-            remote: asks the daemon.
+            remote: computes with the daemon.
             local: computes the same with the local model.
             before_local: called with the daemon's error before the local model is loaded.
 
         Raises:
-            LunaError: the daemon's error, where the local model may not step in or there is none.
+            LunaError: the daemon's error, if the error does not allow the local model or there is none.
         """
         try:
             result = remote()
@@ -117,10 +117,10 @@ class Fallback:
         return local(self.local_model())
 
     def local_model(self) -> Any:
-        """The local model, loaded once.
+        """The local model, loaded at the first use.
 
         Raises:
-            ModelNotFound: there is none.
+            ModelNotFound: there is no local model.
         """
         with self._lock:
             if self._source is None:
@@ -131,7 +131,7 @@ class Fallback:
             return self.loaded
 
     def release(self) -> None:
-        """Forget the loaded model; the next need loads it again."""
+        """Drop the loaded model; the next use loads the model again."""
         with self._lock:
             self.loaded = None
 
@@ -145,13 +145,13 @@ def _wait(seconds: float, is_cancelled: IsCancelled | None) -> None:
 
 
 class _Proxy:
-    """Base of both proxies: the model's name, the client, the local model that steps in.
+    """Base of both proxies: the model's reference, the client and the local model.
 
     Args:
         source: a loaded local model, or a callable that loads one when it is needed; ``None`` for none.
         kind: VAE or CLIP.
-        type_: name of the model in the daemon's configuration, or with ``files`` its family.
-        files: the model's files, below the daemon's model folders; instead of the name.
+        type_: name of the model in the daemon's configuration, or with ``files`` the model's family.
+        files: the model's files, below the daemon's model folders, instead of a configured name.
         client: the module's default client if ``None``.
     """
 
@@ -161,16 +161,16 @@ class _Proxy:
         self._fallback = Fallback(type(self).__name__, source, client)
         self._properties: dict[str, Any] | None = None
         self.on_progress: OnProgress | None = None
-        """Called on loading and tiles while a call runs."""
+        """Called with the progress of loading and of tiles while a call runs."""
         self.is_cancelled: IsCancelled | None = None
-        """Asked while a call waits; ``True`` stops it."""
+        """Polled while a call waits; ``True`` cancels the call."""
         if files:
             self.model = m.ModelRef(kind.value, files=tuple(file_id(Path(file)) for file in files), type=type_)
         else:
             self.model = m.ModelRef(kind.value, name=type_)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        # ComfyUI deep-copies model options that hold a VAE: the connection and the local model stay one.
+        # ComfyUI deep-copies model options that hold a VAE: connection and local model must stay shared.
         return self
 
     @property
@@ -182,7 +182,7 @@ class _Proxy:
         """Properties of the model (``latent_channels``, ``downscale_ratio``, ``encoders`` ...); the daemon loads it.
 
         Raises:
-            LunaError: the daemon's error; no local model steps in.
+            LunaError: the daemon's error; the local model is not used.
         """
         if self._properties is None:
             self._properties = self._send(m.ModelLoad(self.model)).result
@@ -192,15 +192,15 @@ class _Proxy:
         return self._fallback.send(call, tensors, self.on_progress, self.is_cancelled)
 
     def _compute(self, call: m.Call, tensor: torch.Tensor, local: Callable[[Any], torch.Tensor]) -> torch.Tensor:
-        """A call with one tensor in and one out."""
+        """Make a call with a single input tensor and a single output tensor."""
         return self._fallback.run(lambda: self._send(call, [tensor]).tensors[0], local)
 
 
 class DaemonVAE(_Proxy):
-    """A VAE that lives in the daemon.
+    """A VAE that the daemon runs.
 
     Args:
-        source_vae: local VAE, or a callable that loads one, for when the daemon is away.
+        source_vae: local VAE, or a callable that loads a VAE, used while the daemon does not answer.
         vae_type: name of the model in the daemon's configuration; with ``files`` its family.
         use_existing: legacy; the daemon's own model is always used.
         files: the VAE's file (or the two of a split TAESD) instead of a configured name.
@@ -290,10 +290,10 @@ class DaemonVAE(_Proxy):
 
 
 class DaemonCLIP(_Proxy):
-    """Text encoders that live in the daemon.
+    """Text encoders that the daemon runs.
 
     Args:
-        source_clip: local CLIP, or a callable that loads one, for when the daemon is away.
+        source_clip: local CLIP, or a callable that loads a CLIP, used while the daemon does not answer.
         clip_type: name of the model in the daemon's configuration; with ``files`` its family.
         use_existing: legacy; the daemon's own model is always used.
         files: the encoders' files in the loader's order, instead of a configured name.
@@ -332,7 +332,7 @@ class DaemonCLIP(_Proxy):
         """Per encoder, 77-token chunks of ``(token, weight)``; plain data that may be edited.
 
         Raises:
-            BadRequest: word ids or other options are asked for and there is no local tokenizer.
+            BadRequest: word ids or other options are requested and there is no local tokenizer.
         """
         if return_word_ids or options:
             asked = ["return_word_ids"] * return_word_ids + list(options)
@@ -354,7 +354,7 @@ class DaemonCLIP(_Proxy):
         Args:
             tokens: from ``tokenize``.
             return_pooled: ``"unprojected"`` leaves the text projection out.
-            return_dict: the last form.
+            return_dict: return the dict.
         """
         call = m.ClipEncode(
             self.model, tokens=_pairs(tokens), layer=self.layer_idx, unprojected=return_pooled == "unprojected"
@@ -362,10 +362,10 @@ class DaemonCLIP(_Proxy):
 
         def remote() -> Any:
             answer = self._send(call)
-            found = dict(zip(answer.result["names"], answer.tensors))
+            named = dict(zip(answer.result["names"], answer.tensors))
             if return_dict:
-                return found
-            return (found["cond"], found["pooled_output"]) if return_pooled else found["cond"]
+                return named
+            return (named["cond"], named["pooled_output"]) if return_pooled else named["cond"]
 
         return self._fallback.run(
             remote,
@@ -382,12 +382,12 @@ class DaemonCLIP(_Proxy):
         show_pbar: bool = True,
     ) -> list[list[Any]]:
         """Conditioning for a sampler: ``[[cond, {"pooled_output": pooled, **add_dict}]]``."""
-        found = self.encode_from_tokens(tokens, return_pooled="unprojected" if unprojected else True, return_dict=True)
-        rest = {name: value for name, value in found.items() if name != "cond"}
-        return [[found["cond"], {**rest, **(add_dict or {})}]]
+        named = self.encode_from_tokens(tokens, return_pooled="unprojected" if unprojected else True, return_dict=True)
+        rest = {name: value for name, value in named.items() if name != "cond"}
+        return [[named["cond"], {**rest, **(add_dict or {})}]]
 
     def encode(self, text: str) -> Any:
-        """``cond`` of a prompt; one call, which the cache answers without a model if it has the prompt."""
+        """Encode a prompt to ``cond`` in a single call, without the model if the daemon's cache has the prompt."""
 
         def remote() -> Any:
             answer = self._send(m.ClipEncode(self.model, text=text, layer=self.layer_idx))
@@ -405,10 +405,10 @@ class DaemonCLIP(_Proxy):
 
 
 def _pairs(tokens: dict[str, Any]) -> m.Tokens:
-    """Tokens as they travel: word ids do not change the encoding and stay here.
+    """Convert tokens for the wire: pairs without word ids, which do not change the encoding.
 
     Raises:
-        BadRequest: an embedding among the tokens, which the daemon does not take.
+        BadRequest: the tokens contain an embedding, which the daemon does not accept.
     """
     try:
         return {

@@ -1,6 +1,6 @@
-"""The client's side of a LoRA: the daemon's file or memory, mapped copy-on-write, as tensors of the caller's own.
+"""LoRAs in the client: tensors over the daemon's file or shared memory, mapped copy-on-write.
 
-Nothing is read or copied until a tensor is used. A write copies the page it hits, in this process alone.
+Nothing is read or copied until a tensor is used. A write copies the written page, in this process alone.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ _T = TypeVar("_T")
 def load(
     link: Link, name: str, on_progress: OnProgress | None = None, is_cancelled: IsCancelled | None = None
 ) -> dict[str, torch.Tensor]:
-    """A LoRA's state dict. Writable; what is written is seen by nobody else.
+    """A LoRA's state dict. The tensors are writable; other processes do not see the writes.
 
     Args:
-        name: as ComfyUI lists it, or a full path; then this very file is meant.
+        name: name in ComfyUI's list, or the full path of a file, which must be the daemon's file too.
 
     Raises:
-        ModelNotFound, ModelMismatchError, ModelLoadError: no such file, not the daemon's, or corrupt.
+        ModelNotFound, ModelMismatchError, ModelLoadError: the file does not exist, differs from the daemon's, or
+            is corrupt.
+        ProtocolError: the tensors can neither be mapped nor copied.
     """
     file = _own_file(name)
     copy = not link.use_arena
@@ -46,34 +48,34 @@ def load(
             return dict(zip(answer.result["keys"], link.tensors(answer)))
         try:
             maps = _open(answer.result, link.arena)
-            found = _tensors(answer.result["table"], maps)
+            tensors = _tensors(answer.result["table"], maps)
         except (OSError, ValueError) as error:
             link.give_back(answer)
             if copy:
-                raise ProtocolError(f"LoRA {name!r} cannot be mapped here: {error}", "Use the file itself") from error
-            copy = True  # the daemon's file is not ours: another container, machine, or user
+                raise ProtocolError(f"LoRA {name!r} cannot be mapped here: {error}", "Load the file locally") from error
+            copy = True  # this process cannot open the daemon's file: another container, machine, or user
             continue
         except BaseException:
             link.give_back(answer)
             raise
         _keep(link, answer, maps)
-        return found
+        return tensors
 
 
 def _own_file(name: str) -> m.FileId | None:
-    """A full path that is here means this file, and no other of that path on the daemon's side."""
+    """Identity of the file if ``name`` is its full path on this machine: the daemon must use the same file."""
     path = Path(name)
     if not path.is_absolute():
         return None
     try:
-        facts = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return identity_of(name, facts)
+    return identity_of(name, status)
 
 
 class _Map:
-    """A stretch of a file or of shared memory, mapped copy-on-write; ``offset`` is where it begins there."""
+    """Copy-on-write map of a part of a file or segment; the part begins at ``offset`` bytes."""
 
     def __init__(self, memory: mmap.mmap, offset: int) -> None:
         self.memory = memory
@@ -81,10 +83,10 @@ class _Map:
 
 
 def _open(result: dict[str, Any], arena: ArenaView | None) -> dict[str, _Map]:
-    """Map what the table needs, by segment; a file has none.
+    """Map the memory that the table refers to, by segment name; a file has the name ``""``.
 
     Raises:
-        OSError, ValueError: it is not here, or not the same.
+        OSError, ValueError: the file or memory is not visible here, or is not the daemon's.
     """
     if result["kind"] == "file":
         return {"": _Map(_map_file(result["file"]), 0)}
@@ -101,25 +103,25 @@ def _open(result: dict[str, Any], arena: ArenaView | None) -> dict[str, _Map]:
 def _map_file(file: dict[str, Any]) -> mmap.mmap:
     with Path(file["path"]).open("rb") as opened:
         if not same_file(os.fstat(opened.fileno()), file["size"], file["mtime_ns"], file["inode"]):
-            raise ValueError(f"{file['path']} here is not the daemon's")
+            raise ValueError(f"{file['path']} is not the daemon's file")
         return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 def _tensors(table: list[list[Any]], maps: dict[str, _Map]) -> dict[str, torch.Tensor]:
-    """Views of each run's memory: one call per tensor and no loop of ours around it, since a LoRA has thousands."""
+    """Views of each run's memory. ``map`` instead of a Python loop, since a LoRA has thousands of tensors."""
     import torch
 
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for segment, name, offset, keys, shapes, which in table:
         dtype: torch.dtype = getattr(torch, name)
         starts = _starts(shapes, which)
         flat = _run(maps[segment], offset, starts[-1], ITEM_SIZES[name], dtype)
-        found.update(zip(keys, map(flat.as_strided, _each(shapes, which), _each(_strides(shapes), which), starts)))
-    return found
+        tensors.update(zip(keys, map(flat.as_strided, _each(shapes, which), _each(_strides(shapes), which), starts)))
+    return tensors
 
 
 def _starts(shapes: list[list[int]], which: list[int]) -> list[int]:
-    """The element at which each tensor of a run begins, and the one after the last."""
+    """Index of each tensor's first element in a run, and at the end the run's number of elements."""
     return list(accumulate(_each(list(map(math.prod, shapes)), which), initial=0))
 
 
@@ -133,21 +135,21 @@ def _run(place: _Map, offset: int, count: int, item: int, dtype: torch.dtype) ->
     if not count:
         return torch.empty(0, dtype=dtype)
     start = offset - place.offset
-    if start % item:  # an old file whose header is not padded: some kernels want addresses that fit
+    if start % item:  # an old file with an unpadded header: some kernels need aligned addresses
         return torch.frombuffer(place.memory, dtype=torch.uint8, count=count * item, offset=start).clone().view(dtype)
     return torch.frombuffer(place.memory, dtype=dtype, count=count, offset=start)
 
 
 def _strides(shapes: list[list[int]]) -> list[list[int]]:
-    """In elements, for C order."""
+    """Strides of each shape in elements, for C order."""
     return [[math.prod(size or 1 for size in shape[dim + 1 :]) for dim in range(len(shape))] for shape in shapes]
 
 
 def _keep(link: Link, answer: Any, maps: dict[str, _Map]) -> None:
-    """The daemon is told when the last tensor has died: until then this client uses the LoRA."""
+    """Release the LoRA in the daemon once the last of its tensors here is deleted."""
     alive = list(maps)
 
-    def gone() -> None:
+    def on_unmapped() -> None:
         alive.pop()
         if not alive:
             link.give_back(answer)
@@ -155,4 +157,4 @@ def _keep(link: Link, answer: Any, maps: dict[str, _Map]) -> None:
     if not maps:
         link.give_back(answer)
     for place in maps.values():
-        weakref.finalize(place.memory, gone).atexit = False
+        weakref.finalize(place.memory, on_unmapped).atexit = False

@@ -1,8 +1,8 @@
 """Shared memory: segments that every process on the host maps, cut into slots by one allocator in the control process.
 
-``Arena`` is the owner's side (the control process), ``ArenaView`` everybody else's. A segment is a file in a
-memory-backed folder (a named pagefile section on Windows), reserved in full before it is used: on a full tmpfs a
-sparse file would kill a process that writes to it with SIGBUS.
+``Arena`` is the side of the control process, which owns the memory; clients and workers use ``ArenaView``. A segment is
+a file in a memory-backed folder (a named pagefile section on Windows), reserved in full before use: on a full tmpfs,
+writing to a sparse file would kill the writing process with SIGBUS.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NONCE = "nonce"
 
 
 class ArenaUnavailable(Exception):
-    """No shared memory can be had; the text says why."""
+    """Shared memory cannot be used; the text says why."""
 
 
 class _Segment:
@@ -65,9 +65,9 @@ class _Segment:
 
 
 class Slot:
-    """A piece of memory with a count of its users; the last ``release`` gives it back.
+    """A reference-counted piece of memory; the last ``release`` frees the memory.
 
-    A slot without an arena lives on this process' heap and has number 0: it travels inline.
+    A slot without an arena lies on this process' heap, has number 0, and is sent inline.
     """
 
     def __init__(self, number: int, segment: str, offset: int, view: memoryview, free: Callable[[Slot], None]) -> None:
@@ -80,16 +80,16 @@ class Slot:
 
     @classmethod
     def on_heap(cls, nbytes: int) -> Slot:
-        """Memory of this process alone, for when there is no arena or it is full."""
+        """A slot on this process' heap, for when there is no arena or the arena is full."""
         return cls(0, "", 0, memoryview(bytearray(nbytes)), lambda slot: None)
 
     @property
     def nbytes(self) -> int:
-        """Size of the memory."""
+        """Size of the slot in bytes."""
         return self.view.nbytes
 
     def part(self, start: int, nbytes: int) -> Slot:
-        """A piece of this slot, which it keeps in use until the piece is released."""
+        """A slot over a part of this slot, which stays in use until that part is released."""
         self.retain()
         view = self.view[start : start + nbytes]
         return Slot(self.number, self.segment, self.offset + start, view, lambda _: self.release())
@@ -107,7 +107,7 @@ class Slot:
 
 
 class Leases:
-    """The slots that one peer holds, by the numbers it knows them by. All are given back when it goes."""
+    """The slots that a peer holds, by their numbers on its connection; ``release_all`` when the peer disconnects."""
 
     def __init__(self) -> None:
         self._held: dict[int, Slot] = {}
@@ -118,21 +118,21 @@ class Leases:
         return len(self._held)
 
     def add(self, slot: Slot) -> int:
-        """Take over one use of ``slot``; the number that stands for it on this connection."""
+        """Take over a use of ``slot``; returns the slot's number on this connection."""
         number, self._next = self._next, self._next + 1
         self._held[number] = slot
         self.nbytes += slot.nbytes
         return number
 
     def lend(self, slot: Slot) -> TensorRef:
-        """Hand a use of ``slot`` to the peer: the descriptor that it gets."""
+        """Pass a use of ``slot`` to the peer; returns the descriptor to send."""
         return TensorRef("uint8", (slot.nbytes,), slot.nbytes, slot.offset, self.add(slot), slot.segment)
 
     def get(self, number: int) -> Slot:
-        """The slot behind a number.
+        """The slot with this number.
 
         Raises:
-            BadRequest: this peer does not hold it.
+            BadRequest: this peer does not hold the slot.
         """
         slot = self._held.get(number)
         if slot is None:
@@ -140,32 +140,36 @@ class Leases:
         return slot
 
     def take(self, number: int) -> Slot:
-        """The slot, whose use passes to the caller."""
+        """Remove a slot from the leases; its use passes to the caller.
+
+        Raises:
+            BadRequest: this peer does not hold the slot.
+        """
         slot = self.get(number)
         del self._held[number]
         self.nbytes -= slot.nbytes
         return slot
 
     def release(self, number: int) -> None:
-        """The peer is done with it; a number that it does not hold is ignored."""
+        """End the peer's use of a slot; a number that the peer does not hold is ignored."""
         if number in self._held:
             self.take(number).release()
 
     def release_all(self) -> None:
-        """End every use."""
+        """End the peer's use of every slot."""
         for number in list(self._held):
             self.release(number)
 
 
 class Arena:
-    """The owner's side: makes segments, hands out slots, gives memory back.
+    """The control process' side of shared memory: creates segments, allocates slots, returns unused segments.
 
     Args:
-        folder: taken for this daemon alone; what a dead one left there is removed.
+        folder: used by this daemon alone; files that a dead daemon left there are removed.
         max_bytes: most bytes of all segments together.
 
     Raises:
-        ArenaUnavailable: the folder cannot be had or has no room.
+        ArenaUnavailable: the folder cannot be created or is full.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
@@ -194,7 +198,7 @@ class Arena:
     @property
     def bytes_reserved(self) -> int:
         """Bytes of all segments."""
-        # Copied first: ``grow`` asks from another thread.
+        # Copied first: ``grow`` reads this from another thread.
         return sum(segment.size for segment in list(self._segments.values()))
 
     @property
@@ -203,7 +207,7 @@ class Arena:
         return sum(self._sizes.values())
 
     def try_allocate(self, nbytes: int) -> Slot | None:
-        """A slot from the segments there are; ``None`` if ``grow`` is needed first."""
+        """A slot from the existing segments; ``None`` if ``grow`` is needed first."""
         size = max(_ALIGN, -(-nbytes // _ALIGN) * _ALIGN)
         for segment in self._segments.values():
             offset = segment.take(size)
@@ -220,17 +224,17 @@ class Arena:
             segment.give(slot.offset, size)
 
     def grow(self, nbytes: int) -> tuple[str, int, mmap.mmap]:
-        """Reserve a segment that holds ``nbytes``; slow (the pages are made), so call it off the event loop.
+        """Reserve a segment of at least ``nbytes``; slow (every page is allocated), so call this off the event loop.
 
         Raises:
-            LimitExceeded: the arena's limit, or the folder is full.
+            LimitExceeded: the arena's limit is reached, or the folder is full.
         """
         size = max(_SEGMENT, -(-nbytes // _ALIGN) * _ALIGN)
         room = self.max_bytes - self.bytes_reserved
         if size > room:
             size = -(-nbytes // _ALIGN) * _ALIGN
         if size > room:
-            raise LimitExceeded(f"shared memory: {nbytes} bytes asked, {max(room, 0)} left of {self.max_bytes}")
+            raise LimitExceeded(f"shared memory: {nbytes} bytes requested, {max(room, 0)} of {self.max_bytes} left")
         name = f"seg-{size:x}-{secrets.token_hex(8)}"
         try:
             return name, size, _create_segment(self.folder, name, size)
@@ -238,20 +242,20 @@ class Arena:
             raise LimitExceeded(f"shared memory in {self.folder}: {error.strerror or error}") from error
 
     def add(self, name: str, size: int, memory: mmap.mmap) -> None:
-        """Take a segment that ``grow`` made into use."""
+        """Start to use a segment that ``grow`` reserved."""
         self._segments[name] = _Segment(name, size, memory)
 
     def trim(self, idle_s: float) -> list[str]:
-        """Give segments back that nobody has used for ``idle_s`` seconds; their names."""
+        """Remove segments that have been unused for ``idle_s`` seconds; returns their names."""
         now = time.monotonic()
-        gone = [s.name for s in self._segments.values() if s.unused and now - s.idle_since >= idle_s]
-        for name in gone:
+        idle = [s.name for s in self._segments.values() if s.unused and now - s.idle_since >= idle_s]
+        for name in idle:
             del self._segments[name]
             _remove_segment(self.folder / name)
-        return gone
+        return idle
 
     def close(self) -> None:
-        """Remove everything. Processes that still map a segment keep their pages until they let go."""
+        """Remove all segments and the folder. Other processes keep the pages until they unmap the segment."""
         self._segments.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -264,10 +268,10 @@ class ArenaView:
         self._maps: dict[str, memoryview] = {}
 
     def prove(self) -> str:
-        """The nonce that lies in the folder: shows that this process sees the daemon's memory.
+        """The nonce in the arena folder: shows that this process sees the daemon's memory.
 
         Raises:
-            ArenaUnavailable: it cannot be read from here.
+            ArenaUnavailable: the nonce cannot be read from this process.
         """
         try:
             if WINDOWS:
@@ -280,7 +284,7 @@ class ArenaView:
         """The bytes of a slot, writable.
 
         Raises:
-            BadRequest: no such segment, or outside it.
+            BadRequest: the segment does not exist, or the bytes are outside the segment.
         """
         view = self._maps.get(segment)
         if view is None:
@@ -291,10 +295,10 @@ class ArenaView:
         return view[offset : offset + nbytes]
 
     def private(self, segment: str, offset: int, nbytes: int) -> tuple[mmap.mmap, int]:
-        """A map of these bytes that is written to without anybody seeing it, and the offset at which it begins.
+        """A copy-on-write map of these bytes, and the offset in the segment at which the map begins.
 
         Raises:
-            BadRequest: no such segment, or outside it.
+            BadRequest: the segment does not exist, or the bytes are outside the segment.
         """
         start = offset - offset % mmap.ALLOCATIONGRANULARITY
         self._check(segment)
@@ -305,7 +309,7 @@ class ArenaView:
 
     def _check(self, segment: str) -> None:
         if "/" in segment or "\\" in segment or not segment.startswith("seg-"):
-            raise BadRequest(f"{segment!r} is no arena segment")
+            raise BadRequest(f"{segment!r} is not an arena segment")
 
     def _map(self, segment: str) -> mmap.mmap:
         self._check(segment)
@@ -315,7 +319,7 @@ class ArenaView:
             raise BadRequest(f"arena segment {segment!r}: {getattr(error, 'strerror', None) or error}") from error
 
     def _forget_gone(self) -> None:
-        """Drop maps of segments that the daemon has given back, so that their address space is not kept."""
+        """Drop the maps of segments that the daemon has removed, to free their address space."""
         if not WINDOWS:
             for name in [name for name in self._maps if not (self.folder / name).exists()]:
                 del self._maps[name]
@@ -367,7 +371,7 @@ def _open_privately(folder: Path, name: str, start: int, nbytes: int) -> mmap.mm
 
 
 def _remove_segment(path: Path) -> None:
-    """Give the pages back even if others still map the file: nobody has a slot in it any more."""
+    """Free the segment's pages even if other processes still map the file: none of its slots is in use."""
     if WINDOWS:
         return
     with contextlib.suppress(OSError):
@@ -376,7 +380,7 @@ def _remove_segment(path: Path) -> None:
 
 
 def process_space() -> str:
-    """Name of this process number space, by which containers that share memory are told apart; empty elsewhere."""
+    """Name of this process' PID namespace, to tell containers that share memory apart; empty without namespaces."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -384,7 +388,7 @@ def process_space() -> str:
 
 
 def default_folder(port: int) -> Path:
-    """Folder of the arena of this user's daemon on ``port``.
+    """Default arena folder of this user's daemon on ``port``.
 
     Raises:
         ArenaUnavailable: this system has no memory-backed folder.
@@ -395,18 +399,18 @@ def default_folder(port: int) -> Path:
         return Path("/tmp") / f"luna-daemon-{os.getuid()}-{port}"
     shm = Path("/dev/shm")
     if not shm.is_dir() or not os.access(shm, os.W_OK):
-        raise ArenaUnavailable("/dev/shm does not exist or cannot be written")
+        raise ArenaUnavailable("/dev/shm does not exist or is not writable")
     return shm / f"luna-daemon-{os.getuid()}-{port}"
 
 
 def open_arena(folder: Path | None, port: int, max_bytes: int) -> Arena:
-    """Make the arena: in ``folder``, or where this system keeps memory-backed files.
+    """Create the arena below ``folder``, or in this system's default folder (``default_folder``).
 
     Args:
-        max_bytes: 0 is half of what the folder has free.
+        max_bytes: most bytes of all segments together; 0 is half of the folder's free space.
 
     Raises:
-        ArenaUnavailable: says why.
+        ArenaUnavailable: the folder belongs to another user, cannot be created, or has too little space.
     """
     place = (folder / f"luna-daemon-{port}") if folder else default_folder(port)
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):

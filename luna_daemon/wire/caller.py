@@ -1,4 +1,4 @@
-"""Calls over a connection that is made at the first call, and again after it broke."""
+"""Calls over a connection that is opened at the first call, and reopened after a failure."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ C = TypeVar("C", bound="Caller")
 
 
 class Caller:
-    """Makes calls over one connection; ``DaemonClient`` describes the arguments."""
+    """Base of ``DaemonClient`` (which describes the arguments): makes calls and keeps the connection."""
 
     fallbacks = 0
     """Calls that a local model answered, not yet reported to the daemon."""
     _materialised = 0
-    """Models of shells whose weights were loaded in this process, not yet reported to the daemon."""
+    """Shells whose weights were loaded in this process, not yet reported to the daemon."""
 
     def __init__(
         self,
@@ -56,10 +56,10 @@ class Caller:
         self._pid = os.getpid()
 
     def link(self) -> Link:
-        """The live connection.
+        """The live connection, opened if necessary.
 
         Raises:
-            DaemonConnectionError: no daemon answers, or something else listens there.
+            DaemonConnectionError: no daemon answers, or another program listens on the port.
             AuthenticationError, VersionMismatch: the daemon refuses this client.
         """
         with self._lock:
@@ -85,12 +85,12 @@ class Caller:
         """Make a call and wait for its answer.
 
         Args:
-            call: what to do; its type is the op.
+            call: the operation and its arguments.
             tensors: inputs of the call, on any device.
             deadline_s: seconds within which the daemon must start the call.
-            priority: place in the daemon's queue; lower is sooner.
+            priority: priority in the daemon's queue; lower runs sooner.
             on_progress: called on queueing, loading and tiles, on the calling thread.
-            is_cancelled: asked ten times a second; ``True`` stops the call.
+            is_cancelled: polled ten times a second; ``True`` cancels the call.
 
         Raises:
             RequestCancelled: ``is_cancelled`` returned ``True``.
@@ -100,14 +100,14 @@ class Caller:
         link = self.link()
         try:
             return link.call(call, tensors, *how)
-        except AuthenticationError:  # the token was renewed meanwhile: nothing has been done
+        except AuthenticationError:  # the token was renewed and the daemon did not run the call: repeat it
             with self._lock:
                 if self._link is link:
                     self._link = None
         return self.link().call(call, tensors, *how)
 
     def close(self) -> None:
-        """Close the connection; the next call makes a new connection."""
+        """Close the connection; the next call opens a new connection."""
         with self._lock:
             if self._link is not None:
                 self._link.close()
@@ -119,30 +119,30 @@ class Caller:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    # --- what was done without the daemon ---
+    # --- statistics of work without the daemon ---
 
     def report(self, fallbacks: int = 0, materialised: int = 0) -> None:
-        """Have the daemon add to its statistics what was done without it.
+        """Add work that clients did without the daemon to the daemon's statistics.
 
         Args:
             fallbacks: calls that a local model answered.
-            materialised: models of shells whose weights were loaded in a client.
+            materialised: shells whose weights were loaded in a client.
         """
         self.call(m.Report(fallbacks, materialised))
 
     def count_materialised(self) -> None:
-        """Count a model of a shell whose weights were loaded in this process, and report it as soon as possible."""
+        """Count a shell whose weights were loaded in this process, and report the count as soon as possible."""
         self._materialised += 1
         self.report_pending()
 
     def report_pending(self) -> None:
-        """Report what was done without the daemon; if it cannot take that now, a later call reports it."""
+        """Report the counts that the daemon does not have yet; if that fails, a later call reports them."""
         fallbacks, materialised = self.fallbacks, self._materialised
         if fallbacks or materialised:
             self.fallbacks = self._materialised = 0
             try:
                 self.report(fallbacks, materialised)
-            except LunaError:  # the answer that the caller has must not be lost
+            except LunaError:  # the caller's own call has succeeded: a failed report must not fail it
                 self.fallbacks += fallbacks
                 self._materialised += materialised
 

@@ -1,4 +1,4 @@
-"""One blocking connection that speaks LDP/1: what clients and workers hold. Sending is thread-safe, receiving not."""
+"""Blocking LDP/1 connection of clients and workers. Sending is thread-safe; only one thread may receive."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Channel:
         self._selector.register(sock, selectors.EVENT_READ)
         self._buffer = bytearray(_READ)
         self._have = 0
-        # A frame whose payload is still arriving: kept here, so that a timeout in its middle loses nothing.
+        # A frame whose payload is still arriving: kept here, so that a timeout within a frame loses nothing.
         self._message: Message | None = None
         self._payload = memoryview(b"")
         self._filled = 0
@@ -48,13 +48,17 @@ class Channel:
         """Send one frame.
 
         Raises:
-            DaemonConnectionError: the other side is gone or has stopped reading.
+            DaemonConnectionError: the connection broke, or the other side has stopped reading.
         """
         with self._send_lock:
             self._send(message, payload)
 
     def try_send(self, message: Message) -> bool:
-        """Send unless somebody is sending just now; never waits, so a finalizer may call it."""
+        """Send unless another send is in progress (then ``False``); never waits, so finalizers may call this method.
+
+        Raises:
+            DaemonConnectionError: as ``send``.
+        """
         if not self._send_lock.acquire(blocking=False):
             return False
         try:
@@ -73,23 +77,23 @@ class Channel:
         except (OSError, ValueError) as error:
             raise DaemonConnectionError(f"connection lost while sending: {error}") from error
         except BaseException:
-            # Ctrl-C in the middle of a frame: whatever followed would be read as the rest of it.
+            # Ctrl-C in the middle of a frame: the other side would read the next frame as the rest of this frame.
             self.close()
             raise
 
     def receive(self, timeout_s: float | None = None) -> tuple[Message, memoryview] | None:
-        """The next frame and its inline payload, or ``None`` if it is not complete within ``timeout_s``.
+        """The next frame and its inline payload, or ``None`` if the frame is not complete within ``timeout_s``.
 
         Raises:
-            DaemonConnectionError: the other side closed.
-            ProtocolError: it sent something that is not LDP/1.
+            DaemonConnectionError: the connection broke or was closed.
+            ProtocolError: the other side sent data that is not LDP/1.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         try:
             with self._receive_lock:
                 while not self._complete():
                     if self._closed:
-                        raise ConnectionResetError("it was closed here")
+                        raise ConnectionResetError("this side closed it")
                     if self._take_decrypted():
                         continue
                     left = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -97,7 +101,7 @@ class Channel:
                         return None
                     self._read_some()
         except LunaError:
-            raise  # some are ValueErrors too
+            raise  # some LunaErrors are ValueErrors too
         except (OSError, ValueError) as error:
             raise DaemonConnectionError(f"connection lost while receiving: {error}") from error
         finally:
@@ -110,11 +114,11 @@ class Channel:
 
     @property
     def sending(self) -> bool:
-        """Whether a thread is sending just now."""
+        """Whether a send is in progress."""
         return self._send_lock.locked()
 
     def ended(self) -> bool:
-        """Whether the other side has closed, and nothing is left to read; looks without waiting."""
+        """Whether the other side has closed and nothing is left to read; does not wait."""
         try:
             if not self._selector.select(0):
                 return False
@@ -126,28 +130,29 @@ class Channel:
             return True
 
     def close(self) -> None:
-        """Close; a thread that receives gets ``DaemonConnectionError``."""
+        """Close the connection; a thread in ``receive`` gets ``DaemonConnectionError``."""
         self._closed = True
         try:
             self._sock.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass
-        # A selector forgets a socket that is closed under it, and its reader would sleep on: the reader closes it.
+        # A selector drops a socket that is closed during select(), which would then not return: so a thread in
+        # receive() closes the socket itself.
         if self._receive_lock.acquire(blocking=False):
             self._receive_lock.release()
             self._sock.close()
 
     def __del__(self) -> None:
-        # A client that is dropped without a close: the daemon sees the end, and nobody needs a warning.
+        # A client that was deleted without close(): closes the socket without a ResourceWarning.
         self._sock.close()
 
     def abandon(self) -> None:
-        """Let go of the socket without a word: after a fork it is the parent's."""
+        """Close this process' copy of the socket without a shutdown: after a fork, the parent uses the connection."""
         self._closed = True
         self._sock.close()
 
     def _complete(self) -> bool:
-        """Whether a whole frame has arrived; takes the frame's head out of the buffer first."""
+        """Whether a whole frame has arrived; decodes its message as soon as the message has arrived."""
         if self._message is None:
             if self._have < PREFIX_SIZE:
                 return False
@@ -158,7 +163,7 @@ class Channel:
                     self._buffer.extend(bytes(end - len(self._buffer)))
                 return False
             with memoryview(self._buffer) as view:
-                # Copied: a message may keep raw parts of the bytes that it was decoded from.
+                # Copied: a decoded message may refer to the bytes (``msgspec.Raw``).
                 self._message = decode_message(bytes(view[PREFIX_SIZE:end]))
             self._payload = self._buffers.take(payload)
             here = min(payload, self._have - end)
@@ -169,18 +174,18 @@ class Channel:
         return self._filled == self._payload.nbytes
 
     def _read_some(self) -> None:
-        """Take what the socket has; a selector has said that there is something."""
+        """Read the bytes that the selector has announced."""
         if isinstance(self._sock, TlsSocket):
             self._sock.feed()
         else:
             self._fill(self._sock.recv_into)
 
     def _take_decrypted(self) -> bool:
-        """Whether TLS holds bytes that arrived before, which the selector does not see."""
+        """Read bytes that TLS has buffered, which the selector does not see; returns whether there were any."""
         return isinstance(self._sock, TlsSocket) and self._fill(self._sock.take)
 
     def _fill(self, read: Callable[[memoryview], int | None]) -> bool:
-        """Read into the frame's payload if it is its turn, else into the buffer; whether there was something."""
+        """Read into the frame's payload, or before that into the buffer; returns whether there were bytes to read."""
         if self._message is not None:
             got = read(self._payload[self._filled :])
             self._filled += got or 0

@@ -1,4 +1,4 @@
-"""Tensors to bytes and back, without a copy where that is possible. torch is imported only when a tensor is made."""
+"""Conversion of tensors to bytes and back, without a copy where possible. torch is imported only when needed."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ ITEM_SIZES = {
 }  # fmt: skip
 """Bytes per element of every dtype that may travel."""
 _MOST_ELEMENTS = 1 << 40
-"""A shape like [0, 2**63] has no bytes, but strides that overflow."""
+"""Limit for empty tensors: a shape like [0, 2**63] has 0 bytes, but strides that overflow."""
 
 
 def check_ref(ref: TensorRef, max_bytes: int) -> None:
-    """Refuse a descriptor that contradicts itself, before a byte is read or memory allocated.
+    """Refuse a descriptor that contradicts itself or is too large, before memory is allocated.
 
     Raises:
-        BadRequest: unknown dtype, negative size, or a byte count that is not the shape's.
-        LimitExceeded: larger than ``max_bytes``.
+        BadRequest: unknown dtype, bad shape or order, or a byte count that does not match the shape.
+        LimitExceeded: the tensor is larger than ``max_bytes``.
     """
     if ref.dtype not in ITEM_SIZES:
         raise BadRequest(f"tensor dtype {ref.dtype!r} is unknown", f"Use one of {', '.join(ITEM_SIZES)}")
@@ -35,18 +35,18 @@ def check_ref(ref: TensorRef, max_bytes: int) -> None:
     if expected > max_bytes:
         raise LimitExceeded(f"tensor of {expected} bytes; the limit is {max_bytes}", "Raise max_tensor_mb")
     if not expected and math.prod(size or 1 for size in ref.shape) > _MOST_ELEMENTS:
-        raise BadRequest(f"tensor shape {list(ref.shape)} is empty, yet too large to be made")
+        raise BadRequest(f"tensor shape {list(ref.shape)} is empty, but its dimensions are too large")
     if ref.order and sorted(ref.order) != list(range(len(ref.shape))):
-        raise BadRequest(f"tensor order {list(ref.order)} is no order of {len(ref.shape)} dimensions")
+        raise BadRequest(f"tensor order {list(ref.order)} is not an order of {len(ref.shape)} dimensions")
     if ref.nbytes != expected or ref.offset < 0:
         raise BadRequest(f"tensor of shape {list(ref.shape)} {ref.dtype} has {expected} bytes, not {ref.nbytes}")
 
 
 def describe(tensor: torch.Tensor) -> TensorRef:
-    """The descriptor of a tensor, not yet placed anywhere.
+    """The descriptor of a tensor, without a place (offset 0, slot 0).
 
     Raises:
-        BadRequest: a dtype that cannot travel.
+        BadRequest: the dtype cannot be sent.
     """
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in ITEM_SIZES:
@@ -55,17 +55,17 @@ def describe(tensor: torch.Tensor) -> TensorRef:
 
 
 def _order(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Dimensions from the slowest to the fastest in memory; empty if that is their own order."""
+    """Dimensions from the slowest to the fastest in memory; empty for C order."""
     if tensor.is_contiguous():
         return ()
-    # An expanded dimension (stride 0) has no place in memory; among copies it is best the slowest.
+    # An expanded dimension (stride 0) has no place in memory: as the slowest, it becomes whole copies.
     strides = tensor.stride()
     order = tuple(sorted(range(tensor.dim()), key=lambda dim: -(strides[dim] or 1 << 62)))
     return () if order == tuple(range(tensor.dim())) else order
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor in the order of its memory: a view where it fills its memory on the CPU, else a copy."""
+    """The bytes of a tensor in memory order: a view of a dense CPU tensor, a copy of any other tensor."""
     import torch
 
     order = _order(tensor)
@@ -77,7 +77,7 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def tensor_from(ref: TensorRef, data: memoryview) -> torch.Tensor:
-    """A tensor over ``data``, which holds exactly ``ref.nbytes`` bytes; writable if ``data`` is, and not copied."""
+    """A tensor over ``data``, which holds exactly ``ref.nbytes`` bytes; not copied, and writable if ``data`` is."""
     import torch
 
     dtype: torch.dtype = getattr(torch, ref.dtype)

@@ -1,6 +1,6 @@
-"""An asyncio connection that speaks LDP/1: the control process' side of a client or worker.
+"""Asyncio LDP/1 connection: the control process' side of a client or worker.
 
-Inline payloads are received straight into a slot that the peer provides, and sent straight from one.
+Inline payloads are received directly into a slot that the peer provides, and sent directly from slots.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ _READ = 64 << 10
 _CHUNK = 512 << 10
 _HTTP = (b"GET ", b"POST", b"HEAD", b"PUT ", b"OPTI")
 _LINGER_S = 1.0
-"""How long a refused peer may take to read why."""
+"""How long a refused connection stays open, so that the other side can read the error."""
 _AT_ONCE = 32
-"""Frames of one peer that are handled before others have their turn."""
+"""Frames of a connection that are handled before other connections have their turn."""
 _MOST_QUEUED = 64
-"""Frames waiting for a slow reader before we stop reading its requests."""
+"""Frames that wait for a slow reader before its requests are no longer read."""
 
 
 class Peer(Protocol):
-    """Takes the frames of a connection: a pending one, a client, or a worker."""
+    """Receiver of a connection's frames: a pending connection, a client, or a worker."""
 
     def place(self, connection: Connection, nbytes: int) -> Slot:
         """Memory for an inline payload that is about to arrive; raises ``LunaError`` to refuse the connection."""
         ...
 
     def received(self, connection: Connection, message: Message, payload: Slot | None) -> None:
-        """Take a whole frame, and the use of its payload; raises ``LunaError`` to refuse the connection."""
+        """Handle a whole frame and own its payload's slot; raises ``LunaError`` to refuse the connection."""
         ...
 
     def lost(self, connection: Connection, why: str) -> None:
-        """Give up what the connection held: it is gone."""
+        """Release everything that the connection held, after it was lost."""
         ...
 
 
 class Connection(asyncio.BufferedProtocol):
-    """Framing on an asyncio transport.
+    """LDP/1 frames over an asyncio transport.
 
     Args:
-        peer: takes the frames; another one may take its place between two frames.
+        peer: receives the frames; may be replaced between two frames.
         max_header: most bytes of a message.
         max_payload: most inline bytes of a frame.
     """
@@ -61,7 +61,7 @@ class Connection(asyncio.BufferedProtocol):
         self.transport: asyncio.Transport | None = None
         self.remote = ""
         self.is_loopback = False
-        """Whether the other side dialled from this host."""
+        """Whether the other side connected over loopback."""
         self._buffer = bytearray(_READ)
         self._have = 0
         self._message: Message | None = None
@@ -75,19 +75,19 @@ class Connection(asyncio.BufferedProtocol):
         self._closing = False
         self._refused = False
         self._resting = False
-        """Frames of this peer wait here while others have their turn."""
+        """Whether this connection's frames wait while other connections have their turn."""
 
-    # --- asyncio's side ---
+    # --- called by asyncio ---
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Start: small frames leave at once, and slots are in use until the kernel has their bytes."""
+        """Set up the transport: no Nagle delay, and no write buffer, so that slots are not reused too early."""
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
         name = transport.get_extra_info("peername")
         self.remote, self.is_loopback = str(name), bool(name) and is_loopback(str(name[0]))
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # Paused means "not all of it has left": a slot may be reused only once the kernel has its bytes. TLS pauses at
-        # the limit, not above it, and would never go on from 0.
+        # Paused then means that some bytes have not been sent: a slot may be reused only once the kernel has its
+        # bytes. TLS pauses at the limit, not above the limit, and with 0 would never resume.
         transport.set_write_buffer_limits(high=1 if transport.get_extra_info("sslcontext") else 0)
         if self._closing:
             transport.abort()
@@ -101,7 +101,7 @@ class Connection(asyncio.BufferedProtocol):
         return memoryview(self._buffer)[self._have :]
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Take the frames that are complete now."""
+        """Handle the frames that are complete now."""
         if self._refused:
             return
         if self._payload is not None:
@@ -112,21 +112,21 @@ class Connection(asyncio.BufferedProtocol):
             self._handle(self._take_frames)
 
     def _handle(self, work: Callable[[], None]) -> None:
-        """Whatever a peer sent, it harms no more than its own connection."""
+        """Run ``work``; an error in it refuses this connection, and harms no other."""
         try:
             work()
         except LunaError as error:
             self._refuse(error)
         except Exception as error:
-            logger.exception("a message of %s could not be handled", self.remote)
+            logger.exception("a message from %s could not be handled", self.remote)
             self._refuse(InternalError.of(error))
 
     def eof_received(self) -> bool:
-        """Have the transport closed: no peer closes one side only."""
+        """Let asyncio close the transport: half-open connections are not used."""
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Release every slot that was on its way, and tell the peer."""
+        """Release every slot in transit, and notify the peer."""
         self._closing = True
         slots = [slot for _, held in self._outbox for slot in held] + self._sent_slots
         self._outbox.clear()
@@ -140,35 +140,35 @@ class Connection(asyncio.BufferedProtocol):
         self.peer.lost(self, str(exc) if exc else "closed")
 
     def pause_writing(self) -> None:
-        """Send nothing more until the other side has read."""
+        """Stop sending until the other side has read."""
         self._paused = True
         self._paused_at = time.monotonic()
 
     def resume_writing(self) -> None:
-        """Go on with what is queued."""
+        """Send queued frames again."""
         self._paused = False
         self._pump()
         self._read_on()
 
-    # --- the owner's side ---
+    # --- called by the control process ---
 
     @property
     def unsent(self) -> bool:
-        """Whether bytes wait to be sent."""
+        """Whether something is not sent yet."""
         return self._paused or bool(self._outbox)
 
     @property
     def crowded(self) -> bool:
-        """Whether the other side reads too slowly for messages that it can do without."""
+        """Whether too many frames wait for the other side, so that optional messages should be skipped."""
         return len(self._outbox) >= _MOST_QUEUED
 
     @property
     def stalled_s(self) -> float:
-        """Seconds for which the other side has read nothing, while bytes wait for it."""
+        """Seconds for which sending has been blocked; 0 if it is not."""
         return time.monotonic() - self._paused_at if self._paused else 0.0
 
     def send(self, message: Message, slots: list[Slot] | None = None) -> None:
-        """Queue a frame; ``slots`` travel inline and are released once they have left."""
+        """Queue a frame; ``slots`` are sent inline and then released."""
         slots = slots or []
         if self._closing or self.transport is None:
             for slot in slots:
@@ -180,13 +180,13 @@ class Connection(asyncio.BufferedProtocol):
             self.transport.pause_reading()
 
     def close(self) -> None:
-        """Close after what is queued has left."""
+        """Close after the queued frames are sent."""
         self._closing = True
         if self.transport is not None:
             self.transport.close()
 
     def abort(self) -> None:
-        """Close now; what is queued is lost."""
+        """Close now; queued frames are lost."""
         self._closing = True
         if self.transport is not None:
             self.transport.abort()
@@ -198,7 +198,7 @@ class Connection(asyncio.BufferedProtocol):
             self.transport.resume_reading()
 
     def _rest(self) -> None:
-        """Let others have their turn before the frames that are here already."""
+        """Let other connections have their turn before the frames that have arrived already."""
         assert self.transport is not None
         self._resting = True
         self.transport.pause_reading()
@@ -263,7 +263,7 @@ class Connection(asyncio.BufferedProtocol):
                 self.transport.write(b"HTTP/1.0 400 Luna Daemon's socket speaks LDP/1, not HTTP\r\n\r\n")
         else:
             self.send(Failure(0, error.code, error.message, error.hint, getattr(error, "retry_after_s", 0.0)))
-        # What still arrives is read and dropped: closing on unread bytes resets the connection, and the answer is lost.
+        # Bytes that still arrive are dropped: closing with unread bytes would reset the connection and lose the error.
         self._closing = self._refused = True
         asyncio.get_running_loop().call_later(_LINGER_S, self.close)
         self._pump()

@@ -1,4 +1,4 @@
-"""Dialling the daemon: connect, with TLS if there is any, say hello and read the welcome."""
+"""Connecting to the daemon: TCP, TLS if configured, ``hello`` and ``welcome``."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _connect(host: str, port: int, runtime_dir: Path | None, tls_ca: str) -> soc
 
 
 def tls_towards(port: int, runtime_dir: Path | None, tls_ca: str) -> ssl.SSLContext | None:
-    """TLS by which a daemon proves itself: with the named authority, or as its runtime folder says; ``None`` without.
+    """TLS context to check the daemon: by ``tls_ca``, or by the certificate in its runtime folder; or ``None``.
 
     Raises:
         AuthenticationError: the certificate's file cannot be read.
@@ -55,11 +55,11 @@ def tls_towards(port: int, runtime_dir: Path | None, tls_ca: str) -> ssl.SSLCont
 
 
 def greet(host: str, port: int, runtime_dir: Path | None, name: str, tls_ca: str) -> tuple[Channel, m.Welcome]:
-    """Connect, say hello, read the welcome.
+    """Connect, send ``hello`` and receive ``welcome``.
 
     Raises:
-        DaemonConnectionError: nobody listens, or something that is not Luna Daemon.
-        AuthenticationError, VersionMismatch: the daemon refused; says why.
+        DaemonConnectionError: no program listens, or the program is not Luna Daemon.
+        AuthenticationError, VersionMismatch: the daemon refused this client.
     """
     token = find_token(port, runtime_dir)
     channel = Channel(_connect(host, port, runtime_dir, tls_ca))

@@ -19,7 +19,7 @@ MAGIC = b"LDP1"
 _PREFIX = struct.Struct("<4sIQ")
 PREFIX_SIZE = _PREFIX.size
 MAX_HEADER = 64 << 20
-"""What a client accepts from the daemon it has chosen to trust; the daemon's own limit is a setting."""
+"""Largest message in bytes that a client or worker accepts; the daemon's own limit is a setting."""
 
 _encoder = msgspec.msgpack.Encoder()
 _messages = msgspec.msgpack.Decoder(Message)
@@ -27,18 +27,18 @@ _calls = msgspec.msgpack.Decoder(Call)
 
 
 def encode_frame(message: Message, payload_bytes: int = 0) -> bytes:
-    """Everything of a frame but its payload."""
+    """A frame's prefix and message, without the payload."""
     header = _encoder.encode(message)
     return _PREFIX.pack(MAGIC, len(header), payload_bytes) + header
 
 
 def parse_prefix(data: bytes | bytearray | memoryview, max_header: int, max_payload: int) -> tuple[int, int]:
-    """Read a prefix: header bytes and payload bytes.
+    """Sizes of header and payload in bytes, from a frame's prefix.
 
     Raises:
-        VersionMismatch: the magic is another LDP version's.
-        ProtocolError: not LDP at all.
-        LimitExceeded: larger than allowed; nothing has been allocated for it.
+        VersionMismatch: the other side speaks another LDP version.
+        ProtocolError: the data is not LDP.
+        LimitExceeded: header or payload is larger than allowed.
     """
     magic, header, payload = _PREFIX.unpack_from(data)
     if magic != MAGIC:
@@ -59,7 +59,7 @@ def decode_message(header: bytes | bytearray | memoryview) -> Message:
     """Decode one message.
 
     Raises:
-        ProtocolError: not msgpack, or not one of our messages.
+        ProtocolError: the header is not msgpack, or not an LDP/1 message.
     """
     try:
         message: Message = _messages.decode(header)
@@ -69,7 +69,7 @@ def decode_message(header: bytes | bytearray | memoryview) -> Message:
 
 
 def encode_call(call: Call) -> msgspec.Raw:
-    """A call as it travels inside ``Request`` and ``Job``."""
+    """Encode a call for ``Request`` and ``Job``."""
     return msgspec.Raw(_encoder.encode(call))
 
 
@@ -77,7 +77,7 @@ def decode_call(raw: msgspec.Raw) -> Call:
     """Decode a request's call.
 
     Raises:
-        ProtocolError: unknown op, or a field of the wrong type; the message says which.
+        ProtocolError: unknown op, or a field of the wrong type; the error's text names the field.
     """
     try:
         call: Call = _calls.decode(raw)

@@ -1,4 +1,4 @@
-"""Where the tensors of one message lie: each in a slot of shared memory, or inline, behind the message."""
+"""Placement of a message's tensors: each in a slot of shared memory, or inline, behind the message."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ def lay_out(
     in_slot: Callable[[TensorRef, Data], TensorRef | None],
     above: int = INLINE_BYTES,
 ) -> tuple[list[TensorRef], list[Data]]:
-    """Lay out the tensors of a message, in their order.
+    """Place the tensors of a message, in order.
 
     Args:
-        tensors: descriptors, and what holds the bytes of each.
-        in_slot: puts a tensor into a slot, or finds it there, and describes that place; ``None`` if it cannot.
+        tensors: per tensor its descriptor, and the object that holds its bytes.
+        in_slot: puts a tensor into a slot (unless it lies in a slot already) and returns its descriptor there, or
+            ``None`` if there is no slot.
         above: only tensors of more bytes are offered to ``in_slot``.
 
     Returns:
-        Descriptors that say where each tensor lies, and the data that travels inline, one behind the other.
+        Descriptors that say where each tensor lies, and the data of the inline tensors, in order.
     """
     refs: list[TensorRef] = []
     inline: list[Data] = []

@@ -1,7 +1,7 @@
-"""One connection's life, from ``hello`` to its end: the client makes a new one after it breaks.
+"""A client's connection, from ``hello`` to its end; ``Caller`` opens a new connection after a failure.
 
-Requests are multiplexed by id. There is no reader thread: a thread that waits reads for all, which saves a thread
-switch per call. Results in shared memory are handed out as tensors that own their slot and give it back when they die.
+Requests are multiplexed by id. There is no reader thread: a waiting thread reads for all threads, which saves a thread
+switch per call. Results in shared memory become tensors that own a slot, and release the slot when they are deleted.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
 
 _SILENCE_S = 60.0
 _PROBE_S = 0.1
-"""How often a waiting call looks whether its caller still wants it."""
+"""How often a waiting call polls ``is_cancelled``, in seconds."""
 
 OnProgress = Callable[[m.Progress], None]
 IsCancelled = Callable[[], bool]
 
 
 class Answer:
-    """Answer of the daemon to a call: ``result`` (plain data), ``tensors``, ``notes`` for the user."""
+    """Result of a call: ``result`` (plain data), ``tensors``, and ``notes`` for the user."""
 
     __slots__ = ("notes", "result", "tensors")
 
@@ -55,7 +55,7 @@ class Answer:
 
 
 class Unopened:
-    """An answer whose tensors have not been looked at; its slots are held until ``Link.give_back``."""
+    """An answer with descriptors instead of tensors; its slots are held until ``Link.give_back``."""
 
     __slots__ = ("payload", "refs", "result")
 
@@ -66,7 +66,7 @@ class Unopened:
 
 
 class _Waiting:
-    """A request that has been sent."""
+    """State of a request that waits for its outcome."""
 
     __slots__ = ("event", "heard", "outcome", "payload", "progress")
 
@@ -79,11 +79,11 @@ class _Waiting:
 
 
 class Link:
-    """Connection to the daemon, used by any number of threads. A broken link stays broken.
+    """One connection to the daemon, used by any number of threads; not reusable after a failure.
 
     Args:
         use_arena: take tensors through shared memory where both sides see it.
-        tls_ca: whom to trust, as ``wire.tls.client_context`` takes it; empty: as the runtime folder says.
+        tls_ca: trusted authority, as for ``wire.tls.client_context``; if empty, the certificate of the runtime folder.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Link:
 
     @property
     def broken(self) -> DaemonConnectionError | None:
-        """Error that broke the link, or ``None``. An idle link is checked: the daemon may have been restarted."""
+        """Why the connection broke, or ``None``. Checks an idle connection: the daemon may have been restarted."""
         idle = not self.waiting and time.monotonic() - self._used > _PROBE_S
         if self._broken is None and idle and self.channel.ended():
             self._break(DaemonConnectionError("the daemon closed the connection"))
@@ -136,10 +136,10 @@ class Link:
         try:
             self.call(m.ArenaProof(nonce, process_space()), [], None, Priority.NORMAL, None, None)
         except BadRequest:
-            self.transport_why = f"{view.folder} here is not the daemon's: another container or machine"
+            self.transport_why = f"{view.folder} is not the daemon's shared memory: another container or machine"
             return
         self.arena = view
-        self.transport, self.transport_why = "shared memory", "client and daemon see the same memory"
+        self.transport, self.transport_why = "shared memory", "client and daemon share memory"
 
     # --- calls ---
 
@@ -152,7 +152,7 @@ class Link:
         on_progress: OnProgress | None,
         is_cancelled: IsCancelled | None,
     ) -> Answer:
-        """Make a call; ``DaemonClient.call`` describes the arguments."""
+        """Make a call; ``Caller.call`` describes arguments and errors."""
         slots: list[int] = []
         with self._id_lock:
             self._calls += 1
@@ -174,7 +174,7 @@ class Link:
     def call_for_refs(
         self, call: m.Call, on_progress: OnProgress | None = None, is_cancelled: IsCancelled | None = None
     ) -> Unopened:
-        """Make a call without tensors; return the answer's descriptors, for a caller that maps the memory itself."""
+        """Make a call without tensors; returns the answer's descriptors, for a caller that maps the memory itself."""
         with self._id_lock:
             self._calls += 1
         try:
@@ -191,11 +191,11 @@ class Link:
             self._hang_up_if_done()
 
     def tensors(self, answer: Unopened) -> list[torch.Tensor]:
-        """The tensors of an answer, as ``call`` returns them."""
+        """The tensors of ``answer``, as ``call`` would return them."""
         return self._open_all(answer.refs, answer.payload)
 
     def give_back(self, answer: Unopened) -> None:
-        """Release the slots of an answer. May run in any thread, in the middle of anything."""
+        """Release the answer's slots. May run in any thread and in a finalizer."""
         for ref in answer.refs:
             if ref.slot:
                 self._let_go(ref.slot)
@@ -210,7 +210,7 @@ class Link:
         on_progress: OnProgress | None = None,
         is_cancelled: IsCancelled | None = None,
     ) -> _Waiting:
-        """Send a request and wait until its outcome is here."""
+        """Send a request and wait for its outcome."""
         with self._id_lock:
             number, self._next_id = self._next_id, self._next_id + 1
         waiting = self.waiting[number] = _Waiting()
@@ -218,7 +218,7 @@ class Link:
             self._send(m.Request(number, encode_call(call), refs, deadline_s, int(priority)), payload)
             self._wait(number, waiting, on_progress, is_cancelled)
         except BaseException:
-            # The caller left, by an interrupt in its own code perhaps: nobody wants the answer.
+            # The call ends without its answer (cancelled, or Ctrl-C): the daemon need not go on.
             if waiting.outcome is None and self._open:
                 with contextlib.suppress(DaemonConnectionError):
                     self.channel.send(m.Cancel(number))
@@ -229,7 +229,7 @@ class Link:
         return waiting
 
     def _place(self, tensors: Sequence[torch.Tensor], slots: list[int]) -> tuple[list[m.TensorRef], list[memoryview]]:
-        """Write large tensors into arena slots, noted in ``slots``; the rest travels with the request."""
+        """Write large tensors into arena slots, appended to ``slots``; other tensors are sent with the request."""
         described = [(describe(tensor), tensor_bytes(tensor)) for tensor in tensors]
         for ref, _ in described:
             check_ref(ref, self.welcome.limits.tensor_bytes)
@@ -245,7 +245,7 @@ class Link:
         return lay_out(described, in_slot, above=RESERVE_BYTES)
 
     def _reserve(self, nbytes: int) -> m.TensorRef | None:
-        """Reserve a slot for an input; ``None`` without shared memory, or when it is full."""
+        """Reserve a slot for an input; ``None`` if there is no shared memory or it is full."""
         if self.arena is None:
             return None
         waiting = self._ask(m.Alloc(nbytes), [], [])
@@ -264,7 +264,7 @@ class Link:
     def _wait(
         self, number: int, waiting: _Waiting, on_progress: OnProgress | None, is_cancelled: IsCancelled | None
     ) -> None:
-        """Until the outcome is here. One waiting thread reads for all; the others sleep on their event."""
+        """Wait for the outcome. One waiting thread reads for all threads; the others sleep on their event."""
         probe = _PROBE_S if is_cancelled is not None else 1.0
         while waiting.outcome is None:
             if self._reading.acquire(blocking=False):
@@ -343,12 +343,12 @@ class Link:
         return tensors
 
     def _drop(self, refs: Sequence[m.TensorRef]) -> None:
-        """Give back what arrived and is not wanted."""
+        """Release the slots of results that are not used."""
         self.released.extend(ref.slot for ref in refs if ref.slot)
         self._flush_releases()
 
     def _tensor(self, ref: m.TensorRef, payload: memoryview) -> torch.Tensor:
-        """A tensor of the caller's own: over the slot, which it then owns, or over a copy."""
+        """A tensor that belongs to the caller: over the slot, which the tensor then owns, or over a copy."""
         check_ref(ref, 1 << 62)
         if ref.slot == 0:
             return tensor_from(ref, payload[ref.offset : ref.offset + ref.nbytes])
@@ -356,7 +356,7 @@ class Link:
         try:
             view = self.arena.slice(ref.segment, ref.offset, ref.nbytes)
         except BadRequest as error:
-            # Swept away under us, or no address space left: the next connection takes another way.
+            # The segment was removed, or no address space is left: the next connection negotiates its transport again.
             self._break(DaemonConnectionError(f"a result in shared memory cannot be read: {error.message}"))
             raise self._broken or error from error
         leased = sum(list(self._leased.values())) + ref.nbytes
@@ -369,18 +369,18 @@ class Link:
         weakref.finalize(view, self._let_go, ref.slot).atexit = False
         return tensor_from(ref, view)
 
-    # --- giving slots back ---
+    # --- releasing slots ---
 
     def _let_go(self, slot: int) -> None:
-        """A tensor's storage died. May run in any thread, in the middle of anything: so it never waits."""
+        """Release a slot whose tensor was deleted. May run in any thread and in a finalizer, so never waits."""
         self._leased.pop(slot, None)
         self.released.append(slot)
         self._flush_releases()
         self._hang_up_if_done()
 
     def _flush_releases(self) -> None:
-        """Report released slots to the daemon; a thread that is sending just now does so afterwards."""
-        while self.released and self._open and self._ours:
+        """Report released slots to the daemon; if a send is in progress, the sending thread reports them afterwards."""
+        while self.released and self._open and self._is_owner:
             slots: list[int] = []
             with contextlib.suppress(IndexError):
                 while True:
@@ -396,15 +396,15 @@ class Link:
     # --- the end ---
 
     @property
-    def _ours(self) -> bool:
-        """False in a forked child: the socket, and every slot behind it, are its parent's."""
+    def _is_owner(self) -> bool:
+        """Whether this process opened the connection; a forked child must not use its parent's socket and slots."""
         return os.getpid() == self._pid
 
     def _break(self, error: LunaError) -> None:
-        """Fail every waiting call with ``error``; the next call makes a new connection."""
+        """Close the connection; all waiting calls raise ``error``, and the next call connects again."""
         self._fail_all(error)
         self._open = False
-        if self._ours:
+        if self._is_owner:
             self.channel.close()
         else:
             self.channel.abandon()
@@ -419,8 +419,8 @@ class Link:
                 waiting.event.set()
 
     def close(self) -> None:
-        """No more calls. The socket closes with the last result in shared memory: its place must not go to others."""
-        if self._open and self._ours:
+        """Cancel all calls. The socket stays open until the last tensor in a slot is deleted."""
+        if self._open and self._is_owner:
             for number, waiting in list(self.waiting.items()):
                 if waiting.outcome is None:
                     with contextlib.suppress(DaemonConnectionError):
@@ -430,16 +430,16 @@ class Link:
         self._hang_up_if_done()
 
     def _hang_up_if_done(self) -> None:
-        if not self._closed or not self._open or (self._ours and (self._calls or self._leased)):
+        if not self._closed or not self._open or (self._is_owner and (self._calls or self._leased)):
             return
-        if self._ours:
+        if self._is_owner:
             with contextlib.suppress(DaemonConnectionError):
                 self.channel.try_send(m.Bye())
         self._break(DaemonConnectionError("the client was closed"))
 
 
 def _reply(waiting: _Waiting) -> m.Reply:
-    """The outcome, if it is no error."""
+    """The outcome of a request; an outcome that is an error is raised."""
     outcome = waiting.outcome
     if isinstance(outcome, m.Failure):
         raise error_from_code(outcome.code, outcome.message, outcome.hint, outcome.retry_after_s)

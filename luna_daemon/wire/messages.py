@@ -1,7 +1,7 @@
-"""LDP/1: every message on the socket, grouped by who reads it.
+"""LDP/1: every message on the socket, grouped by the side that reads the message.
 
-Messages are msgspec structs in msgpack. Decoding checks types; anything else is a ``ProtocolError`` or, inside a
-request, a ``BadRequest``. Tensor bytes are never here: a ``TensorRef`` says where they lie.
+Messages are msgspec structs in msgpack. Decoding checks types and raises ``ProtocolError``. Messages contain no
+tensor bytes: a ``TensorRef`` says where these lie.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .values import Tokens as Tokens
 
 
 class Ping(msgspec.Struct, tag_field="op", tag="ping", frozen=True):
-    """Answered at once by the control process."""
+    """Do nothing; the control process answers at once."""
 
 
 class Info(msgspec.Struct, tag_field="op", tag="info", frozen=True):
@@ -30,11 +30,11 @@ class Info(msgspec.Struct, tag_field="op", tag="info", frozen=True):
 
 
 class ArenaProof(msgspec.Struct, tag_field="op", tag="arena", frozen=True):
-    """The nonce that the client read from the arena folder: proof that both see the same memory."""
+    """Proof that the client sees the daemon's memory: the nonce that the client read from the arena folder."""
 
     nonce: str
     space: str = ""
-    """The client's process number space: memory of a client that dies is taken back only if we can see it die."""
+    """The client's PID namespace: the daemon frees a dead client's memory only if it can see the client's process."""
 
 
 class Alloc(msgspec.Struct, tag_field="op", tag="alloc", frozen=True):
@@ -44,7 +44,7 @@ class Alloc(msgspec.Struct, tag_field="op", tag="alloc", frozen=True):
 
 
 class Echo(msgspec.Struct, tag_field="op", tag="echo", frozen=True):
-    """Diagnostic: a worker takes the input and answers ``nbytes`` of float32, after ``seconds`` of work."""
+    """Diagnostic: a worker reads the input, works for ``seconds``, and returns ``nbytes`` bytes of float32."""
 
     nbytes: int = 0
     seconds: float = 0.0
@@ -58,9 +58,9 @@ class VaeEncode(msgspec.Struct, tag_field="op", tag="vae.encode", frozen=True):
     raw: bool = False
     """ComfyUI's ``first_stage_model.encode`` alone: no cropping, scaling or slicing."""
     attributes: dict[str, Any] = {}
-    """Attributes of the network's layers for this call: by layer and name, plain data packed by ``wire.packing``."""
+    """Attributes to set on the network's layers for this call, by layer and name; packed by ``wire.packing``."""
     generators: list[str] = []
-    """Random generators whose states are the last tensors: ``cpu``, ``cuda``."""
+    """Random generators (``cpu``, ``cuda``) whose states are the last tensors of the request."""
 
 
 class VaeDecode(msgspec.Struct, tag_field="op", tag="vae.decode", frozen=True):
@@ -92,19 +92,19 @@ class ClipEncode(msgspec.Struct, tag_field="op", tag="clip.encode", frozen=True)
     text: str | None = None
     tokens: Tokens | None = None
     layer: int | None = None
-    """ComfyUI's ``layer_idx``: -1 last, -2 penultimate; ``None`` is the family's own."""
+    """ComfyUI's ``layer_idx``: -1 last, -2 penultimate; ``None`` is the model family's default."""
     unprojected: bool = False
     """Pooled output before the text projection (``return_pooled="unprojected"``)."""
     packed: Any = None
     """ComfyUI's own tokens, embeddings included, as ``wire.packing`` packs them; instead of ``text`` and ``tokens``."""
     part: str = ""
-    """Only this encoder: ``cond_stage_model.<part>.encode_token_weights(packed)``, with ``options``."""
+    """The only encoder to run: ``cond_stage_model.<part>.encode_token_weights(packed)``, with ``options``."""
     options: dict[str, Any] = {}
-    """Further arguments of ``set_clip_options``, of the whole model or of the part."""
+    """Arguments of ``set_clip_options`` (of the model or the part) besides ``layer`` and ``unprojected``."""
     patches: list[PatchUse] = []
     """LoRA and other weight patches in the order of ``add_patches``."""
     hooks: list[PatchUse] = []
-    """Hook patches on top, in order, with the strength of the current keyframe."""
+    """Hook patches applied after ``patches``, in order, with the strength of the current keyframe."""
     generators: list[str] = []
     """See ``VaeEncode``; with ``packed`` only."""
 
@@ -113,10 +113,10 @@ class PatchPut(msgspec.Struct, tag_field="op", tag="clip.patch", frozen=True):
     """Keep a patch set for ``ClipEncode.patches`` and ``hooks``: ``packed`` maps weight keys to patches."""
 
     name: str
-    """A hash of its content: the same name is the same set."""
+    """Hash of the set's content: equal names mean equal sets."""
     packed: Any
     models: list[ModelRef] = []
-    """Text encoders whose weights ``packed`` names by index and key; the worker takes them from its own."""
+    """Text encoders whose weights ``packed`` refers to by index and key; the worker uses its own copy of them."""
 
 
 class ModelsList(msgspec.Struct, tag_field="op", tag="models.list", frozen=True):
@@ -124,15 +124,15 @@ class ModelsList(msgspec.Struct, tag_field="op", tag="models.list", frozen=True)
 
 
 class ModelLoad(msgspec.Struct, tag_field="op", tag="models.load", frozen=True):
-    """Warm a model; the result holds its properties (latent channels, ratios, encoders)."""
+    """Load a model; the result holds its properties (latent channels, ratios, encoders)."""
 
     model: ModelRef
     pin: bool = False
-    """Keep it loaded: it is neither idled out nor evicted."""
+    """Whether the model stays loaded: neither unloaded when idle nor evicted."""
 
 
 class ModelUnload(msgspec.Struct, tag_field="op", tag="models.unload", frozen=True):
-    """Give a model's memory back; ``None`` unloads all."""
+    """Free a model's memory; ``None`` unloads all models."""
 
     model: ModelRef | None = None
 
@@ -157,18 +157,18 @@ class LoraCheck(msgspec.Struct, tag_field="op", tag="lora.check", frozen=True):
 
 
 class LoraStats(msgspec.Struct, tag_field="op", tag="lora.stats", frozen=True):
-    """Figures of the LoRA cache."""
+    """Statistics of the LoRA cache."""
 
 
 class LoraLoad(msgspec.Struct, tag_field="op", tag="lora.load", frozen=True):
-    """A LoRA file's tensors, as it lies or as a copy in shared memory: for the client to map copy-on-write."""
+    """A LoRA's tensors for the client to map copy-on-write: in the file itself or in a copy in shared memory."""
 
     name: str
-    """As ComfyUI lists it, or a full path; or what was put under this name."""
+    """Name of the file in ComfyUI's list, or its full path; or a name from ``LoraPut``."""
     file: FileId | None = None
-    """The client's own file, where it has it: the daemon's must be the same."""
+    """The client's file, if the client has the file: the daemon's file must be the same."""
     copy: bool = False
-    """The client cannot open the daemon's file: bytes, by shared memory or by the socket."""
+    """Whether to send the bytes (by shared memory or socket), since the client cannot open the daemon's file."""
 
 
 class LoraWarm(msgspec.Struct, tag_field="op", tag="lora.warm", frozen=True):
@@ -178,27 +178,27 @@ class LoraWarm(msgspec.Struct, tag_field="op", tag="lora.warm", frozen=True):
 
 
 class LoraPin(msgspec.Struct, tag_field="op", tag="lora.pin", frozen=True):
-    """Load a LoRA and keep it until it is evicted by name; or let it go first again."""
+    """Load a LoRA and keep it until it is evicted by name; ``pinned=False`` makes it evictable again."""
 
     name: str
     pinned: bool = True
 
 
 class LoraEvict(msgspec.Struct, tag_field="op", tag="lora.evict", frozen=True):
-    """Forget a LoRA, pinned or not; ``None`` forgets all that are not pinned."""
+    """Remove a LoRA from the cache, pinned or not; ``None`` removes all that are not pinned."""
 
     name: str | None = None
 
 
 class Register(msgspec.Struct, tag_field="op", tag="register", frozen=True):
-    """The predecessor's registration calls: they succeed and do nothing."""
+    """Legacy registration call: succeeds and does nothing."""
 
     kind: str
     type: str = ""
 
 
 class Report(msgspec.Struct, tag_field="op", tag="report", frozen=True):
-    """A client tells what it had to do without the daemon, so that ``info`` can show it."""
+    """Counts of a client's work without the daemon, which ``info`` shows."""
 
     fallbacks: int = 0
     materialised: int = 0
@@ -209,11 +209,11 @@ class Reload(msgspec.Struct, tag_field="op", tag="reload", frozen=True):
 
 
 class TokenRenew(msgspec.Struct, tag_field="op", tag="token.renew", frozen=True):
-    """A new token: connections that greeted with the old one end with what they are doing."""
+    """Make a new token: connections that used the old token close once their requests end."""
 
 
 class Drain(msgspec.Struct, tag_field="op", tag="drain", frozen=True):
-    """Take nothing new; finish what runs."""
+    """Refuse new requests; finish the running requests."""
 
 
 class Shutdown(msgspec.Struct, tag_field="op", tag="shutdown", frozen=True):
@@ -228,7 +228,7 @@ Call = Union[
 
 
 PAGE_OPS = frozenset({"models.load", "models.unload", "drain", "lora.warm", "lora.pin", "lora.evict"})
-"""What the status page and ComfyUI's panel may ask for: ``POST /api/call`` takes these alone."""
+"""Calls of the status page and ComfyUI's panel: ``POST /api/call`` accepts only these."""
 
 
 # --- read by the daemon ------------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ class Hello(msgspec.Struct, tag="hello", frozen=True):
 
 
 class Request(msgspec.Struct, tag="request", frozen=True):
-    """A call. ``call`` stays raw until its own decode, so that a bad call still has an id to answer to."""
+    """A call. ``call`` is decoded separately, so that the answer to a malformed call can name the request's id."""
 
     id: int
     call: msgspec.Raw
@@ -258,19 +258,19 @@ class Request(msgspec.Struct, tag="request", frozen=True):
 
 
 class Cancel(msgspec.Struct, tag="cancel", frozen=True):
-    """Stop the request of that id: at once if queued, at the next tile if it runs."""
+    """Cancel the request of this id: at once if queued, at the next tile if running."""
 
     id: int
 
 
 class Release(msgspec.Struct, tag="release", frozen=True):
-    """The reader is done with these slots."""
+    """End the sender's use of these slots."""
 
     slots: list[int]
 
 
 class Bye(msgspec.Struct, tag="bye", frozen=True):
-    """Last message of a client that closes in order: no tensor of it lies in shared memory any more."""
+    """Last message of a client that closes normally and no longer uses any slot."""
 
 
 class WorkerReady(msgspec.Struct, tag="ready", frozen=True):
@@ -284,7 +284,7 @@ class WorkerReady(msgspec.Struct, tag="ready", frozen=True):
 
 
 class WorkerStatus(msgspec.Struct, tag="status", frozen=True):
-    """Models that a worker holds: key to bytes."""
+    """Models that a worker holds now (``models``: key to bytes), and its resident memory in bytes (``rss``)."""
 
     models: dict[str, int]
     rss: int
@@ -294,7 +294,7 @@ class WorkerStatus(msgspec.Struct, tag="status", frozen=True):
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """Limits of the daemon, checked before memory is allocated."""
+    """The daemon's limits; checked before memory is allocated."""
 
     header_bytes: int
     tensor_bytes: int
@@ -304,14 +304,14 @@ class Limits(msgspec.Struct, frozen=True):
 
 
 class ArenaInfo(msgspec.Struct, frozen=True):
-    """Folder of the shared memory, and the file whose content proves that the client sees the folder."""
+    """The arena's folder, and the name of the file in it with the nonce for ``ArenaProof``."""
 
     folder: str
     nonce: str
 
 
 class Welcome(msgspec.Struct, tag="welcome", frozen=True):
-    """The answer to a good ``hello``."""
+    """Answer to an accepted ``hello``."""
 
     session: int
     version: str
@@ -322,17 +322,17 @@ class Welcome(msgspec.Struct, tag="welcome", frozen=True):
 
 
 class Reply(msgspec.Struct, tag="reply", frozen=True):
-    """A call's result."""
+    """Result of a call."""
 
     id: int
     result: Any = None
     tensors: list[TensorRef] = []
     notes: list[str] = []
-    """Remarks for the caller, such as "computed in tiles"."""
+    """Texts for the user, such as that tiles were used for lack of memory."""
 
 
 class Failure(msgspec.Struct, tag="failure", frozen=True):
-    """A typed error; id 0 concerns the connection, which then closes."""
+    """A typed error; with id 0 an error of the connection, which then closes."""
 
     id: int
     code: str
@@ -344,7 +344,7 @@ class Failure(msgspec.Struct, tag="failure", frozen=True):
 
 
 class Progress(msgspec.Struct, tag="progress", frozen=True):
-    """A sign of life: ``queued``, ``starting``, ``loading``, ``running`` or ``tile``, with ``step`` of ``total``."""
+    """Progress: ``queued``, ``starting``, ``loading``, ``running`` or ``tile`` (``step`` of ``total``)."""
 
     id: int
     stage: str
@@ -353,7 +353,7 @@ class Progress(msgspec.Struct, tag="progress", frozen=True):
 
 
 class LoadSpec(msgspec.Struct, frozen=True):
-    """A resolved model as a worker loads it. ``key`` names it everywhere behind the socket."""
+    """A resolved model for a worker to load; ``key`` is the model's name throughout the daemon."""
 
     key: str
     kind: str
@@ -363,22 +363,22 @@ class LoadSpec(msgspec.Struct, frozen=True):
     precision: str
     checkpoint: bool = False
     comfy: ComfyId | None = None
-    """The ComfyUI to load it with, checked; ``None`` where another backend does."""
+    """The ComfyUI that loads the model, already checked; ``None`` for another backend."""
 
 
 class Patch(msgspec.Struct, array_like=True, frozen=True):
-    """A patch set that a worker has not seen yet; its tensors are ``count`` of the job's, from ``start``."""
+    """A patch set that is new to the worker; its tensors are the job's ``tensors[start : start + count]``."""
 
     name: str
     packed: Any
     start: int
     count: int
     models: list[LoadSpec] = []
-    """Models whose weights the set names."""
+    """Models whose weights the patch set refers to."""
 
 
 class Job(msgspec.Struct, tag="job", frozen=True):
-    """Work for a worker: a call with its resolved model; ``unload`` makes room first."""
+    """Work for a worker: a call with its resolved model; the models in ``unload`` are unloaded first."""
 
     id: int
     call: msgspec.Raw
@@ -387,11 +387,11 @@ class Job(msgspec.Struct, tag="job", frozen=True):
     unload: list[str] = []
     patches: list[Patch] = []
     grant: TensorRef | None = None
-    """A slot for the result, where the daemon knows its size from the last time: saves the worker a round trip."""
+    """A slot for the result if its size is predictable: saves a round trip."""
 
 
 class Unload(msgspec.Struct, tag="unload", frozen=True):
-    """Give these models' memory back."""
+    """Free the memory of these models."""
 
     keys: list[str]
 

@@ -1,4 +1,4 @@
-"""Nested plain data with tensors inside, as plain data and a list of tensors. Nothing else passes, so nothing runs.
+"""Conversion of nested data with tensors to plain data and a list of tensors. Other objects are refused: no code runs.
 
 Dicts with text keys, lists, tuples, numbers, text, bytes, booleans and ``None``; a tensor becomes
 ``{"$tensor": index}`` and a tuple ``{"$tuple": [...]}``.
@@ -22,7 +22,7 @@ def pack(value: Any, tensors: list[torch.Tensor]) -> Any:
     """Plain data for ``value``; the tensors in it are appended to ``tensors``.
 
     Raises:
-        BadRequest: something that is neither plain nor a tensor; names its type.
+        BadRequest: an object that is neither plain data nor a tensor; the error names its type.
     """
     if type(value) in _PLAIN:
         return value
@@ -43,10 +43,10 @@ def pack(value: Any, tensors: list[torch.Tensor]) -> Any:
 
 
 def unpack(value: Any, tensors: Sequence[torch.Tensor]) -> Any:
-    """Undo ``pack``.
+    """Restore the value that ``pack`` converted.
 
     Raises:
-        BadRequest: it names a tensor that did not come.
+        BadRequest: ``value`` refers to a tensor that is not in ``tensors``.
     """
     if isinstance(value, list):
         return [unpack(item, tensors) for item in value]
@@ -55,7 +55,7 @@ def unpack(value: Any, tensors: Sequence[torch.Tensor]) -> Any:
     if value.keys() == {_TENSOR}:
         index = value[_TENSOR]
         if not isinstance(index, int) or not 0 <= index < len(tensors):
-            raise BadRequest(f"tensor {index!r} of {len(tensors)} is named")
+            raise BadRequest(f"packed data refers to tensor {index!r}, but there are {len(tensors)} tensors")
         return tensors[index]
     if value.keys() == {_TUPLE}:
         return tuple(unpack(item, tensors) for item in value[_TUPLE])

@@ -1,6 +1,6 @@
-"""Random numbers across the border: who computes elsewhere draws what it would have drawn here, and draws it only once.
+"""Random generator states of calls, so that a worker draws the numbers that the client would have drawn.
 
-The states of torch's generators travel with a call, and come back if the call drew numbers. On a CPU a state has 5 KB.
+The states of torch's generators travel with a call, and return if the call drew numbers. A CPU state has 5 KB.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ _CPU, _CUDA = "cpu", "cuda"
 
 
 def states(device: str) -> tuple[list[str], list[torch.Tensor]]:
-    """This process' generators that a computation on ``device`` draws from: names, and their states (``uint8``)."""
+    """Names and states (``uint8``) of this process' generators that a computation on ``device`` draws from."""
     import torch
 
-    names, found = [_CPU], [torch.get_rng_state()]
+    names, current = [_CPU], [torch.get_rng_state()]
     if device == _CUDA and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         names.append(_CUDA)
-        found.append(torch.cuda.get_rng_state())
-    return names, found
+        current.append(torch.cuda.get_rng_state())
+    return names, current
 
 
 def put_states(names: Sequence[str], given: Sequence[torch.Tensor]) -> None:
-    """Put this process' generators into these states; those of devices that are not here are left out.
+    """Set the states of this process' generators; generators of devices that are not in use are skipped.
 
     Raises:
-        BadRequest: an unknown generator, or no state of one.
+        BadRequest: an unknown generator, or a tensor that is not a generator state.
     """
     import torch
 
@@ -47,11 +47,11 @@ def put_states(names: Sequence[str], given: Sequence[torch.Tensor]) -> None:
     except (RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, BadRequest):
             raise
-        raise BadRequest(f"that is no state of generator {', '.join(names)}: {error}") from error
+        raise BadRequest(f"not a state of generator {', '.join(names)}: {error}") from error
 
 
 class Drawn:
-    """Which generators a computation has drawn from, and their new states."""
+    """Names of the generators that a computation has drawn from, and their new states."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -60,7 +60,11 @@ class Drawn:
 
 @contextmanager
 def drawing(names: Sequence[str], given: Sequence[torch.Tensor]) -> Iterator[Drawn]:
-    """Compute with generators in these states; afterwards the result says which of all have drawn."""
+    """Set generator states for a computation; after the block, the result lists the generators that have drawn.
+
+    Raises:
+        BadRequest: as ``put_states``.
+    """
     import torch
 
     put_states(names, given)

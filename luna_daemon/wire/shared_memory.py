@@ -1,4 +1,4 @@
-"""The control process' shared memory: when more of it is made, and what happens when there is none."""
+"""The control process' shared memory: when the arena grows, and the fallback to the socket when it cannot."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _SIZES = 256
 
 
 class SharedMemory:
-    """Hands out slots from the arena, if there is one.
+    """Allocates slots from the arena, if there is an arena.
 
     Args:
         arena: ``None`` where there is no shared memory.
-        why: the reason, in that case.
+        why: the reason why ``arena`` is ``None``.
     """
 
     def __init__(self, arena: Arena | None, why: str) -> None:
@@ -33,15 +33,15 @@ class SharedMemory:
 
     @property
     def info(self) -> m.ArenaInfo | None:
-        """Description of the shared memory for ``welcome``; ``None`` without shared memory."""
+        """Where clients find the arena, for the ``welcome`` message; ``None`` without an arena."""
         return m.ArenaInfo(str(self.arena.folder), "nonce") if self.arena is not None else None
 
     def try_allocate(self, nbytes: int) -> Slot | None:
-        """A slot from the memory that is made already; ``None`` if it is full."""
+        """A slot from the existing segments; ``None`` if they are full."""
         return self.arena.try_allocate(nbytes) if self.arena is not None else None
 
     async def allocate(self, nbytes: int) -> Slot | None:
-        """A slot, for which more memory is made if need be; ``None`` if the limit is reached."""
+        """A slot, for which the arena grows if necessary; ``None`` if the limit is reached."""
         slot = self.try_allocate(nbytes)
         if slot is None and self.arena is not None:
             await self.grow(nbytes)
@@ -49,7 +49,7 @@ class SharedMemory:
         return slot
 
     async def grow(self, nbytes: int) -> None:
-        """Make memory for ``nbytes`` off the event loop: the system provides every page, which takes a while."""
+        """Grow the arena by ``nbytes`` off the event loop: allocating every page is slow."""
         async with self._growing:
             if self.arena is None or time.monotonic() < self._full_until:
                 return
@@ -58,28 +58,28 @@ class SharedMemory:
                 probe.release()
                 return
             try:
-                made = await asyncio.get_running_loop().run_in_executor(None, self.arena.grow, nbytes)
+                segment = await asyncio.get_running_loop().run_in_executor(None, self.arena.grow, nbytes)
             except LimitExceeded as error:
                 if self._full_until == 0.0:
-                    logger.warning("%s: tensors go by the socket", error.message)
-                # Not tried again at once: finding out takes as long as filling the memory that is left.
+                    logger.warning("%s: tensors travel over the socket instead", error.message)
+                # Not retried at once: a failing attempt takes as long as filling the memory that is left.
                 self._full_until = time.monotonic() + _FULL_S
                 return
             self._full_until = 0.0
-            self.arena.add(*made)
+            self.arena.add(*segment)
 
     def predict(self, key: tuple[Any, ...]) -> Slot | None:
-        """A slot for a result as large as the last one of the same call; ``None`` if that is unknown."""
+        """A slot for a result as large as the last result of the same call; ``None`` if that size is unknown."""
         nbytes = self._sizes.get(key, 0)
         return self.try_allocate(nbytes) if nbytes > INLINE_BYTES else None
 
     def learn(self, key: tuple[Any, ...], nbytes: int) -> None:
-        """Remember how many bytes the result of a call had, for ``predict``."""
+        """Remember the size of a call's result in bytes, for ``predict``."""
         self._sizes[key] = nbytes
         if len(self._sizes) > _SIZES:
             del self._sizes[next(iter(self._sizes))]
 
     def tidy(self) -> None:
-        """Give memory back to the system that has not been used for a minute."""
+        """Return segments to the system that have been unused for a minute."""
         if self.arena is not None:
             self.arena.trim(_TRIM_S)

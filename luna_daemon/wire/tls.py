@@ -1,7 +1,7 @@
-"""TLS: contexts for both sides, and the socket of the blocking side.
+"""TLS: contexts for daemon and client, and the client's blocking socket.
 
-OpenSSL's objects must not be used by two threads at once, and a client does just that: one thread sends while another
-receives. So the client encrypts in memory, under a lock, and touches the socket outside it.
+Two threads must not use an OpenSSL object at once, but in a client a thread sends while another receives. So
+``TlsSocket`` encrypts and decrypts in memory, under a lock, and uses the socket outside the lock.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _READ = 256 << 10
 
 
 def server_context(cert: Path, key: Path | None) -> ssl.SSLContext:
-    """The daemon's side.
+    """TLS context of the daemon.
 
     Args:
-        cert: PEM file with the certificate, and those between it and its authority.
-        key: PEM file with the private key, without a passphrase; ``None`` if ``cert`` holds it too.
+        cert: PEM file with the certificate, followed by intermediate certificates, if any.
+        key: PEM file with the private key, without a passphrase; ``None`` if ``cert`` contains the key.
 
     Raises:
-        ConfigError: a file cannot be read or is not what it should be.
+        ConfigError: a file does not exist or cannot be read, or the key does not belong to the certificate.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -43,14 +43,15 @@ def server_context(cert: Path, key: Path | None) -> ssl.SSLContext:
 
 
 def _no_passphrase() -> str:
-    raise ValueError("the private key asks for a passphrase")
+    raise ValueError("the private key has a passphrase")
 
 
 def client_context(authority: str) -> ssl.SSLContext:
-    """A client that checks the daemon's certificate and name.
+    """TLS context of a client that checks the daemon's certificate and host name.
 
     Args:
-        authority: PEM file of the authority, or of the daemon's own certificate; ``system`` is the system's list.
+        authority: PEM file of the certificate authority or of the daemon's own certificate; ``system`` for the
+            authorities that the system trusts.
 
     Raises:
         AuthenticationError: the file cannot be read.
@@ -67,7 +68,10 @@ def client_context(authority: str) -> ssl.SSLContext:
 
 
 def pinned_context(cert: Path) -> ssl.SSLContext:
-    """A client of the daemon's own user: trusts the very certificate that the runtime folder names, whatever its name.
+    """TLS context of a client of the daemon's own user: trusts exactly ``cert``, whatever its host name.
+
+    Args:
+        cert: PEM file that the daemon's runtime folder names.
 
     Raises:
         AuthenticationError: the file cannot be read.
@@ -78,18 +82,18 @@ def pinned_context(cert: Path) -> ssl.SSLContext:
 
 
 def no_handshake(error: Exception) -> LunaError:
-    """Description of a failed handshake: the certificate is not trusted, or there is no TLS at all."""
+    """The error for a failed handshake: the certificate is not trusted, or the other side does not speak TLS."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return AuthenticationError(
             f"the daemon's certificate is not trusted: {error.verify_message}",
-            "Set LUNA_TLS_CA to its authority's PEM file, and name the daemon as the certificate does",
+            "Set LUNA_TLS_CA to the PEM file of its authority, and use the host name of the certificate",
         )
     why = getattr(error, "reason", None) or error
-    return DaemonConnectionError(f"no TLS handshake: {why}", "If the daemon has no TLS, leave LUNA_TLS_CA away")
+    return DaemonConnectionError(f"the TLS handshake failed: {why}", "If the daemon has no TLS, unset LUNA_TLS_CA")
 
 
 class TlsSocket:
-    """A connected socket with TLS on it. One thread may send while one receives.
+    """A connected socket with TLS. A thread may send while another receives.
 
     Raises:
         AuthenticationError: the other side's certificate is not trusted.
@@ -102,7 +106,7 @@ class TlsSocket:
         self._tls = context.wrap_bio(self._in, self._out, server_hostname=host)
         self._lock = threading.Lock()
         self._early = b""
-        """Byte that ``ended`` had to read."""
+        """The byte that ``ended`` decrypted, which ``take`` returns first."""
         self._shake_hands()
 
     def _shake_hands(self) -> None:
@@ -115,20 +119,20 @@ class TlsSocket:
                     self._flush()
                     self.feed()
             self._flush()
-        except OSError as error:  # OpenSSL's are, too
+        except OSError as error:  # ssl.SSLError is an OSError
             raise no_handshake(error) from error
 
     def _flush(self) -> None:
         self._sock.sendall(self._out.read())
 
-    # --- what a channel needs of a socket ---
+    # --- the socket methods that Channel uses ---
 
     def setsockopt(self, *option: int) -> None:
         """As ``socket.setsockopt``."""
         self._sock.setsockopt(*option)
 
     def settimeout(self, seconds: float | None) -> None:
-        """As ``socket.settimeout``; holds for sending, too."""
+        """As ``socket.settimeout``."""
         self._sock.settimeout(seconds)
 
     def fileno(self) -> int:
@@ -143,26 +147,26 @@ class TlsSocket:
         self._sock.sendall(sealed)
 
     def feed(self) -> None:
-        """Take from the socket what is there; waits if nothing is."""
+        """Read encrypted bytes from the socket; waits until some arrive."""
         data = self._sock.recv(_READ)
         with self._lock:
             self._in.write(data) if data else self._in.write_eof()
 
     def take(self, view: memoryview) -> int | None:
-        """Bytes that have been decrypted into ``view``; 0 at the end, ``None`` if more has to be fed first."""
+        """Decrypt into ``view``; returns the number of bytes: 0 at the end, ``None`` if ``feed`` is needed first."""
         if self._early:
             view[:1], self._early = self._early, b""
             return 1
         with self._lock:
             try:
-                return int(self._tls.read(len(view), view))  # with a buffer it answers their number
+                return int(self._tls.read(len(view), view))  # with a buffer, read() returns a count
             except ssl.SSLWantReadError:
                 return None
             except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
                 return 0
 
     def ended(self) -> bool:
-        """After ``feed``: whether the other side has closed, and nothing is left to read."""
+        """Whether the other side has closed and nothing is left to read; call after ``feed``."""
         first = bytearray(1)
         got = self.take(memoryview(first))
         self._early = bytes(first[:got]) if got else b""

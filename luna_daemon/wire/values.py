@@ -1,4 +1,4 @@
-"""What messages are made of: where a tensor lies, which model, which file, which ComfyUI, which tiles."""
+"""Values inside messages: tensor descriptors, models, files, ComfyUI installations, tile sizes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Tokens = dict[str, list[list[tuple[int, float]]]]
 
 
 class TensorRef(msgspec.Struct, array_like=True, frozen=True):
-    """Description of a tensor and of the place of its bytes: without gaps, little-endian."""
+    """Descriptor of a tensor: dtype, shape, and where its bytes lie (contiguous, little-endian)."""
 
     dtype: str
     """torch's name without the prefix: ``float32``, ``bfloat16``, ``uint8`` ..."""
@@ -20,17 +20,17 @@ class TensorRef(msgspec.Struct, array_like=True, frozen=True):
     offset: int
     """Bytes from the start of the segment, or of this frame's payload when ``slot`` is 0."""
     slot: int = 0
-    """Number of the arena slot; 0 means the bytes follow in this frame."""
+    """Number of the arena slot; 0 means that the bytes are in this frame's payload."""
     segment: str = ""
     """Name of the arena segment that holds the slot."""
     shared: bool = False
-    """Others read the same slot: copy before use, then release."""
+    """Whether other processes read the same slot: copy before use, then release."""
     order: tuple[int, ...] = ()
-    """Dimensions from the slowest to the fastest in memory, where that is not their own order. Kernels are chosen by
-    layout, so the same bits need the same layout."""
+    """Dimensions from the slowest to the fastest in memory; empty for C order. torch chooses kernels by memory layout,
+    so a bit-equal result needs the same layout."""
 
     def placed(self, offset: int, slot: int = 0, segment: str = "", shared: bool = False) -> TensorRef:
-        """The same tensor at another place: in a slot, or inline."""
+        """A copy of this descriptor with another place: in a slot, or inline."""
         return msgspec.structs.replace(self, offset=offset, slot=slot, segment=segment, shared=shared)
 
 
@@ -44,7 +44,7 @@ class Tiling(msgspec.Struct, frozen=True):
     overlap_t: int | None = None
 
     def given(self) -> dict[str, int]:
-        """The arguments that are not ``None``; the model has defaults for the others."""
+        """The arguments that are not ``None``, so that ComfyUI's own defaults apply to the rest."""
         values = {name: getattr(self, name) for name in self.__struct_fields__}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -61,16 +61,16 @@ class FileId(msgspec.Struct, frozen=True):
 
 
 class ComfyId(msgspec.Struct, frozen=True):
-    """The ComfyUI that a client itself runs: the worker that computes for it runs the same."""
+    """The ComfyUI installation that a client runs; a worker of this installation computes for the client."""
 
     root: str
-    """Its folder."""
+    """ComfyUI's folder."""
     python: str
-    """The interpreter that runs it."""
+    """The interpreter that runs ComfyUI."""
     version: str = ""
     torch: str = ""
     flags: tuple[str, ...] = ()
-    """Command-line flags that decide bits (``--fp32-vae``)."""
+    """Command-line flags that change results, such as ``--fp32-vae``."""
 
     @property
     def key(self) -> str:
@@ -87,13 +87,13 @@ class ModelRef(msgspec.Struct, frozen=True):
     files: tuple[FileId, ...] = ()
     type: str = ""
     checkpoint: bool = False
-    """``files`` is one checkpoint that carries the VAE or the text encoders inside."""
+    """Whether ``files`` is a single checkpoint that contains the VAE or the text encoders."""
     comfy: ComfyId | None = None
-    """ComfyUI that computes the model; ``None`` is the daemon's own."""
+    """The ComfyUI that runs the model, for a bit-equal result; ``None`` is the daemon's own backend."""
 
 
 class PatchUse(msgspec.Struct, array_like=True, frozen=True):
-    """A patch set that was put under ``name`` (its content's hash), and how strongly it applies."""
+    """A patch set by ``name`` (the hash of its content, see ``PatchPut``), and the strength of its application."""
 
     name: str
     strength_patch: float = 1.0

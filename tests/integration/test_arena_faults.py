@@ -88,7 +88,7 @@ def test_a_folder_that_becomes_full(tmpfs, start_daemon):
     assert info["arena"]["reserved"] == reserved and info["crashes"] == 0
     assert [worker["pid"] for worker in info["workers"]] == workers and daemon.process.poll() is None
     assert all(bool((tensor == mib).all()) for tensor, mib in zip(kept[1:], (20, 40, 70, 12)))
-    assert daemon.log.read_text().count("tensors go by the socket") == 1, "said once, not per call"
+    assert daemon.log.read_text().count("tensors travel over the socket") == 1, "said once, not per call"
     filler.unlink()
     kept.clear()
     daemon.wait_for(lambda info: info["arena"]["used"] == 0)

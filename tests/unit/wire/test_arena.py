@@ -222,11 +222,11 @@ def test_slots_are_whole_pages(arena):
 def test_growing_stops_at_the_limit(arena):
     """Segments together never exceed the limit; the refusal says what was asked and what is left."""
     grow(arena, 10)
-    with pytest.raises(LimitExceeded, match=f"{7 * PAGE} bytes asked, {6 * PAGE} left of {16 * PAGE}"):
+    with pytest.raises(LimitExceeded, match=f"{7 * PAGE} bytes requested, {6 * PAGE} of {16 * PAGE} left"):
         arena.grow(7 * PAGE)
     grow(arena, 6)
     assert arena.bytes_reserved == 16 * PAGE
-    with pytest.raises(LimitExceeded, match=f"{PAGE} bytes asked, 0 left"):
+    with pytest.raises(LimitExceeded, match=f"{PAGE} bytes requested, 0 of"):
         arena.grow(PAGE)
 
 

@@ -72,7 +72,7 @@ def test_the_layout_survives(tensor):
 @pytest.mark.parametrize("order", [(0,), (0, 0), (1, 2), (0, 1, 2), (-1, 0)])
 def test_an_order_that_is_none_is_refused(order):
     """The order of dimensions names each once."""
-    with pytest.raises(BadRequest, match="no order of 2 dimensions"):
+    with pytest.raises(BadRequest, match="not an order of 2 dimensions"):
         check_ref(TensorRef("uint8", (2, 3), 6, 0, order=order), 100)
 
 

@@ -53,5 +53,5 @@ def test_numbers_of_other_types_become_pythons_own():
 @pytest.mark.parametrize("index", [-1, 1, "0", None])
 def test_a_tensor_that_did_not_come(index):
     """A peer may name any."""
-    with pytest.raises(BadRequest, match="of 1 is named"):
+    with pytest.raises(BadRequest, match="refers to tensor"):
         unpack([{"$tensor": index}], [torch.zeros(1)])

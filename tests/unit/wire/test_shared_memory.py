@@ -55,7 +55,9 @@ def test_a_full_arena_is_not_asked_again_at_once(caplog):
             assert await memory.allocate(1) is None and await memory.allocate(1) is None
 
     asyncio.run(main())
-    assert arena.grown == 1 and [record.getMessage() for record in caplog.records] == ["full: tensors go by the socket"]
+    assert arena.grown == 1 and [record.getMessage() for record in caplog.records] == [
+        "full: tensors travel over the socket instead"
+    ]
 
 
 def test_without_an_arena_there_is_no_slot():
