@@ -177,7 +177,7 @@ def test_other_formats_and_other_models(stock, daemon, local_vae, tmp_path):
     (tmp_path / "none.pt").write_bytes(b"junk")
     with pytest.raises(ModelLoadError):
         make_vae([tmp_path / "none.pt"], client=daemon)
-    with pytest.raises(ModelLoadError, match="no VAE"):
+    with pytest.raises(ModelLoadError, match="not a VAE"):
         make_vae([empty_file(tmp_path / "other.safetensors", {"a": torch.zeros(100)})], client=daemon)
 
 
