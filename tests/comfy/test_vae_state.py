@@ -177,7 +177,7 @@ def test_a_regularizer_that_samples(stock, daemon, same, served):
         ({"attributes": {"no.such.layer": {"sample": True}}}, "no such layer"),
         ({"attributes": {"": {"__class__": 1}}}, "not a valid attribute"),
         ({"generators": ["dice"]}, "unknown"),
-        ({"generators": ["cpu"]}, "no state"),
+        ({"generators": ["cpu"]}, "not a state"),
         ({"generators": ["cpu", "cpu"]}, "needed"),
     ],
 )
