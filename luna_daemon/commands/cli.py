@@ -158,10 +158,11 @@ def token(
     from ..wire.messages import TokenRenew
 
     with dial(host, port, config, runtime_dir) as client:
+        # Asked first: a renewed token ends this connection too.
+        here = _is_here(client, client.get_daemon_info()["pid"])
         if renew:
             client.call(TokenRenew())
-        pid = client.get_daemon_info()["pid"]
-        text = find_token(client.port, client.runtime_dir, {}) if _is_here(client, pid) else ""
+        text = find_token(client.port, client.runtime_dir, {}) if here else ""
     if not text:
         raise AuthenticationError(
             f"the token of {client.host}:{client.port} is not on this machine", "Run this on the daemon's machine"

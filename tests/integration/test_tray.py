@@ -476,7 +476,7 @@ def test_without_a_display(tmp_path: Path, how: list[str]) -> None:
     done = user.run(*how)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(
-        "luna-daemon: no display for a tray icon (neither DISPLAY nor WAYLAND_DISPLAY is set)"
+        "luna-daemon: a tray icon needs a display (neither DISPLAY nor WAYLAND_DISPLAY is set)"
     )
     assert len(done.stderr.splitlines()) == 1
     assert not list(user.runtime_dir.iterdir())
